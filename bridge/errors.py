@@ -1,0 +1,22 @@
+"""Errors a user can cause, and the nearest-name hint they carry. Imports nothing but the standard library."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class BridgeError(Exception):
+    """The user's input is wrong: printed as one line, exit code 2, no traceback."""
+
+
+class ConfigError(BridgeError):
+    """A configuration key or value is wrong. Message: `<full key>: <what is wrong, with the value>; <what to set instead>`."""
+
+
+class ConversionError(BridgeError):
+    """A model directory cannot be converted as asked. Message names the directory, file, field or tensor."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest of `known`, or an empty string when none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""
