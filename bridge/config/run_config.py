@@ -1,0 +1,148 @@
+"""One run's configuration, checked: what the driver writes as RUN_DIR/config.yaml and the workers read."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bridge.config import modules, routing, sections
+from bridge.config.routing import Routed
+from bridge.config.schema import Checkpoint, ConvertConfig, Init, Log, Scheduler, Train
+from bridge.errors import ConfigError
+
+_CONVERT_NEEDS = {
+    "import": ("hf", "megatron"),
+    "export": ("hf", "megatron"),
+    "verify": ("hf", "megatron"),
+    "yaml": ("hf",),
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Every section of conf/train.yaml. The dicts hold plain values and were checked by `from_dict`."""
+
+    name: str
+    model: dict[str, Any]
+    parallelism: dict[str, Any]
+    optimizer: dict[str, Any]
+    precision: dict[str, Any]
+    peft: dict[str, Any]
+    data: dict[str, Any]
+    scheduler: Scheduler = field(default_factory=Scheduler)
+    train: Train = field(default_factory=Train)
+    init: Init = field(default_factory=Init)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Log = field(default_factory=Log)
+    dry_run: bool = False
+    runs_dir: str = "runs"
+
+    @property
+    def run_dir(self) -> Path:
+        """Everything the run writes: runs_dir/name."""
+        return Path(self.runs_dir) / self.name
+
+    def routed(self) -> Routed:
+        """The open sections, by the mcore dataclass each key belongs to."""
+        return routing.route({section: getattr(self, section) for section in routing.SECTIONS})
+
+
+def from_dict(config: Mapping[str, Any]) -> RunConfig:
+    """Checks every key and value of a composed, resolved configuration. Raises ConfigError on the first fault."""
+    fields = {item.name for item in dataclasses.fields(RunConfig)}
+    for key, value in config.items():
+        if key not in fields:
+            raise sections.unknown_key(str(key), value, sorted(fields))
+    routed = routing.route(config)
+    _check_named(config, "data", "source", package="data")
+    _check_named(config, "peft", "method", package="peft")
+    run = sections.build(RunConfig, config, "")
+    _check_name(run.name)
+    _check_precision(routed)
+    _check_schedule(run, routed)
+    _check_vocabulary(run, routed)
+    return run
+
+
+def read(path: Path | str) -> RunConfig:
+    """The configuration in a config.yaml written by `write`. Raises ConfigError when it is missing or not legal."""
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give the config.yaml of a run directory") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: holds no configuration; give the config.yaml of a run directory")
+    return from_dict(loaded)
+
+
+def write(config: RunConfig, path: Path | str) -> None:
+    """Writes `config` as YAML that `read` gives back equal."""
+    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def convert_from_dict(config: Mapping[str, Any]) -> ConvertConfig:
+    """Checks a composed conf/convert.yaml. Raises ConfigError with the full key on the first fault."""
+    convert = sections.build(ConvertConfig, config, "")
+    for key in _CONVERT_NEEDS[convert.mode]:
+        if getattr(convert, key) is None:
+            raise ConfigError(f"{key}: is missing; mode={convert.mode} needs it: set {key}=DIR")
+    return convert
+
+
+def _check_named(config: Mapping[str, Any], section: str, selector: str, *, package: str) -> None:
+    values = config.get(section)
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{section}: {values!r} is not a section; set {section}.{selector}")
+    modules.check_options(section, selector, values, package=package)
+
+
+def _check_name(name: str) -> None:
+    # A name becomes a directory and a Hydra override: `=`, spaces and `..` break one or the other.
+    if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)*", name) or ".." in name.split("/"):
+        raise ConfigError(f"name: {name!r} cannot name a directory; use letters, digits, '_', '-', '.' and '/'")
+
+
+def _check_precision(routed: Routed) -> None:
+    fields, origin = routed.transformer, routed.origin
+    if fields.get("bf16") and fields.get("fp16"):
+        raise ConfigError(f"{origin['fp16']}: is true as well as {origin['bf16']}; set one of the two (precision=...)")
+    trained = "bf16" if fields.get("bf16") else "fp16" if fields.get("fp16") else "fp32"
+    for name in ("params_dtype", "pipeline_dtype"):
+        value = fields.get(name)
+        if value not in (None, trained) or (name == "params_dtype" and value is None and trained != "fp32"):
+            key = origin.get(name, f"precision.{name}")
+            raise ConfigError(f"{key}: {value!r} is not the dtype of training, {trained}; set precision={trained}")
+
+
+def _check_schedule(run: RunConfig, routed: Routed) -> None:
+    scheduler, optimizer = run.scheduler, routed.optimizer
+    if optimizer.get("lr") is None:
+        raise ConfigError("optimizer.lr: is missing; set the learning rate")
+    decay_steps = scheduler.lr_decay_steps or run.train.steps
+    if scheduler.lr_warmup_steps >= decay_steps:
+        raise ConfigError(
+            f"scheduler.lr_warmup_steps: {scheduler.lr_warmup_steps} is not below the {decay_steps} decay steps "
+            f"(scheduler.lr_decay_steps, or train.steps); set {decay_steps - 1} or less"
+        )
+    if (optimizer.get("min_lr") or 0.0) > optimizer["lr"]:
+        raise ConfigError(
+            f"optimizer.min_lr: {optimizer['min_lr']} is above optimizer.lr ({optimizer['lr']}); set it to that or less"
+        )
+    if scheduler.lr_decay_style == "WSD" and scheduler.wsd_decay_steps is None:
+        raise ConfigError(
+            "scheduler.wsd_decay_steps: is missing; lr_decay_style WSD needs the number of steps of its last phase"
+        )
+
+
+def _check_vocabulary(run: RunConfig, routed: Routed) -> None:
+    """A source that says how many token ids it makes must fit the model; a tokenizer given by path is counted later."""
+    made, room = run.data.get("vocab_size", 0), routed.gpt["vocab_size"]
+    if made > room and run.data.get("tokenizer") is None:
+        raise ConfigError(
+            f"data.vocab_size: data.vocab_size <= model.vocab_size must hold, but {made} > {room}; "
+            f"set data.vocab_size to {room} or less, or model.vocab_size to {made}"
+        )

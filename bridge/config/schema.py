@@ -1,0 +1,92 @@
+"""The closed sections of a configuration: in them an unknown key, a wrong type or a value out of range is an error.
+
+Field metadata `min` is the smallest legal value.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _from(smallest: float, default: Any) -> Any:
+    return field(default=default, metadata={"min": smallest})
+
+
+@dataclass(frozen=True)
+class Train:
+    """What the loop does. Batch sizes count sequences; intervals count steps."""
+
+    steps: int = _from(1, 300)
+    global_batch_size: int = _from(1, 8)
+    micro_batch_size: int = _from(1, 4)
+    rampup_batch_size: list[int] | None = None
+    eval_interval: int | None = _from(1, 100)
+    eval_iters: int = _from(1, 8)
+    exit_interval: int | None = _from(1, None)
+    exit_duration_in_mins: float | None = _from(0, None)
+    num_devices: int | None = _from(1, None)
+    seed: int = _from(0, 1234)
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """Arguments of megatron-core's OptimizerParamScheduler, in steps; its max_lr and min_lr come from the optimizer."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    lr_warmup_init: float = _from(0, 0.0)
+    lr_warmup_steps: int = _from(0, 0)
+    lr_decay_steps: int | None = _from(1, None)
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    wsd_decay_steps: int | None = _from(1, None)
+    start_weight_decay: float | None = _from(0, None)
+    end_weight_decay: float | None = _from(0, None)
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+
+
+@dataclass(frozen=True)
+class Init:
+    """Where the weights come from: a Hugging Face directory, a Megatron checkpoint, or (None) random."""
+
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When to save and how many to keep (None: all)."""
+
+    save_interval: int | None = _from(1, None)
+    keep_last: int | None = _from(1, None)
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """Weights & Biases; off while project is None."""
+
+    project: str | None = None
+    entity: str | None = None
+    name: str | None = None
+    mode: Literal["online", "offline", "disabled"] = "online"
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is reported where. log_interval counts steps between console lines."""
+
+    log_interval: int = _from(1, 10)
+    sample_ids: bool = False
+    tensorboard: bool = False
+    wandb: Wandb = field(default_factory=Wandb)
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """What `convert.py` does (conf/convert.yaml)."""
+
+    mode: Literal["import", "export", "verify", "yaml"]
+    hf: str | None = None
+    megatron: str | None = None
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    max_shard_size: str = "5GB"
+    overwrite: bool = False
+    prompts: list[str] | None = None
+    tolerance: float = _from(0, 1e-4)
+    report: str | None = None

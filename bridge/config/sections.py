@@ -1,0 +1,56 @@
+"""Builds a closed section: every key is a field of its dataclass, every value has the field's type and range."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from bridge.config import annotation
+from bridge.errors import ConfigError, did_you_mean
+
+Section = TypeVar("Section")
+
+
+def unknown_key(key: str, value: Any, names: Any) -> ConfigError:
+    """The error for a key that is none of `names`. `key` is the full key."""
+    return ConfigError(
+        f"{key}: unknown key (value {value!r}){did_you_mean(key.rpartition('.')[2], names) or _listed(names)}"
+    )
+
+
+def build(kind: type[Section], values: Any, path: str) -> Section:
+    """An instance of dataclass `kind` from `values`. Raises ConfigError with the full key.
+
+    `path` is where the section sits; empty: the top level. A field may carry metadata `min`: its smallest legal value.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}: {values!r} is not a section; set its keys one by one, as {path}.KEY=VALUE")
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    arguments = {}
+    for name, value in values.items():
+        key = f"{path}.{name}" if path else str(name)
+        if name not in fields:
+            raise unknown_key(key, value, fields)
+        arguments[name] = _value(fields[name], value, key)
+    for name, field in fields.items():
+        if (
+            name not in arguments
+            and field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        ):
+            raise ConfigError(f"{path}.{name}".lstrip(".") + ": is missing; set it")
+    return kind(**arguments)
+
+
+def _value(field: "dataclasses.Field[Any]", value: Any, key: str) -> Any:
+    if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+        return build(field.type, value, key)
+    annotation.check(key, value, annotation.of_dataclass_field(field.type))
+    smallest = field.metadata.get("min")
+    if smallest is not None and value is not None and value < smallest:
+        raise ConfigError(f"{key}: {value!r} is too small; set {smallest} or more")
+    return value
+
+
+def _listed(names: Any) -> str:
+    shown = list(names)
+    return f"; known here: {', '.join(shown)}" if shown else "; nothing can be set here"

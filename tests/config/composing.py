@@ -1,0 +1,20 @@
+"""Composes conf/ as train.py and convert.py do, for tests about what it says."""
+
+import sys
+from typing import Any
+from unittest import mock
+
+from bridge.launch import compose
+
+
+def composed(*overrides: str, primary: str = "train") -> dict[str, Any]:
+    """The resolved configuration of conf/<primary>.yaml under `overrides`, as plain Python."""
+    jobs: list[compose.Job] = []
+
+    def keep(job: compose.Job) -> float:
+        jobs.append(job)
+        return 0.0
+
+    with mock.patch.object(sys, "argv", ["train.py", *overrides]):
+        compose.run(primary, keep)
+    return jobs[0].settings

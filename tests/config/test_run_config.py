@@ -1,0 +1,161 @@
+"""A whole configuration: closed sections, named modules, rules across sections, and the file the workers read."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridge.config import run_config, schema
+from bridge.errors import ConfigError
+
+CONFIG: dict[str, Any] = {
+    "name": "demo",
+    "model": {
+        "family": "llama",
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "vocab_size": 4096,
+        "max_sequence_length": 256,
+    },
+    "parallelism": {},
+    "optimizer": {"lr": 1e-3, "min_lr": 1e-5},
+    "precision": {},
+    "peft": {"method": "none"},
+    "data": {"source": "mock", "sequence_length": 64},
+    "train": {"steps": 5},
+    "log": {"wandb": {"project": "p"}},
+}
+
+
+def changed(changes: dict[str, Any]) -> dict[str, Any]:
+    """CONFIG with values set by full key; `...` deletes."""
+    config = copy.deepcopy(CONFIG)
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        section = config
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        if value is ...:
+            del section[last]
+        else:
+            section[last] = value
+    return config
+
+
+def test_sections_become_dataclasses_with_defaults():
+    run = run_config.from_dict(CONFIG)
+    assert run.train == schema.Train(steps=5)
+    assert run.log.wandb == schema.Wandb(project="p")
+    assert run.scheduler == schema.Scheduler()
+    assert run.run_dir == Path("runs/demo")
+    assert run.routed().optimizer == {"lr": 1e-3, "min_lr": 1e-5}
+
+
+def test_file_gives_back_the_same_configuration(tmp_path: Path):
+    values = {"optimizer.adam_eps": 1e-8, "log.wandb.name": "1e-3", "train.rampup_batch_size": [2, 2, 8]}
+    run = run_config.from_dict(changed(values))
+    run_config.write(run, tmp_path / "config.yaml")
+    assert run_config.read(tmp_path / "config.yaml") == run
+
+
+def test_missing_file_is_one_line(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"config\.yaml: no such file"):
+        run_config.read(tmp_path / "config.yaml")
+
+
+WRONG = [
+    ({"trian": {}}, "trian: unknown key (value {}); did you mean 'train'?"),
+    ({"train.stepz": 3}, "train.stepz: unknown key (value 3); did you mean 'steps'?"),
+    ({"log.wandb.projct": "x"}, "log.wandb.projct: unknown key (value 'x'); did you mean 'project'?"),
+    ({"train.steps": "ten"}, "train.steps: 'ten' does not fit; set a whole number"),
+    ({"train.steps": True}, "train.steps: True does not fit; set a whole number"),
+    ({"train.steps": -3}, "train.steps: -3 is too small; set 1 or more"),
+    ({"train.eval_interval": 0}, "train.eval_interval: 0 is too small; set 1 or more"),
+    (
+        {"scheduler.lr_decay_style": "cosin"},
+        "scheduler.lr_decay_style: 'cosin' does not fit; set one of 'constant', 'linear',",
+    ),
+    ({"dry_run": "yes"}, "dry_run: 'yes' does not fit; set true or false"),
+    ({"init": "models/llama"}, "init: 'models/llama' is not a section; set its keys one by one, as init.KEY=VALUE"),
+    ({"name": ...}, "name: is missing; set it"),
+    ({"name": "a b"}, "name: 'a b' cannot name a directory"),
+    ({"name": "../a"}, "name: '../a' cannot name a directory"),
+    (
+        {"data.source": "mok"},
+        "data.source: 'mok' is not known; set one of mock, stdlib or an importable dotted module name; "
+        "did you mean 'mock'?",
+    ),
+    ({"data.source": "no_such_package.data"}, "data.source: 'no_such_package.data' is not known"),
+    ({"data.source": "bridge.errors"}, "data.source: module 'bridge.errors' has no dataclass named Config"),
+    (
+        {"data.source": ..., "data.sorce": "mock"},
+        "data.source: is missing; set one of mock, stdlib; found data.sorce, did you mean 'source'?",
+    ),
+    ({"data.sequence_lenght": 3}, "data.sequence_lenght: unknown key (value 3); did you mean 'sequence_length'?"),
+    ({"data.vocab_size": 5000}, "data.vocab_size: data.vocab_size <= model.vocab_size must hold, but 5000 > 4096"),
+    ({"data": ...}, "data: None is not a section; set data.source"),
+    (
+        {"peft.method": "nne"},
+        "peft.method: 'nne' is not known; set one of none or an importable dotted module name; did you mean 'none'?",
+    ),
+    ({"peft.rank": 8}, "peft.rank: unknown key (value 8); known here: method"),
+    ({"optimizer.lr": ...}, "optimizer.lr: is missing; set the learning rate"),
+    ({"optimizer.min_lr": 1.0}, "optimizer.min_lr: 1.0 is above optimizer.lr (0.001)"),
+    ({"scheduler.lr_warmup_steps": 5}, "scheduler.lr_warmup_steps: 5 is not below the 5 decay steps"),
+    ({"scheduler.lr_decay_style": "WSD"}, "scheduler.wsd_decay_steps: is missing"),
+    ({"precision.bf16": True, "precision.fp16": True}, "precision.fp16: is true as well as precision.bf16"),
+    ({"precision.bf16": True}, "precision.params_dtype: None is not the dtype of training, bf16; set precision=bf16"),
+    (
+        {"precision.pipeline_dtype": "bf16"},
+        "precision.pipeline_dtype: 'bf16' is not the dtype of training, fp32; set precision=fp32",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), WRONG, ids=lambda value: str(value)[:40])
+def test_wrong_configuration(changes: dict[str, Any], expected: str):
+    with pytest.raises(ConfigError) as caught:
+        run_config.from_dict(changed(changes))
+    assert str(caught.value).startswith(expected)
+    assert "\n" not in str(caught.value)
+
+
+def test_source_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "my_corpus.py").write_text("")
+    (tmp_path / "my_pkg").mkdir()
+    (tmp_path / "my_pkg" / "__init__.py").write_text("")
+    (tmp_path / "my_pkg" / "corpus.py").write_text(
+        "from dataclasses import dataclass\n"
+        "@dataclass\nclass Config:\n    source: str\n    sequence_length: int\n    path: str\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    values = {"data.source": "my_pkg.corpus", "data.path": "x"}
+    assert run_config.from_dict(changed(values)).data["path"] == "x"
+    with pytest.raises(ConfigError, match=r"^data\.path: is missing; set it$"):
+        run_config.from_dict(changed({"data.source": "my_pkg.corpus"}))
+
+
+def test_convert_section():
+    convert = run_config.convert_from_dict({"mode": "import", "hf": "a", "megatron": "b"})
+    assert convert == schema.ConvertConfig(mode="import", hf="a", megatron="b")
+    for values, expected in [
+        (
+            {"mode": "imprt"},
+            "mode: 'imprt' does not fit; set one of 'import', 'export', 'verify', 'yaml'; did you mean 'import'?",
+        ),
+        ({}, "mode: is missing; set it"),
+        ({"mode": "export", "megatron": "b"}, "hf: is missing; mode=export needs it: set hf=DIR"),
+        ({"mode": "yaml", "hff": "a"}, "hff: unknown key (value 'a'); did you mean 'hf'?"),
+        ({"mode": "yaml", "hf": "a", "tolerance": "x"}, "tolerance: 'x' does not fit; set a number"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            run_config.convert_from_dict(values)
+        assert str(caught.value) == expected
+
+
+def test_configuration_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        run_config.from_dict(CONFIG).name = "other"  # type: ignore[misc]

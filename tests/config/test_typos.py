@@ -1,0 +1,90 @@
+"""One wrong letter in any key of any section or group file is refused, with the full key and the value."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridge.config import run_config
+from bridge.errors import ConfigError
+from tests.config.composing import composed
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+GROUPS = ("model", "parallelism", "optimizer", "precision", "peft", "data", "recipe")
+OPTIONS = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
+
+
+def keys(values: dict[str, Any], *path: str) -> Iterator[tuple[str, ...]]:
+    """The full path of every key, sections included."""
+    for name, value in values.items():
+        yield (*path, name)
+        if isinstance(value, dict):
+            yield from keys(value, *path, name)
+
+
+def misspelt(config: dict[str, Any], path: tuple[str, ...], *, keep: bool) -> tuple[dict[str, Any], str, Any]:
+    """A copy with the last letter of one key doubled; `keep`: beside the right key, as `+section.typo=` does."""
+    config = copy.deepcopy(config)
+    section = config
+    for name in path[:-1]:
+        section = section[name]
+    value = section[path[-1]] if keep else section.pop(path[-1])
+    wrong = path[-1] + path[-1][-1]
+    section[wrong] = value
+    return config, ".".join([*path[:-1], wrong]), value
+
+
+def assert_refused(config: dict[str, Any], path: tuple[str, ...], *, check: Any = run_config.from_dict) -> None:
+    for keep in (True, False):
+        wrong, key, value = misspelt(config, path, keep=keep)
+        with pytest.raises(ConfigError) as caught:
+            check(wrong)
+        text = str(caught.value)
+        assert "\n" not in text
+        if keep:
+            assert text.startswith(f"{key}: unknown key (value {value!r}); "), text
+        assert path[-1] in text
+
+
+def test_every_key_of_the_default_run():
+    config = composed()
+    for path in keys(config):
+        assert_refused(config, path)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_key_of_every_option(option: str):
+    group = option.partition("=")[0]
+    config = composed(option)
+    run_config.from_dict(config)
+    sections = [group] if group != "recipe" else list(config)
+    for section in sections:
+        for path in keys(config[section], section) if isinstance(config[section], dict) else ():
+            assert_refused(config, path)
+
+
+def test_every_key_of_a_conversion():
+    config = composed("mode=import", "hf=a", "megatron=b", primary="convert")
+    for path in keys(config):
+        wrong, key, _ = misspelt(config, path, keep=True)
+        with pytest.raises(ConfigError, match=f"^{key}: unknown key"):
+            run_config.convert_from_dict(wrong)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("+train.step=5", "train.step: unknown key (value 5); did you mean 'steps'?"),
+        ("++log.wandb.entiti=x", "log.wandb.entiti: unknown key (value 'x'); did you mean 'entity'?"),
+        ("model.hiden_size=256", "model.hiden_size: unknown key (value 256); did you mean 'hidden_size'?"),
+        ("+trian.steps=5", "trian: unknown key (value {'steps': 5}); did you mean 'train'?"),
+        ("parallelism.bf16=true", "precision.bf16: is also set as parallelism.bf16 (here True); keep one of the two"),
+    ],
+)
+def test_command_line(override: str, expected: str):
+    config = composed(override, "precision=bf16")
+    with pytest.raises(ConfigError) as caught:
+        run_config.from_dict(config)
+    assert str(caught.value) == expected
