@@ -1,0 +1,221 @@
+"""torch_dist checkpoint folders as streams of whole tensors, without a process group or a model.
+
+The format is torch.distributed.checkpoint's, as megatron-core 0.16 writes it: `.metadata` is a pickled `Metadata` whose
+`storage_data` says where each chunk lies (file, offset, length), each chunk being one `torch.save`d tensor; `common.pt`
+holds unsharded objects; `metadata.json` names the backends and is written last. A folder written by many ranks has many
+files and chunks; here its tensors are put together one at a time.
+"""
+
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from bridge.errors import ConversionError
+from bridge.weights.hf_files import TensorSpec
+
+DATA_FILE = "__0_0.distcp"
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+DCP_VERSION = "1.0.0"
+
+
+class Chunk(NamedTuple):
+    """One saved piece of a tensor and its place in the whole."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    storage: Any  # torch's _StorageInfo: relative_path, offset, length
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return tuple(offset + size for offset, size in zip(self.offsets, self.sizes, strict=True))
+
+
+class Stored(NamedTuple):
+    spec: TensorSpec
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class DistFiles:
+    """The tensors of one torch_dist folder, by checkpoint key."""
+
+    directory: Path
+    tensors: Mapping[str, Stored]
+
+    def spec(self, key: str) -> TensorSpec:
+        return self.tensors[key].spec
+
+    def read(self, key: str, place: tuple[slice, ...] | None = None) -> Tensor:
+        """The whole tensor on the CPU, or the part of it at `place` (cut where it reaches beyond), from its chunks.
+
+        Only chunks that touch the part are read. Raises ConversionError naming file and key.
+        """
+        spec, chunks = self.tensors[key]
+        place = place or tuple(slice(0, size) for size in spec.shape)
+        ends = tuple(min(cut.stop, size) for cut, size in zip(place, spec.shape, strict=True))
+        starts = tuple(min(cut.start, end) for cut, end in zip(place, ends, strict=True))
+        if len(chunks) == 1:
+            return self._read_chunk(key, chunks[0])[_box(starts, ends)]
+        part = torch.empty([end - start for start, end in zip(starts, ends, strict=True)], dtype=spec.dtype)
+        for chunk in chunks:
+            low = [max(pair) for pair in zip(starts, chunk.offsets, strict=True)]
+            high = [min(pair) for pair in zip(ends, chunk.ends, strict=True)]
+            if all(first < last for first, last in zip(low, high, strict=True)):
+                piece = self._read_chunk(key, chunk)[_box(low, high, origin=chunk.offsets)]
+                part[_box(low, high, origin=starts)] = piece
+        return part
+
+    def _read_chunk(self, key: str, chunk: Chunk) -> Tensor:
+        file = self.directory / chunk.storage.relative_path
+        try:
+            with file.open("rb") as stream:
+                view = _create_file_view(stream, chunk.storage.offset, chunk.storage.length)
+                tensor = torch.load(cast(IO[bytes], view), map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConversionError(f"{file}: tensor {key} cannot be read ({reason}); the file is damaged") from error
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.sizes:
+            raise ConversionError(f"{file}: what is stored for {key} at {chunk.offsets} is not what .metadata promises")
+        return tensor
+
+
+def open_dist(directory: str | Path) -> DistFiles:
+    """Read a folder's `.metadata`. Raises ConversionError when it is damaged or a tensor's chunks do not cover it."""
+    directory = Path(directory)
+    metadata = _read_metadata(directory / ".metadata")
+    tensors = {}
+    for key, value in metadata.state_dict_metadata.items():
+        if isinstance(value, TensorStorageMetadata):
+            spec = TensorSpec(value.properties.dtype, tuple(value.size))
+            chunks = []
+            for chunk in value.chunks:
+                storage = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+                if storage is None:
+                    raise ConversionError(f"{directory}: .metadata does not say where {key} at {chunk.offsets} lies")
+                chunks.append(Chunk(tuple(chunk.offsets), tuple(chunk.sizes), storage))
+            if sum(torch.Size(chunk.sizes).numel() for chunk in chunks) != torch.Size(spec.shape).numel():
+                raise ConversionError(f"{directory}: the chunks of {key} do not add up to its shape {spec.shape}")
+            tensors[key] = Stored(spec, tuple(chunks))
+    return DistFiles(directory, tensors)
+
+
+class DistWriter:
+    """Writes whole tensors one at a time into a new torch_dist folder, readable once the `with` block ended well."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
+        self._state: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        self._storage: dict[MetadataIndex, _StorageInfo] = {}
+
+    def __enter__(self) -> "DistWriter":
+        self._stream = (self._directory / DATA_FILE).open("wb")
+        return self
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        """Append one tensor under its checkpoint key."""
+        assert key not in self._state, key
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()  # torch.save writes the whole storage behind a view
+        start = torch.Size([0] * tensor.ndim)
+        begin = self._stream.tell()
+        torch.save(tensor, self._stream)
+        info = _StorageInfo(DATA_FILE, begin, self._stream.tell() - begin)
+        self._storage[MetadataIndex(key, start)] = info
+        chunk = ChunkStorageMetadata(offsets=start, sizes=tensor.shape)
+        properties = TensorProperties(dtype=tensor.dtype)
+        self._state[key] = TensorStorageMetadata(properties, tensor.shape, [chunk])
+
+    def write_empty_object(self, key: str) -> None:
+        """Append None under the unique key of a megatron-core ShardedObject, such as a layer's `_extra_state`."""
+        begin = self._stream.tell()
+        torch.save([None], self._stream)
+        self._storage[MetadataIndex(key)] = _StorageInfo(DATA_FILE, begin, self._stream.tell() - begin)
+        self._state[key] = BytesStorageMetadata()
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self._stream.close()
+        if kind is None:
+            self._finish()
+
+    def _finish(self) -> None:
+        metadata = Metadata(
+            state_dict_metadata=dict(self._state),
+            planner_data={},
+            storage_data=self._storage,
+            storage_meta=StorageMeta(),
+            version=DCP_VERSION,
+        )
+        with (self._directory / ".metadata").open("wb") as stream:
+            pickle.dump(metadata, stream)
+        torch.save({}, self._directory / "common.pt")
+        (self._directory / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
+
+
+def _box(low: Sequence[int], high: Sequence[int], *, origin: Sequence[int] | None = None) -> tuple[slice, ...]:
+    shift = origin or (0,) * len(low)
+    return tuple(slice(first - by, last - by) for first, last, by in zip(low, high, shift, strict=True))
+
+
+_DCP = "torch.distributed.checkpoint."
+_METADATA_CLASSES = {
+    _DCP + "metadata": (
+        "Metadata MetadataIndex StorageMeta TensorProperties TensorStorageMetadata BytesStorageMetadata "
+        "ChunkStorageMetadata _MEM_FORMAT_ENCODING"
+    ),
+    _DCP + "filesystem": "_StorageInfo _StoragePrefix",
+    _DCP + "planner": "SavePlan WriteItem WriteItemType TensorWriteData",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCoreMetadata MCoreSavePlan",
+    "torch": "Size",
+    "torch.serialization": "_get_layout",
+    "collections": "OrderedDict",
+    "builtins": "set slice",
+    "pathlib": "PosixPath",
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickles nothing but what `.metadata` is made of: a checkpoint must not be able to run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or name in _METADATA_CLASSES.get(module, "").split():
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into it")
+
+
+def _read_metadata(file: Path) -> Metadata:
+    try:
+        metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
+    except OSError as error:
+        raise ConversionError(f"{file}: cannot be read ({error.strerror})") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ConversionError(f"{file}: not a readable checkpoint index ({error})") from error
+    if not isinstance(metadata, Metadata):
+        raise ConversionError(f"{file}: not a checkpoint index")
+    return metadata

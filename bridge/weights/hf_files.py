@@ -1,0 +1,295 @@
+"""Hugging Face model directories as streams of tensors: safetensors headers, lazy reads, sharded writes, small assets.
+
+A safetensors file is a little-endian u64 header length, a JSON header `{name: {dtype, shape, data_offsets}}` and the
+raw bytes (https://github.com/huggingface/safetensors#format). Reads map the tensor's own pages only, so slicing a read
+tensor touches no more of the file than the slice, and nothing stays resident once the tensor is dropped.
+"""
+
+import json
+import math
+import mmap
+import re
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bridge.errors import ConversionError
+
+INDEX = "model.safetensors.index.json"
+ASSETS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses larger headers
+
+
+class TensorSpec(NamedTuple):
+    """What a tensor is, without its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Stored(NamedTuple):
+    """Where a tensor's bytes lie: `file[start:start + spec.num_bytes]`."""
+
+    spec: TensorSpec
+    file: Path
+    start: int
+
+
+@dataclass(frozen=True)
+class HfFiles:
+    """The tensors of one directory, by Hugging Face name, in the order of the files."""
+
+    directory: Path
+    tensors: Mapping[str, Stored]
+
+    def spec(self, name: str) -> TensorSpec:
+        return self.tensors[name].spec
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, mapped from its file (private pages: writing to it does not write the file)."""
+        spec, file, start = self.tensors[name]
+        if not spec.num_bytes:
+            return torch.empty(spec.shape, dtype=spec.dtype)
+        page = start % mmap.ALLOCATIONGRANULARITY
+        with file.open("rb") as handle:
+            pages = mmap.mmap(handle.fileno(), page + spec.num_bytes, access=mmap.ACCESS_COPY, offset=start - page)
+        data = torch.frombuffer(pages, dtype=torch.uint8, count=spec.num_bytes, offset=page)
+        if start % spec.dtype.itemsize:  # old writers did not align
+            data = data.clone()
+        return data.view(spec.dtype).view(spec.shape)
+
+
+def open_hf(directory: str | Path) -> HfFiles:
+    """Read the headers of a directory's safetensors files.
+
+    Raises ConversionError, naming file and tensor, when files are missing, truncated, corrupt or not as the index says.
+    """
+    directory = Path(directory)
+    index = directory / INDEX
+    listed: dict[str, str] = {}
+    if index.is_file():
+        listed = _read_index(index)
+        files = [directory / name for name in sorted(set(listed.values()))]
+    else:
+        files = [_only_file(directory)]
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        for name, stored in _read_header(file).items():
+            if name in tensors:
+                raise ConversionError(f"{file}: tensor {name} is also in {tensors[name].file.name}; keep one of them")
+            tensors[name] = stored
+    for name, file_name in listed.items():
+        if name not in tensors or tensors[name].file.name != file_name:
+            raise ConversionError(f"{directory / file_name}: tensor {name} is not in it, although {INDEX} says so")
+    return HfFiles(directory, tensors)
+
+
+def main_dtype(specs: Iterable[TensorSpec]) -> torch.dtype:
+    """The dtype that most bytes have."""
+    num_bytes: Counter[torch.dtype] = Counter()
+    for spec in specs:
+        num_bytes[spec.dtype] += spec.num_bytes
+    return num_bytes.most_common(1)[0][0]
+
+
+def copy_assets(source: str | Path, target: str | Path) -> None:
+    """Copy config, tokenizer and generation files, those of ASSETS that exist."""
+    for name in ASSETS:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(target) / name)
+
+
+def parse_size(text: str | int, *, key: str = "max_shard_size") -> int:
+    """Bytes of "5GB", "500MB", "2GiB" or a plain number, as Hugging Face counts them (GB = 10**9)."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", str(text).upper())
+    size = 0
+    if found:
+        base = 1024 if found[3] else 1000
+        size = int(float(found[1]) * base ** " KMGT".index(found[2] or " "))
+    if size <= 0:
+        raise ConversionError(f"{key}: {text!r} is not a size; write it like 5GB or 500MB")
+    return size
+
+
+class HfWriter:
+    """Writes named tensors of known dtypes and shapes, in any order, into files of at most `max_shard_size` bytes.
+
+    A tensor larger than that gets a file of its own. Files and index are named as transformers names them. The files
+    are complete once every tensor was written and `close()` returned the total number of bytes.
+    """
+
+    def __init__(self, directory: str | Path, tensors: Mapping[str, TensorSpec], *, max_shard_size: int) -> None:
+        self._directory = Path(directory)
+        self._missing = set(tensors)
+        shards = _plan_shards(tensors, max_shard_size)
+        self._files: dict[Path, IO[bytes]] = {}
+        self._places: dict[str, Stored] = {}
+        for number, names in enumerate(shards, start=1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._start_file(self._directory / file, {name: tensors[name] for name in names})
+
+    def _start_file(self, file: Path, tensors: Mapping[str, TensorSpec]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, spec in tensors.items():
+            header[name] = {
+                "dtype": NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [end, end + spec.num_bytes],
+            }
+            self._places[name] = Stored(spec, file, end)
+            end += spec.num_bytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        for name in tensors:
+            self._places[name] = self._places[name]._replace(start=8 + len(text) + self._places[name].start)
+        self._files[file] = file.open("wb")
+        self._files[file].write(struct.pack("<Q", len(text)) + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor; its dtype and shape must be the ones promised."""
+        spec, file, start = self._places[name]
+        assert (tensor.dtype, tuple(tensor.shape)) == spec, (name, tensor.dtype, tensor.shape, spec)
+        self._missing.remove(name)
+        handle = self._files[file]
+        handle.seek(start)
+        handle.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def close(self) -> int:
+        """Finish the files and the index; the bytes of all tensors."""
+        assert not self._missing, self._missing
+        for handle in self._files.values():
+            handle.close()
+        total = sum(place.spec.num_bytes for place in self._places.values())
+        if len(self._files) > 1:
+            weight_map = {name: self._places[name].file.name for name in sorted(self._places)}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        return total
+
+
+def _plan_shards(tensors: Mapping[str, TensorSpec], max_shard_size: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, spec in tensors.items():
+        if shards[-1] and size + spec.num_bytes > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += spec.num_bytes
+    return shards
+
+
+def _only_file(directory: Path) -> Path:
+    if (directory / "model.safetensors").is_file():
+        return directory / "model.safetensors"
+    files = sorted(directory.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise ConversionError(f"{directory}: {len(files)} safetensors files and no {INDEX}; add the index")
+    others = sorted(path.name for pattern in ("*.bin", "*.gguf", "*.pth") for path in directory.glob(pattern))
+    found = f" (found {others[0]}; save the model as safetensors first)" if others else ""
+    raise ConversionError(f"{directory}: no safetensors file{found}")
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        listed = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(f"{index}: not a safetensors index ({type(error).__name__}: {error})") from error
+    outside = [file for file in listed.values() if Path(file).name != file]
+    if outside:
+        raise ConversionError(f"{index}: names {outside[0]!r}, which is not a file beside it")
+    return listed
+
+
+def _read_header(file: Path) -> dict[str, Stored]:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            start = handle.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER + 1
+            if length > min(MAX_HEADER, size - 8):
+                raise ConversionError(f"{file}: not a whole safetensors file ({size} bytes); fetch it again")
+            header = json.loads(handle.read(length))
+    except OSError as error:
+        raise ConversionError(f"{file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ConversionError(f"{file}: corrupt safetensors header ({error}); fetch the file again") from error
+    if not isinstance(header, dict):
+        raise ConversionError(f"{file}: corrupt safetensors header; fetch the file again")
+    header.pop("__metadata__", None)
+    return _places(file, header, first=8 + length, size=size)
+
+
+def _places(file: Path, header: Mapping[str, Any], *, first: int, size: int) -> dict[str, Stored]:
+    tensors: dict[str, Stored] = {}
+    for name, entry in header.items():
+        try:
+            dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConversionError(f"{file}: corrupt header of tensor {name}; fetch the file again") from error
+        if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
+            raise ConversionError(f"{file}: corrupt header of tensor {name}; fetch the file again")
+        if dtype_name not in DTYPES:
+            raise ConversionError(f"{file}: tensor {name} has dtype {dtype_name}, which is not supported")
+        spec = TensorSpec(DTYPES[str(dtype_name)], shape)
+        if end - begin != spec.num_bytes:
+            raise ConversionError(f"{file}: tensor {name} takes {end - begin} bytes, its shape needs {spec.num_bytes}")
+        if first + end > size:
+            have = f"{size} of {first + end} bytes"
+            raise ConversionError(f"{file}: truncated inside tensor {name} ({have}); fetch it again")
+        tensors[name] = Stored(spec, file, first + begin)
+    _check_no_overlap(file, tensors)
+    return tensors
+
+
+def _check_no_overlap(file: Path, tensors: Mapping[str, Stored]) -> None:
+    placed: Iterable[tuple[str, Stored]] = sorted(tensors.items(), key=lambda item: item[1].start)
+    end = 0
+    for name, stored in placed:
+        if stored.start < end:
+            raise ConversionError(f"{file}: tensor {name} overlaps the one before it; the file is corrupt")
+        end = stored.start + stored.spec.num_bytes

@@ -1,0 +1,103 @@
+"""Which kind of model directory a path is, and where in it the tensors lie. Reads names and small text files only.
+
+    ROOT/latest_checkpointed_iteration.txt   the newest complete iteration, "100"
+    ROOT/model.yaml                          the `model` section the weights belong to
+    ROOT/hf/                                 config.json, tokenizer and generation config, for the export
+    ROOT/iter_0000100/                       megatron-core torch_dist folder
+
+A run directory keeps its ROOT in `checkpoints/`.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from bridge.errors import ConfigError
+
+LATEST = "latest_checkpointed_iteration.txt"
+MODEL_YAML = "model.yaml"
+HF_ASSETS = "hf"
+
+
+class CheckpointPath(NamedTuple):
+    """One iteration of a Megatron checkpoint: `directory` is ROOT/iter_*, a torch_dist folder."""
+
+    root: Path
+    iteration: int
+    directory: Path
+
+
+def iteration_directory(root: str | Path, *, iteration: int) -> Path:
+    """ROOT/iter_0000100, megatron's own naming."""
+    return Path(root) / f"iter_{iteration:07d}"
+
+
+def is_hf(path: str | Path) -> bool:
+    """Whether a directory looks like a Hugging Face model: a config.json and not Megatron's tracker file beside it."""
+    return (Path(path) / "config.json").is_file() and not (Path(path) / LATEST).is_file()
+
+
+def is_megatron(path: str | Path) -> bool:
+    """Whether `locate` has something to look at: a run directory, a checkpoint root or an iteration directory."""
+    path = Path(path)
+    return _root(path) is not None or _iteration(path) is not None
+
+
+def locate(path: str | Path, *, key: str = "megatron") -> CheckpointPath:
+    """The newest iteration of a run directory or checkpoint root, or the iteration directory itself.
+
+    `key` names the user's setting in the message. Raises ConfigError when the path is missing, is none of the three, or
+    names an iteration that is not complete.
+    """
+    path = Path(path).expanduser().absolute()
+    if not path.is_dir():
+        raise ConfigError(f"{key}: {path} is not a directory; give a run directory or a Megatron checkpoint")
+    iteration = _iteration(path)
+    if iteration is None:
+        root = _root(path)
+        if root is None:
+            kind = "a Hugging Face directory" if is_hf(path) else "neither a run nor a Megatron checkpoint"
+            raise ConfigError(f"{key}: {path} is {kind}; give a directory with checkpoints/, {LATEST} or metadata.json")
+        iteration = _latest(root, key=key)
+        path = iteration_directory(root, iteration=iteration)
+    if not (path / "metadata.json").is_file() or not (path / ".metadata").is_file():
+        raise ConfigError(f"{key}: {path} is no complete torch_dist checkpoint (.metadata or metadata.json is missing)")
+    return CheckpointPath(path.parent, iteration, path)
+
+
+def read_model_section(root: str | Path) -> dict[str, Any]:
+    """The `model` section in ROOT/model.yaml. Raises ConfigError when the file is missing or not a mapping."""
+    file = Path(root) / MODEL_YAML
+    if not file.is_file():
+        raise ConfigError(
+            f"{file} is missing; write the checkpoint's `model` section (see the run's config.yaml) there"
+        )
+    try:
+        section = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not readable as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(section, dict):
+        raise ConfigError(f"{file}: holds no mapping; it must be the checkpoint's `model` section")
+    return section
+
+
+def write_model_section(root: str | Path, section: dict[str, Any]) -> None:
+    """Write ROOT/model.yaml; plain values only, in the order of the section."""
+    (Path(root) / MODEL_YAML).write_text(yaml.safe_dump(section, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _root(path: Path) -> Path | None:
+    return next((root for root in (path, path / "checkpoints") if (root / LATEST).is_file()), None)
+
+
+def _iteration(path: Path) -> int | None:
+    number = path.name.removeprefix("iter_")
+    return int(number) if number != path.name and number.isdigit() else None
+
+
+def _latest(root: Path, *, key: str) -> int:
+    text = (root / LATEST).read_text(encoding="utf-8").strip()
+    if not text.isdigit():
+        raise ConfigError(f"{key}: {root / LATEST} holds {text!r}, not an iteration number")
+    return int(text)

@@ -1,0 +1,179 @@
+"""The offline streams: safetensors to torch_dist and back, one Megatron tensor in memory at a time.
+
+A Megatron tensor is stored in its source's dtype. Where the Hugging Face parts of one fused tensor differ in dtype, it
+takes the type that holds them all exactly, and HF_DTYPES beside the tensors keeps the parts' own for the export.
+"""
+
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bridge.errors import ConversionError
+from bridge.weights.dist_files import DistFiles, DistWriter
+from bridge.weights.hf_files import DTYPES, NAMES, HfFiles, HfWriter, TensorSpec
+from bridge.weights.ledger import Ledger, Move, check_hf, check_megatron
+from bridge.weights.progress import Progress
+from bridge.weights.table import Table
+
+HF_DTYPES = "hf_dtypes.json"
+
+
+def import_tensors(
+    hf: HfFiles,
+    directory: Path,
+    *,
+    moves: Sequence[Move],
+    table: Table,
+    dtype: torch.dtype | None,
+    object_keys: Iterable[str] = (),
+) -> str:
+    """Write every move's tensor into a new torch_dist folder `directory`; the summary line.
+
+    `dtype` casts floating-point tensors; None keeps each source's. `object_keys` are written as empty objects. Raises
+    ConversionError naming what is missing, left over, misshapen or damaged: the first three before anything is written.
+    """
+    check_hf(moves, specs_of(hf), table=table, source=hf.directory)
+    ignored = check_ignored(hf, table)
+    names = [name for move in moves for name in move.hf_names]
+    ledger = Ledger(read=hf.tensors, written=[move.mcore_key for move in moves])
+    progress = Progress("import", num_tensors=len(moves), num_bytes=sum(hf.spec(name).num_bytes for name in names))
+    for name in ignored:
+        ledger.read(name)
+    with DistWriter(directory) as writer:
+        for move in moves:
+            # No name holds the tensor: the next one is not read while this one is still in memory.
+            writer.write(move.mcore_key, pad_rows(cast(merge(hf, move), dtype), move))
+            ledger.wrote(move.mcore_key)
+            for name in move.hf_names:
+                ledger.read(name)
+            progress.add(sum(hf.spec(name).num_bytes for name in move.hf_names), name=move.mcore_key)
+        for key in object_keys:
+            writer.write_empty_object(key)
+        ledger.balance()
+    exceptions = {} if dtype else _part_dtypes(hf, moves)
+    if exceptions:
+        (directory / HF_DTYPES).write_text(json.dumps(exceptions, indent=1), encoding="utf-8")
+    return progress.finish()
+
+
+def export_tensors(
+    dist: DistFiles, directory: Path, *, moves: Sequence[Move], dtype: torch.dtype | None, max_shard_size: int
+) -> str:
+    """Write every move's Hugging Face tensors into safetensors files in `directory`; the summary line.
+
+    Optimizer state in `dist` is passed over. Raises ConversionError as `import_tensors` does.
+    """
+    check_megatron(moves, specs_of(dist), source=dist.directory)
+    specs = export_specs(dist, moves=moves, dtype=dtype)
+    ledger = Ledger(read=[move.mcore_key for move in moves], written=specs)
+    progress = Progress("export", num_tensors=len(specs), num_bytes=sum(spec.num_bytes for spec in specs.values()))
+    writer = HfWriter(directory, specs, max_shard_size=max_shard_size)
+    for move in moves:
+        _export_one(dist, writer, move=move, specs=specs)
+        ledger.read(move.mcore_key)
+        for name in move.hf_names:
+            ledger.wrote(name)
+            progress.add(specs[name].num_bytes, name=name)
+    ledger.balance()
+    writer.close()
+    return progress.finish()
+
+
+def _export_one(dist: DistFiles, writer: HfWriter, *, move: Move, specs: Mapping[str, TensorSpec]) -> None:
+    """In a function of its own, so that the tensor is freed before the next one is read."""
+    for name, part in zip(move.hf_names, split(dist.read(move.mcore_key), move), strict=True):
+        writer.write(name, part.to(specs[name].dtype))
+
+
+def specs_of(files: HfFiles | DistFiles) -> dict[str, TensorSpec]:
+    """Dtype and shape of every stored tensor."""
+    return {name: files.spec(name) for name in files.tensors}
+
+
+def export_specs(dist: DistFiles, *, moves: Iterable[Move], dtype: torch.dtype | None) -> dict[str, TensorSpec]:
+    """Name, dtype and shape of every Hugging Face tensor an export writes."""
+    kept = _read_part_dtypes(dist.directory)
+    specs = {}
+    for move in moves:
+        stored = dist.spec(move.mcore_key).dtype
+        for name, shape in zip(move.hf_names, move.hf_shapes, strict=True):
+            own = kept.get(name, stored)
+            specs[name] = TensorSpec(dtype if dtype and own.is_floating_point else own, shape)
+    return specs
+
+
+def merge(hf: HfFiles, move: Move) -> Tensor:
+    """The Megatron tensor of a move, without padding, in the dtype that holds all its parts exactly."""
+    parts = [hf.read(name) for name in move.hf_names]
+    dtype = _common_dtype(hf, move)
+    tensor = move.op.merge([part.to(dtype) for part in parts])
+    assert tuple(tensor.shape) == move.shape, (move, tensor.shape)
+    return tensor
+
+
+def split(tensor: Tensor, move: Move) -> tuple[Tensor, ...]:
+    """The Hugging Face tensors of a whole, possibly padded Megatron tensor."""
+    return move.op.split(tensor[: move.shape[0]] if move.target.padded else tensor)
+
+
+def pad_rows(tensor: Tensor, move: Move) -> Tensor:
+    """Rows of zeros below, up to the model's padded vocabulary."""
+    num_rows = move.target.shape[0] - move.shape[0] if move.shape else 0
+    return torch.cat([tensor, tensor.new_zeros(num_rows, *move.shape[1:])]) if num_rows else tensor
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+
+def bit_equal(a: Tensor, b: Tensor) -> bool:
+    """Same dtype, shape and bytes (so NaN equals itself, and -0.0 does not equal 0.0)."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))
+
+
+def check_ignored(hf: HfFiles, table: Table) -> list[str]:
+    """The tensors that Ignore rows drop; those that claim to be a copy must be one."""
+    ignored = []
+    for name in hf.tensors:
+        row = table.ignored(name)
+        if row is None:
+            continue
+        if row.same_as and not bit_equal(hf.read(name), hf.read(row.same_as)):
+            raise ConversionError(
+                f"{hf.tensors[name].file}: {name} differs from {row.same_as}, although the config ties them; "
+                "set tie_word_embeddings to false in config.json"
+            )
+        ignored.append(name)
+    return ignored
+
+
+def _common_dtype(hf: HfFiles, move: Move) -> torch.dtype:
+    dtypes = {hf.spec(name).dtype for name in move.hf_names}
+    try:
+        return functools.reduce(torch.promote_types, dtypes)
+    except RuntimeError as error:
+        names = ", ".join(sorted(NAMES[dtype] for dtype in dtypes))
+        parts = ", ".join(move.hf_names)
+        raise ConversionError(f"{hf.directory}: {parts} have dtypes {names}, which do not mix") from error
+
+
+def _part_dtypes(hf: HfFiles, moves: Iterable[Move]) -> dict[str, str]:
+    return {
+        name: NAMES[hf.spec(name).dtype]
+        for move in moves
+        for name in move.hf_names
+        if hf.spec(name).dtype != _common_dtype(hf, move)
+    }
+
+
+def _read_part_dtypes(directory: Path) -> Mapping[str, torch.dtype]:
+    file = directory / HF_DTYPES
+    if not file.is_file():
+        return {}
+    return {name: DTYPES[dtype] for name, dtype in json.loads(file.read_text(encoding="utf-8")).items()}

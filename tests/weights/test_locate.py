@@ -1,0 +1,79 @@
+"""Runs, checkpoint roots and iterations are found; anything else is an error that says what it is."""
+
+import subprocess
+import sys
+
+import pytest
+
+from bridge.errors import ConfigError
+from bridge.weights import locate
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    root = tmp_path / "run" / "checkpoints"
+    for iteration in (50, 100):
+        directory = locate.iteration_directory(root, iteration=iteration)
+        directory.mkdir(parents=True)
+        (directory / "metadata.json").touch()
+        (directory / ".metadata").touch()
+    (root / locate.LATEST).write_text("100\n")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints", "checkpoints/iter_0000100"])
+def test_finds_the_latest_from_run_root_and_iteration(run_dir, inside):
+    found = locate.locate(run_dir / inside)
+    assert found == (run_dir / "checkpoints", 100, run_dir / "checkpoints" / "iter_0000100")
+    assert locate.is_megatron(run_dir / inside)
+
+
+def test_an_iteration_directory_need_not_be_the_latest(run_dir):
+    assert locate.locate(run_dir / "checkpoints" / "iter_0000050").iteration == 50
+
+
+def test_unfinished_iteration(run_dir):
+    (run_dir / "checkpoints" / "iter_0000100" / "metadata.json").unlink()
+    with pytest.raises(ConfigError, match="^megatron: .*iter_0000100 is no complete torch_dist checkpoint"):
+        locate.locate(run_dir)
+
+
+def test_damaged_tracker(run_dir):
+    (run_dir / "checkpoints" / locate.LATEST).write_text("release")
+    with pytest.raises(ConfigError, match="holds 'release', not an iteration number"):
+        locate.locate(run_dir)
+
+
+def test_other_directories(tmp_path):
+    with pytest.raises(ConfigError, match="^init.path: .*nowhere is not a directory"):
+        locate.locate(tmp_path / "nowhere", key="init.path")
+    with pytest.raises(ConfigError, match="neither a run nor a Megatron checkpoint"):
+        locate.locate(tmp_path)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ConfigError, match="is a Hugging Face directory"):
+        locate.locate(tmp_path)
+    assert locate.is_hf(tmp_path)
+
+
+def test_model_section_round_trip_and_errors(tmp_path):
+    section = {
+        "family": "llama",
+        "layernorm_epsilon": 1e-5,
+        "window_size": [511, 0],
+        "rope_parameters": {"factor": 8.0},
+    }
+    with pytest.raises(ConfigError, match="model.yaml is missing"):
+        locate.read_model_section(tmp_path)
+    locate.write_model_section(tmp_path, section)
+    assert locate.read_model_section(tmp_path) == section
+    (tmp_path / "model.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not readable as YAML"):
+        locate.read_model_section(tmp_path)
+    (tmp_path / "model.yaml").write_text("5")
+    with pytest.raises(ConfigError, match="holds no mapping"):
+        locate.read_model_section(tmp_path)
+
+
+def test_costs_no_torch():
+    code = "import sys, bridge.weights.locate; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
