@@ -1,0 +1,1 @@
+"""Command lines: compose with Hydra, check, claim the run directory, start workers. Only here is Hydra imported."""

@@ -1,0 +1,123 @@
+"""Command line -> composed configuration, through Hydra. Costs no torch import.
+
+`hydra.main` stays in charge, so --help, --cfg, -m, --config-dir, shell completion, sweepers and launchers behave as
+Hydra users expect; around it every error of the user's becomes one ConfigError.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+import bridge
+from bridge.errors import ConfigError
+from bridge.launch.hydra_errors import one_line
+
+# Sections that accept fields no YAML file lists: megatron-core's dataclasses, data sources and adapters check those.
+OPEN_SECTIONS = ("model", "parallelism", "optimizer", "precision", "peft", "data")
+
+
+class Job(NamedTuple):
+    """One composed job: a single run, or one of a sweep."""
+
+    settings: dict[str, Any]  # plain values, interpolations filled in
+    overrides: list[str]  # as typed, without hydra.*; in a sweep with this job's values
+    number: int | None = None  # place in the sweep; None in a single run
+    swept: tuple[str, ...] = ()  # the overrides that the sweep varies
+    directory: Path = Path()  # in a sweep: this job's own, hydra.sweep.dir/hydra.sweep.subdir
+
+
+def run(config_name: str, job: Callable[[Job], float]) -> None:
+    """Compose sys.argv on conf/<config_name>.yaml and call `job` once, or with -m once per combination.
+
+    `job` returns the objective that Hydra's sweepers minimise. What it raises is raised here, after every job of a
+    sweep was tried; what is wrong with the command line is a ConfigError. --help and its kin leave by SystemExit(0).
+    """
+    _declare_open_sections()
+    OmegaConf.register_new_resolver("choice", _choice, replace=True)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with exit code 1
+    failures: list[Exception] = []
+
+    def task(composed: DictConfig) -> float:
+        try:
+            return job(_job(composed))
+        except Exception as error:  # raised later: here Hydra would print a report of its own
+            failures.append(error)
+            return math.inf
+
+    try:
+        hydra.main(version_base="1.3", config_path=_conf_directory(), config_name=config_name)(task)()
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise ConfigError(one_line(error, arguments=sys.argv[1:])) from error
+    if failures:
+        raise failures[0]
+
+
+def absolute(settings: Mapping[str, Any], *, names: frozenset[str]) -> dict[str, Any]:
+    """`settings` with its paths made absolute: every text under a key in `names` or ending in _path, _paths or _dir."""
+
+    def convert(key: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(name): convert(str(name), item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [convert(key, item) for item in value]
+        is_path = isinstance(value, str) and value and (key in names or key.endswith(("_path", "_paths", "_dir")))
+        return os.path.abspath(os.path.expanduser(value)) if is_path else value
+
+    return {key: convert(key, value) for key, value in settings.items()}
+
+
+def _declare_open_sections() -> None:
+    """Register the `open_sections` entry of the primary files' defaults lists.
+
+    Hydra closes the composed tree; a node with its own struct=False stays open: `model.qk_layernorm=true` needs no '+'.
+    """
+    sections = {name: DictConfig({}, flags={"struct": False}) for name in OPEN_SECTIONS}
+    ConfigStore.instance().store(name="open_sections", node=OmegaConf.create(sections))
+
+
+def _choice(group: str, *, _root_: DictConfig) -> str:
+    """`${choice:model}` in YAML: the chosen option of a group.
+
+    Hydra's own `${hydra:runtime.choices.model}` has no value yet when the directory of a sweep is named.
+    """
+    settings = _root_.get("hydra") or HydraConfig.get()
+    return str(settings.runtime.choices[group])
+
+
+def _job(composed: DictConfig) -> Job:
+    settings = HydraConfig.get()
+    overrides = OmegaConf.to_container(settings.overrides.task, resolve=False)  # as typed: with ${...}
+    assert isinstance(overrides, list)
+    if settings.mode != RunMode.MULTIRUN:
+        return Job(_resolve(composed), overrides)
+    typed = set(sys.argv[1:])
+    swept = tuple(override for override in overrides if override not in typed)
+    return Job(_resolve(composed), overrides, int(settings.job.num), swept, Path(settings.runtime.output_dir))
+
+
+def _resolve(composed: DictConfig) -> dict[str, Any]:
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(one_line(error)) from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _conf_directory() -> str:
+    """An installed wheel carries conf inside the package; a checkout has it beside the package."""
+    package = Path(bridge.__file__).parent
+    inside = package / "conf"
+    return str(inside if inside.is_dir() else package.parent / "conf")

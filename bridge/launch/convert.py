@@ -1,0 +1,28 @@
+"""`python convert.py`, `bridge-convert`: compose conf/convert.yaml and run the mode it names, in this process."""
+
+import sys
+
+from bridge import convert as conversion
+from bridge.config import run_config
+from bridge.launch import compose
+from bridge.launch.driver import guarded
+
+PATH_KEYS = frozenset({"hf", "megatron", "report"})
+
+
+def main() -> None:
+    """Entry of convert.py and bridge-convert. Exit codes: 0 done, 1 out of tolerance or failed, 2 wrong input."""
+    sys.exit(guarded(_command))
+
+
+def _command() -> int:
+    jobs: list[compose.Job] = []
+    compose.run("convert", lambda job: jobs.append(job) or 0.0)  # type: ignore[func-returns-value]
+    codes = [_convert(job) for job in jobs]
+    return max(codes, default=0)
+
+
+def _convert(job: compose.Job) -> int:
+    settings = compose.absolute(job.settings, names=PATH_KEYS)
+    config = run_config.convert_from_dict(settings)
+    return conversion.run(config)

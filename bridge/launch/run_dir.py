@@ -1,0 +1,126 @@
+"""The run directory runs/NAME: one process tree at a time, its configuration on file, one model on every resume."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from bridge.config import run_config
+from bridge.config.run_config import RunConfig
+from bridge.errors import ConfigError
+from bridge.launch import result
+
+# What a checkpoint is made of: another value would load wrong weights, optimizer state or samples. `train.seed` orders
+# the samples. Learning rates, steps, batch sizes, layouts and logging may change between resumes.
+FIXED_SECTIONS = ("model", "peft", "data")
+FIXED_KEYS = ("precision.params_dtype", "precision.bf16", "precision.fp16", "optimizer.optimizer", "train.seed")
+FREE_KEYS = ("data.cache_dir", "data.num_workers")
+FREE_IN_SWEEPS = ("train.", "checkpoint.", "log.", "parallelism")  # may change between two starts of the same sweep
+
+
+class Claim(NamedTuple):
+    """A run directory that this process holds."""
+
+    path: Path
+    lock_fd: int  # passed on to the workers: the lock lasts as long as any of them
+    resumed_step: int | None  # of the latest checkpoint; None without one
+
+
+@contextmanager
+def claimed(config: RunConfig, *, overrides: list[str], swept: Sequence[str] | None = None) -> Iterator[Claim]:
+    """Hold config.run_dir: locked, found compatible, config.yaml and overrides.yaml written.
+
+    ConfigError when another process holds it, or when it has a checkpoint made with other fixed settings (nothing is
+    written then). swept: those of the overrides that a sweep varies; None outside a sweep.
+    """
+    path = config.run_dir
+    (path / "logs").mkdir(parents=True, exist_ok=True)
+    lock_fd = _lock(path, name=config.name)
+    try:
+        step = _latest_step(path)
+        if step is not None:
+            _check_unchanged(config, path)
+            if swept is not None:
+                _check_same_job(overrides, swept, path)
+        result.forget(path)
+        run_config.write(config, path / "config.yaml")
+        (path / "overrides.yaml").write_text(yaml.safe_dump(overrides, sort_keys=False), encoding="utf-8")
+        yield Claim(path, lock_fd, step)
+    finally:
+        os.close(lock_fd)
+
+
+def _lock(path: Path, *, name: str) -> int:
+    """Take an exclusive flock, freed by the kernel when its last holder ends, however that happens."""
+    lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(lock_fd, 200).decode(errors="replace").strip() or "another process"
+        os.close(lock_fd)
+        raise ConfigError(f"name: '{name}' is in use by {holder} ({path}); wait for it or set another name=") from None
+    os.ftruncate(lock_fd, 0)
+    os.write(lock_fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return lock_fd
+
+
+def _latest_step(path: Path) -> int | None:
+    latest = path / "checkpoints" / "latest_checkpointed_iteration.txt"
+    return int(latest.read_text(encoding="utf-8")) if latest.is_file() else None
+
+
+def _check_unchanged(config: RunConfig, path: Path) -> None:
+    saved_path = path / "config.yaml"
+    if not saved_path.is_file():
+        raise ConfigError(f"name: {path} has checkpoints but no config.yaml to resume from; set another name=")
+    saved, new = _fixed(run_config.read(saved_path)), _fixed(config)
+    differing = [key for key in sorted(saved.keys() | new.keys()) if saved.get(key) != new.get(key)]
+    if differing:
+        changes = ", ".join(f"{key} {_shown(saved, key)} -> {_shown(new, key)}" for key in differing)
+        raise ConfigError(
+            f"{differing[0]}: {path} holds checkpoints of another configuration ({changes}); set another name= or "
+            f"the earlier values"
+        )
+
+
+def _check_same_job(overrides: Sequence[str], swept: Sequence[str], path: Path) -> None:
+    """Job directories are numbered: another sweep of that name must not resume them as if they were its own."""
+    saved = yaml.safe_load((path / "overrides.yaml").read_text(encoding="utf-8"))
+    missing = {o for o in overrides if o in swept or not o.startswith(FREE_IN_SWEEPS)} - set(saved)
+    extra = {o for o in saved if not o.startswith(FREE_IN_SWEEPS)} - set(overrides)
+    if missing or extra:
+        raise ConfigError(
+            f"name: {path} holds the job '{' '.join(saved)}', not '{' '.join(overrides)}'; "
+            f"give this sweep another name="
+        )
+
+
+def _fixed(config: RunConfig) -> dict[str, Any]:
+    """Full key -> value of everything that may not change once there is a checkpoint."""
+    values: dict[str, Any] = {}
+    for section in FIXED_SECTIONS:
+        values |= _flat(getattr(config, section), prefix=section)
+    for key in FREE_KEYS:
+        values.pop(key, None)
+    for key in FIXED_KEYS:
+        section, _, name = key.partition(".")
+        holder = getattr(config, section)
+        values[key] = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name)
+    return values
+
+
+def _flat(section: Mapping[str, Any], *, prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        full = f"{prefix}.{key}"
+        flat |= _flat(value, prefix=full) if isinstance(value, Mapping) else {full: value}
+    return flat
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    return repr(values[key]) if key in values else "(not set)"

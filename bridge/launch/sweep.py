@@ -1,0 +1,78 @@
+"""`python train.py -m ...`: each job a process tree and run directory of its own; a table and sweep.json at the end."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bridge.errors import BridgeError
+from bridge.launch.compose import Job
+from bridge.launch.result import Result, in_one_line, write_json
+
+
+class Row(NamedTuple):
+    """One job of a sweep and how it ended."""
+
+    number: int
+    overrides: tuple[str, ...]
+    run_dir: Path
+    result: Result
+
+
+def run_job(job: Job, train: Callable[[Job], Result]) -> Row:
+    """Run one job; whatever goes wrong in it becomes its result, so that the other jobs still run."""
+    assert job.number is not None
+    print(f"--- job {job.number}: {' '.join(job.swept) or 'nothing varied'}", flush=True)
+    try:
+        result = train(job)
+    except BridgeError as error:
+        result = Result("invalid", error=str(error))
+    except Exception as error:
+        traceback.print_exc()
+        result = Result("failed", error=in_one_line(error))
+    if result.error:
+        print(result.error, file=sys.stderr, flush=True)
+    return Row(job.number, job.swept, job.directory, result)
+
+
+def placed(settings: dict[str, Any], job: Job) -> dict[str, Any]:
+    """`settings` with name and runs_dir such that the run directory is job.directory, the same on every start."""
+    relative = os.path.relpath(job.directory, settings["runs_dir"])
+    if relative.startswith(os.pardir):  # hydra.sweep.dir points elsewhere
+        return settings | {"runs_dir": str(job.directory.parent), "name": job.directory.name}
+    return settings | {"name": relative}
+
+
+def summarize(rows: Sequence[Row]) -> None:
+    """Print one line per job and write sweep.json beside the jobs' directories."""
+    path = rows[0].run_dir.parent / "sweep.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json([_record(row) for row in rows], path)
+    header = ("job", "status", "step", "eval loss", "overrides", "error")
+    table = [header, *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(f"written to {path}", flush=True)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    result = row.result
+    loss = "-" if result.eval_loss is None else f"{result.eval_loss:.4f}"
+    step = "-" if result.step is None else str(result.step)
+    return (str(row.number), result.status, step, loss, " ".join(row.overrides) or "-", result.error or "")
+
+
+def _record(row: Row) -> dict[str, Any]:
+    result = row.result
+    return {
+        "job": row.number,
+        "overrides": list(row.overrides),
+        "run_dir": str(row.run_dir),
+        "status": result.status,
+        "step": result.step,
+        "eval_loss": result.eval_loss,
+        "error": result.error,
+    }

@@ -1,0 +1,107 @@
+"""`torchrun train.py ...`: every process is a worker; rank 0 alone composes and owns the run directory.
+
+Rank 0 tells the others its decision through the store at MASTER_ADDR:MASTER_PORT where their process group meets later.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bridge.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Decision(NamedTuple):
+    """What rank 0 found: a configuration to train, or (None) nothing to do but leave with `exit_code`."""
+
+    settings: dict[str, Any] | None
+    exit_code: int = 0
+
+
+class Leader:
+    """Rank 0's side: publishes one decision."""
+
+    def __init__(self) -> None:
+        self.exit_code = 1  # what the other ranks leave with when there is nothing to train
+        self._store: Store | None = None  # kept until the end: without torch elastic, this process serves the store
+
+    def publish(self, settings: dict[str, Any] | None) -> None:
+        """Tell every rank what to train. The first decision counts; later ones do nothing."""
+        if self._store is None:
+            self._store = _store()
+            self._store.set("decision", json.dumps(Decision(settings, self.exit_code)))
+
+    @property
+    def decided(self) -> bool:
+        return self._store is not None
+
+    def wait_until_read(self) -> None:
+        """Wait a little for the other ranks to read: they cannot once this process, and the store in it, has ended."""
+        assert self._store is not None
+        with suppress(RuntimeError):  # a rank that has died never reads
+            self._store.wait([f"read_{rank}" for rank in range(1, world_size())], timedelta(seconds=20))
+
+
+def active() -> bool:
+    """Whether something like torchrun started this process as one of many."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def world_size() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
+def check_environment() -> None:
+    """ConfigError when a variable that the ranks need to meet is not set."""
+    for name in VARIABLES:
+        if not os.environ.get(name):
+            raise ConfigError(f"{name}: is not set while RANK and WORLD_SIZE are; start with torchrun, or unset those")
+
+
+def refuse_sweep() -> None:
+    """A sweep in every rank would train every job WORLD_SIZE times over."""
+    raise ConfigError(
+        f"hydra.mode: MULTIRUN under torchrun (WORLD_SIZE={world_size()}); run `python train.py -m ... "
+        f"train.num_devices={world_size()}`, which starts the processes of every job itself"
+    )
+
+
+@contextmanager
+def leading() -> Iterator[Leader]:
+    """Rank 0: publish in the body; leaving it without sends the other ranks home with `exit_code`."""
+    leader = Leader()
+    try:
+        yield leader
+    except SystemExit as leaving:  # --help
+        leader.exit_code = int(leaving.code or 0)
+        raise
+    finally:
+        if not leader.decided:
+            leader.publish(None)
+            leader.wait_until_read()
+
+
+def follow() -> Decision:
+    """Ranks above 0: wait for rank 0's decision."""
+    store = _store()
+    settings, exit_code = json.loads(store.get("decision"))
+    store.set(f"read_{rank()}", "")
+    return Decision(settings, exit_code)
+
+
+def _store() -> "Store":
+    import torch.distributed as dist
+
+    store, _, _ = next(dist.rendezvous("env://"))
+    return dist.PrefixStore("bridge.launch", store)

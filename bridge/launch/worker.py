@@ -1,0 +1,116 @@
+"""One training process: `python -m bridge.launch.worker RUN_DIR`, started by the driver. Reads RUN_DIR/config.yaml."""
+
+import ctypes
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import termios
+import time
+import traceback
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bridge.config import run_config
+from bridge.config.run_config import RunConfig
+from bridge.errors import BridgeError
+from bridge.launch.result import Result, in_one_line, log_path, write_rank_error, write_result
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main() -> None:
+    """Entry of a process that the driver or torch elastic started."""
+    die_with_parent()
+    run_dir = Path(sys.argv[1])
+    rank = int(os.environ.get("RANK", "0"))
+    with kept_output(log_path(run_dir, rank=rank), on_console=rank == 0):
+        result = execute(run_config.read(run_dir / "config.yaml"), rank=rank)
+    # "stopped" is told by result.json: torch elastic would take any exit code but 0 for a failure.
+    leave(0 if result.status == "stopped" else result.exit_code)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when the one that started it ends: no run outlives its driver unseen.
+
+    Saves are crash safe, and only a SIGKILL also ends a process that hangs in a collective.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextmanager
+def kept_output(path: Path, *, on_console: bool) -> Iterator[None]:
+    """Append stdout and stderr, also of C code and child processes, to `path`; on_console: to the console too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    target = _open_tee(path) if on_console else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    console = [os.dup(1), os.dup(2)]
+    _point_output(target, target)
+    try:
+        yield
+    finally:
+        _point_output(*console)
+        if on_console:
+            _drain(target)
+        for descriptor in (target, *console):
+            os.close(descriptor)
+
+
+def _open_tee(path: Path) -> int:
+    """Write end of a pipe to `tee`: a process of its own, it also passes on the last words of a crashing worker."""
+    tee = subprocess.Popen(["tee", "-ai", str(path)], stdin=subprocess.PIPE)  # -i: deaf to Ctrl-C
+    assert tee.stdin is not None
+    target = os.dup(tee.stdin.fileno())
+    tee.stdin.close()
+    return target
+
+
+def _drain(pipe: int, *, timeout: float = 5.0) -> None:
+    """Wait until the pipe has been read. (Waiting for tee's end would not do: helper processes hold the pipe open.)"""
+    unread = array("i", [1])
+    deadline = time.monotonic() + timeout
+    while unread[0] and time.monotonic() < deadline:
+        fcntl.ioctl(pipe, termios.FIONREAD, unread)
+        time.sleep(0.01)
+
+
+def _point_output(stdout: int, stderr: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+
+
+def execute(config: RunConfig, *, rank: int) -> Result:
+    """Train as `config` says in this process. Rank 0 writes result.json, a failing rank logs/rank_N.error."""
+    try:
+        from bridge.training.run import run  # imports torch
+
+        outcome = run(config)
+        result = Result(outcome.status, outcome.step, outcome.eval_loss)
+    except BridgeError as error:
+        result = Result("invalid", error=str(error))
+    except Exception as error:
+        traceback.print_exc()
+        result = Result("failed", error=in_one_line(error))
+    if result.error is not None:
+        write_rank_error(result, config.run_dir, rank=rank)
+    if rank == 0:
+        write_result(result, config.run_dir)
+    return result
+
+
+def leave(exit_code: int) -> None:
+    """End the process. After a failure at once: leaving by the usual way can wait forever for a lost peer."""
+    if exit_code in (0, 75):
+        sys.exit(exit_code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What the command line costs, prints and refuses, before any worker starts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bridge.launch import compose, convert, driver
+from tests.launch.commands import ROOT
+
+
+def cpu_seconds(*arguments: str) -> float:
+    before = os.times()
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+@pytest.mark.parametrize("script", ["train.py", "convert.py"])
+@pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]])
+def test_help_and_cfg_are_quick(script: str, flags: list[str]):
+    assert cpu_seconds(script, *flags) < 1.5
+
+
+@pytest.mark.parametrize(
+    "flags", [["--help"], ["--cfg", "job", "--resolve"], ["--info", "defaults"], ["train.steps=x"]]
+)
+def test_composing_imports_no_torch(flags: list[str]):
+    code = (
+        "import atexit, sys; sys.argv[0] = 'train.py'; from bridge.launch.driver import main; "
+        "atexit.register(lambda: print('heavy:', {'torch', 'megatron', 'transformers'} & set(sys.modules))); main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert "heavy: set()" in done.stdout
+
+
+def run_in_process(command, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with pytest.raises(SystemExit) as leaving:
+        command()
+    return int(leaving.value.code or 0), *capsys.readouterr()
+
+
+def test_help_lists_groups_and_main_keys(monkeypatch, capsys):
+    code, out, _ = run_in_process(driver.main, ["--help"], monkeypatch, capsys)
+    assert code == 0
+    assert all(f"\n{group}: " in out for group in ("model", "parallelism", "optimizer", "precision", "peft", "data"))
+    assert "train.steps" in out and "init.path" in out and "75" in out
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("train.stpes=3", "train.stpes: no such key (train.stpes=3); did you mean 'train.steps'?"),
+        ("log.wandb.projec=x", "log.wandb.projec: no such key (log.wandb.projec=x); did you mean 'log.wandb.project'?"),
+        ("modle=tiny", "modle: no such group or key (modle=tiny); did you mean 'model'?"),
+        ("model=tinny", "model: no option 'tinny'; did you mean 'tiny'?"),
+        ("precision=int3", "precision: no option 'int3'; the options are bf16, fp16, fp32"),
+        ("recipe=nothing_like_it", "recipe: no option 'nothing_like_it'"),
+        ("+train.typo=1", "train.typo: "),
+        ("++log.wandb.typo=1", "log.wandb.typo: "),
+        ("+typo.deep=1", "typo: "),
+        ("model.hidden_sise=3", "model.hidden_sise: "),
+        ("+train.steps=3", "train.steps: is already set, so '+train.steps=3' adds nothing; write it without the '+'"),
+        ("+model=tiny", "model: is chosen twice; write model=option without a '+'"),
+        (
+            "train.steps=1,2",
+            "train.steps: '1,2' gives one run several values; write [a,b] for a list, or add -m to run",
+        ),
+        ("train.steps=[1", "train.steps=[1: not a valid override"),
+        ("train.steps", "train.steps: not a valid override"),
+        ("train.steps=many", "train.steps: 'many'"),
+        ("train=3", "train: 3 is not a section"),
+        ("~train.nothing", "train.nothing: cannot be deleted, it does not exist"),
+        ("name=${nothing}", "name: Interpolation key 'nothing' not found"),
+        ("name=???", "name: has no value; set name=..."),
+        ("name=../elsewhere", "name: '../elsewhere'"),
+        ("hydra/launcher=nothing", "hydra/launcher: no option 'nothing'"),
+        ("--config-dir=/nothing/here", "Additional config directory '/nothing/here' not found"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(argument, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run_in_process(driver.main, [argument], monkeypatch, capsys)
+    assert code == 2
+    assert err.startswith(message)
+    assert len(err.splitlines()) == 1
+    assert out == ""
+    assert "use +" not in err
+    assert list(tmp_path.iterdir()) == []  # no run directory, nothing of Hydra's
+
+
+def test_convert_checks_its_keys_the_same_way(monkeypatch, capsys):
+    for arguments, message in [
+        ([], "mode: has no value"),
+        (["mode=imprt"], "mode: 'imprt'"),
+        (["mode=yaml", "hff=x"], "hff: no such group or key (hff=x); did you mean 'hf'?"),
+        (["mode=import", "hf=x"], "megatron: "),
+    ]:
+        code, _, err = run_in_process(convert.main, arguments, monkeypatch, capsys)
+        assert (code, len(err.splitlines())) == (2, 1)
+        assert err.startswith(message)
+
+
+def composed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[compose.Job]:
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    jobs: list[compose.Job] = []
+    compose.run("train", lambda job: jobs.append(job) or 0.0)
+    return jobs
+
+
+def test_architecture_sections_take_unlisted_keys_without_a_plus(monkeypatch):
+    overrides = ["model.moe_router_topk=2", "model.rope_parameters.factor=8", "optimizer.foreach=true"]
+    (job,) = composed(overrides, monkeypatch)
+    assert job.settings["model"]["moe_router_topk"] == 2
+    assert job.settings["model"]["rope_parameters"] == {"factor": 8}
+    assert job.overrides == overrides
+
+
+def test_groups_and_recipes_of_the_users_own(monkeypatch, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("family: llama\nnum_layers: 7\n")
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "night.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: mine\ntrain:\n  steps: 5\n"
+    )
+    (job,) = composed([f"--config-dir={tmp_path}", "recipe=night"], monkeypatch)
+    assert (job.settings["model"], job.settings["train"]["steps"]) == ({"family": "llama", "num_layers": 7}, 5)
+    assert job.settings["name"] == "mine"
+
+
+def test_sweep_jobs_have_directories_and_know_what_varies(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    jobs = composed(["-m", "optimizer.lr=0.1,0.2", "train.seed=3"], monkeypatch)
+    assert [job.number for job in jobs] == [0, 1]
+    assert [job.swept for job in jobs] == [("optimizer.lr=0.1",), ("optimizer.lr=0.2",)]
+    assert [job.directory for job in jobs] == [tmp_path / "runs" / "sweeps" / "tiny" / n for n in "01"]
+
+
+def test_paths_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    settings = {"runs_dir": "runs", "init": {"path": "~/hf"}, "data": {"paths": ["a", "/b"], "cache_dir": None, "n": 1}}
+    assert compose.absolute(settings, names=frozenset({"runs_dir", "path", "paths"})) == {
+        "runs_dir": str(tmp_path / "runs"),
+        "init": {"path": "/home/me/hf"},
+        "data": {"paths": [str(Path(tmp_path) / "a"), "/b"], "cache_dir": None, "n": 1},
+    }

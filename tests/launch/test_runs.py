@@ -1,0 +1,165 @@
+"""Whole runs through the real command line: exit codes, signals, sweeps, torchrun."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from bridge.launch.result import Result
+from tests.launch.commands import TINY, start, train, wait_for, write_user_source
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def result(run_dir):
+    return json.loads((run_dir / "result.json").read_text())
+
+
+def test_run_resume_and_refusal(tmp_path):
+    """A run to its end; the same command again; another architecture in its directory; a worker's ConfigError."""
+    command = (*TINY, "train.steps=2", "name=a")
+    run_dir = tmp_path / "runs" / "a"
+    code, out, err = train(*command, cwd=tmp_path)
+    assert code == 0, err
+    assert result(run_dir) | {"eval_loss": None} == {"status": "done", "step": 2, "eval_loss": None, "error": None}
+    assert result(run_dir)["eval_loss"] == pytest.approx(math.log(64), rel=0.1)  # random tokens, untrained model
+    log = (run_dir / "logs" / "rank_0.log").read_text()
+    assert "step 2/2" in log and log in out
+
+    code, out, err = train(*command, cwd=tmp_path)
+    assert (code, result(run_dir)["step"]) == (0, 2), err
+    assert "resuming at step 2" in out
+
+    code, _, err = train(*command, "model.num_layers=2", "model.hidden_size=64", cwd=tmp_path)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "model.hidden_size 32 -> 64, model.num_layers 1 -> 2" in err
+
+    code, _, err = train(*TINY, "name=b", "init.path=missing", cwd=tmp_path)
+    assert code == 2
+    assert err.startswith("init.path: ") and str(tmp_path / "missing") in err.splitlines()[-1]
+
+
+def test_a_failed_rank_is_named_with_its_cause(tmp_path):
+    """Rank 1 fails; rank 0, which then loses its peer, is not what gets reported."""
+    source = write_user_source(tmp_path)
+    arguments = (*TINY, source, "+data.crash_on_rank=1", "train.num_devices=2", "train.steps=2", "name=a")
+    code, _, err = train(*arguments, cwd=tmp_path)
+    log = tmp_path / "runs" / "a" / "logs" / "rank_1.log"
+    assert (code, err) == (1, f"RuntimeError: the disk is full (full traceback in {log})\n")
+    assert "the disk\nis full" in log.read_text()
+    assert result(tmp_path / "runs" / "a")["status"] == "failed"
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_stopped_run_has_saved_and_goes_on(tmp_path, num_devices):
+    source = write_user_source(tmp_path)
+    command = (*TINY, source, f"train.num_devices={num_devices}", "name=a")
+    slow = (*command, "train.steps=1000", "+data.seconds=0.01")
+    run_dir = tmp_path / "runs" / "a"
+    first = start(*slow, cwd=tmp_path)
+    wait_for("step 2/1000", run_dir / "logs" / "rank_0.log")
+
+    code, _, err = train(*slow, cwd=tmp_path)  # a second start meanwhile
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert f"in use by process {first.pid} " in err
+
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=60)
+    assert first.returncode == 75
+    stopped = result(run_dir)
+    assert stopped["status"] == "stopped"
+    steps = stopped["step"] + 1
+    code, out, err = train(*slow, f"train.steps={steps}", cwd=tmp_path)
+    assert code == 0, err
+    assert f"resuming at step {stopped['step']}" in out
+    assert result(run_dir)["step"] == steps
+
+
+def test_workers_do_not_outlive_a_killed_driver(tmp_path):
+    source = write_user_source(tmp_path)
+    run_dir = tmp_path / "runs" / "a"
+    arguments = (*TINY, source, "+data.seconds=0.01", "train.steps=1000", "train.num_devices=2", "name=a")
+    driver = start(*arguments, cwd=tmp_path)
+    wait_for("step 2/1000", run_dir / "logs" / "rank_0.log")
+    tree = psutil.Process(driver.pid).children(recursive=True)
+    workers = [process for process in tree if str(run_dir) in process.cmdline()]
+    assert len(workers) >= 2
+    driver.kill()
+    driver.wait()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert alive == []
+
+
+def test_interrupting_twice_kills(tmp_path):
+    source = write_user_source(tmp_path)
+    # One step takes 40 s: the first interrupt cannot be answered before the second.
+    arguments = (*TINY, source, "+data.seconds=10", "train.steps=1000", "name=a")
+    driver = start(*arguments, cwd=tmp_path)
+    wait_for("weights: random", tmp_path / "runs" / "a" / "logs" / "rank_0.log")
+    driver.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        driver.wait(timeout=2)
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(timeout=10) == 75
+
+
+def test_a_failing_job_does_not_hide_the_others(tmp_path):
+    source = write_user_source(tmp_path)
+    command = ("-m", *TINY, source, "train.steps=1", "name=s", "+data.crash_on_rank=0,null", "optimizer.lr=0.1")
+    code, out, err = train(*command, cwd=tmp_path)
+    sweep_dir = tmp_path / "runs" / "sweeps" / "s"
+    assert code == 1
+    rows = json.loads((sweep_dir / "sweep.json").read_text())
+    assert [(row["job"], row["status"], row["run_dir"]) for row in rows] == [
+        (0, "failed", str(sweep_dir / "0")),
+        (1, "done", str(sweep_dir / "1")),
+    ]
+    assert [row["overrides"] for row in rows] == [["+data.crash_on_rank=0"], ["+data.crash_on_rank=null"]]
+    assert rows[1]["eval_loss"] == result(sweep_dir / "1")["eval_loss"] > 0
+    assert "the disk is full" in err and f"written to {sweep_dir / 'sweep.json'}" in out
+    assert sorted(path.name for path in sweep_dir.iterdir()) == ["0", "1", "multirun.yaml", "sweep.json"]
+
+
+def test_a_sweep_minimises_the_evaluation_loss():
+    assert Result("done", 3, 1.5).objective == 1.5
+    assert Result("done", 3, None).objective == math.inf
+    assert Result("done", 3, math.nan).objective == math.inf
+    assert Result("failed", error="x").objective == math.inf
+
+
+def test_torchrun_ranks_are_the_workers(tmp_path):
+    """Both ranks train one run; rank 0 composes; a mistake is printed once and ends both."""
+    code, out, err = train(*TINY, "train.steps=2", "name=a", cwd=tmp_path, launcher=TORCHRUN)
+    run_dir = tmp_path / "runs" / "a"
+    assert code == 0, err
+    assert result(run_dir)["status"] == "done"
+    assert out.count("from the start, 2 processes") == 1
+    assert {path.name for path in (run_dir / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
+
+    for arguments, message in [
+        (("train.num_devices=3",), "train.num_devices: 3 differs from the 2 processes that torchrun started"),
+        (("-m", "train.steps=1,2"), "hydra.mode: MULTIRUN under torchrun"),
+    ]:
+        code, _, err = train(*arguments, *TINY, "name=b", cwd=tmp_path, launcher=TORCHRUN)
+        assert code == 1  # torchrun's own, for a rank that left with 2
+        assert err.count(message) == 1
+    assert not (tmp_path / "runs" / "b").exists()
+
+
+def test_processes_that_are_not_torchruns_meet_too(tmp_path, monkeypatch):
+    """RANK and WORLD_SIZE from elsewhere: rank 0 serves the store itself. A mistake ends both with 2."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(20000 + os.getpid() % 10000))
+    processes = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        processes.append(start("train.stpes=2", cwd=tmp_path))
+    errors = [process.communicate(timeout=90)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert errors[0].startswith("train.stpes: no such key") and errors[1] == ""
