@@ -14,6 +14,9 @@ __all__ = ["export_weights", "load_model", "save_hf"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'bridge' has no attribute {name!r}")
+    from bridge import platform
+
+    platform.prepare()  # before api imports megatron-core
     from bridge import api
 
     return getattr(api, name)

@@ -1,0 +1,67 @@
+"""mode=export: a Megatron checkpoint, imported or trained, becomes a Hugging Face directory, tensor by tensor."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bridge.config.schema import ConvertConfig
+from bridge.convert.skeleton import skeleton, torch_dtype
+from bridge.models import hf_config
+from bridge.weights import locate
+from bridge.weights.dist_files import open_dist
+from bridge.weights.hf_files import TensorSpec, copy_assets, main_dtype, parse_size
+from bridge.weights.output import new_directory
+from bridge.weights.transfer import export_specs, export_tensors
+
+
+def run(config: ConvertConfig) -> int:
+    assert config.hf is not None and config.megatron is not None
+    summary = export_hf(
+        config.megatron,
+        config.hf,
+        dtype=torch_dtype(config.dtype),
+        max_shard_size=config.max_shard_size,
+        overwrite=config.overwrite,
+    )
+    print(summary)
+    print(f"wrote {config.hf}")
+    return 0
+
+
+def export_hf(
+    megatron: str | Path,
+    hf: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> str:
+    """Write Hugging Face directory `hf` from `megatron` (a run, its checkpoints or one iteration); the summary line.
+
+    Raises ConversionError, ConfigError as `import_hf` does: then nothing was written.
+    """
+    size = parse_size(max_shard_size)
+    found = locate.locate(megatron)
+    with new_directory(hf, overwrite=overwrite, key="hf") as directory:
+        bones = skeleton(locate.read_model_section(found.root))
+        dist = open_dist(found.directory)
+        summary = export_tensors(dist, directory, moves=bones.moves, dtype=dtype, max_shard_size=size)
+        specs = export_specs(dist, moves=bones.moves, dtype=dtype)
+        write_assets(directory, section=bones.section, assets=found.root / locate.HF_ASSETS, specs=specs.values())
+    return summary
+
+
+def write_assets(
+    directory: Path, *, section: Mapping[str, Any], assets: Path | None, specs: Iterable[TensorSpec]
+) -> None:
+    """Write config.json for the tensors written, and copy the tokenizer and generation files there are in `assets`."""
+    if assets is not None and assets.is_dir():
+        copy_assets(assets, directory)
+    file = directory / "config.json"
+    source = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    dtype = str(main_dtype(specs)).removeprefix("torch.")
+    content = hf_config.to_hf(section, dtype=dtype, source=source)
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

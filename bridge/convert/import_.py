@@ -1,0 +1,43 @@
+"""mode=import: a Hugging Face directory becomes a Megatron checkpoint, tensor by tensor."""
+
+from pathlib import Path
+
+import torch
+
+from bridge.config.schema import ConvertConfig
+from bridge.convert.skeleton import skeleton, torch_dtype
+from bridge.models import hf_config
+from bridge.weights import locate
+from bridge.weights.hf_files import copy_assets, open_hf
+from bridge.weights.output import new_directory
+from bridge.weights.transfer import import_tensors
+
+
+def run(config: ConvertConfig) -> int:
+    assert config.hf is not None and config.megatron is not None
+    dtype = torch_dtype(config.dtype)
+    print(import_hf(config.hf, config.megatron, dtype=dtype, overwrite=config.overwrite))
+    print(f"wrote {config.megatron}")
+    return 0
+
+
+def import_hf(
+    hf: str | Path, megatron: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+) -> str:
+    """Write checkpoint `megatron` (iteration 0) from directory `hf`; the summary line.
+
+    `dtype` casts the weights; None keeps each tensor's own. Raises ConversionError when the config is not understood,
+    a tensor is missing, left over or damaged, or the output exists: then nothing was written.
+    """
+    with new_directory(megatron, overwrite=overwrite, key="megatron") as root:
+        bones = skeleton(hf_config.to_mcore(hf_config.read(hf)))
+        directory = locate.iteration_directory(root, iteration=0)
+        directory.mkdir()
+        summary = import_tensors(
+            open_hf(hf), directory, moves=bones.moves, table=bones.table, dtype=dtype, object_keys=bones.object_keys
+        )
+        locate.write_model_section(root, bones.section)
+        (root / locate.HF_ASSETS).mkdir()
+        copy_assets(hf, root / locate.HF_ASSETS)
+        (root / locate.LATEST).write_text("0", encoding="utf-8")
+    return summary

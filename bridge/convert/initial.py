@@ -1,0 +1,80 @@
+"""Weights for a live model from a Hugging Face directory or a Megatron checkpoint, straight into the shards."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bridge.config.routing import Routed
+from bridge.errors import ConfigError
+from bridge.models import family, hf_config
+from bridge.weights import live, locate
+from bridge.weights.dist_files import open_dist
+from bridge.weights.hf_files import main_dtype, open_hf
+from bridge.weights.ledger import OPTIMIZER_PREFIXES
+from bridge.weights.transfer import specs_of
+
+# Model keys that may differ between a checkpoint and the run that starts from it, beside those of no architecture.
+FREE = frozenset({"attention_dropout", "init_method_std", "max_sequence_length"})
+
+
+def load_initial(model: Sequence[torch.nn.Module], path: str | Path, routed: Routed, *, key: str = "init.path") -> None:
+    """Fill `model` (this rank's chunks, built from `routed`) with the weights in `path`.
+
+    `path`: a Hugging Face directory, a run, its checkpoints or one iteration. Raises ConfigError naming `key` when it
+    is neither, or naming the `model` keys that differ; ConversionError when tensors are missing, left over or damaged.
+    """
+    path = Path(path).expanduser().absolute()
+    section = read_section(path, key=key)
+    check_same_model(section, routed, path=path)
+    table = family.by_name(routed.family).table(section)
+    vocab_size = routed.gpt["vocab_size"]
+    if locate.is_megatron(path):
+        dist = open_dist(locate.locate(path, key=key).directory)
+        live.load_megatron(model, dist, table=table, vocab_size=vocab_size)
+    else:
+        live.load_hf(model, open_hf(path), table=table, vocab_size=vocab_size)
+
+
+def read_section(path: Path, *, key: str) -> dict[str, Any]:
+    """The `model` section of a model directory of either kind. Raises ConfigError naming `key`, ConversionError."""
+    if not path.is_dir():
+        raise ConfigError(f"{key}: {path} does not exist; give a Hugging Face directory or a Megatron checkpoint")
+    if locate.is_megatron(path):
+        return locate.read_model_section(locate.locate(path, key=key).root)
+    if locate.is_hf(path):
+        return hf_config.to_mcore(hf_config.read(path))
+    raise ConfigError(
+        f"{key}: {path} is neither a Hugging Face directory (config.json) nor a Megatron checkpoint "
+        f"({locate.LATEST}); give one of the two"
+    )
+
+
+def check_same_model(section: Mapping[str, Any], routed: Routed, *, path: Path) -> None:
+    """Raise ConfigError naming every `model` key in which a run (`routed`) and the checkpoint's `section` differ."""
+    theirs, ours = family.complete(section), family.complete(model_section(routed))
+    free = hf_config.NOT_ARCHITECTURE | (FREE - {"max_sequence_length"} if ours["rope_parameters"] else FREE)
+    names = [name for name in theirs | ours if name == "family" or name not in free]
+    different = [
+        f"{routed.origin.get(name, f'model.{name}')} is {ours.get(name)!r} (there {theirs.get(name)!r})"
+        for name in names
+        if ours.get(name) != theirs.get(name)
+    ]
+    if different:
+        raise ConfigError(f"{', '.join(different)}: not the model in {path}; take that directory's values (mode=yaml)")
+
+
+def model_section(routed: Routed) -> dict[str, Any]:
+    """The `model` section that `routed` came from, without the keys that were left at megatron-core's default."""
+    values = routed.transformer | routed.gpt
+    names = [name for name, key in routed.origin.items() if key.startswith("model.") and name in values]
+    return {"family": routed.family, **{name: values[name] for name in names}}
+
+
+def stored_dtype(path: Path) -> torch.dtype:
+    """The dtype most bytes of the weights in a model directory of either kind have."""
+    if locate.is_megatron(path):
+        dist = open_dist(locate.locate(path).directory)
+        return main_dtype(spec for key, spec in specs_of(dist).items() if not key.startswith(OPTIMIZER_PREFIXES))
+    return main_dtype(specs_of(open_hf(path)).values())

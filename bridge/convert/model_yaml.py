@@ -1,0 +1,21 @@
+"""mode=yaml: the conf/model file of a Hugging Face directory, printed."""
+
+from pathlib import Path
+
+import yaml
+
+from bridge.config.schema import ConvertConfig
+from bridge.models import hf_config
+
+
+def run(config: ConvertConfig) -> int:
+    assert config.hf is not None
+    print(model_yaml(config.hf), end="")
+    return 0
+
+
+def model_yaml(hf: str | Path) -> str:
+    """Text of a conf/model YAML file with the architecture of directory `hf`. Raises ConversionError."""
+    section = hf_config.to_mcore(hf_config.read(hf))
+    name = Path(hf).resolve().name
+    return f"# The architecture of {name}: save as conf/model/NAME.yaml.\n" + yaml.safe_dump(section, sort_keys=False)

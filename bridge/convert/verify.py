@@ -1,0 +1,122 @@
+"""mode=verify: is a Megatron checkpoint the same model as a Hugging Face directory? Tensors bit by bit, and logits."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridge import parallel, platform
+from bridge.config.routing import Routed
+from bridge.config.schema import ConvertConfig
+from bridge.convert.skeleton import Skeleton, skeleton
+from bridge.errors import ConversionError
+from bridge.models import gpt
+from bridge.weights import compare, live, locate
+from bridge.weights.dist_files import DistFiles, open_dist
+from bridge.weights.hf_files import open_hf
+from bridge.weights.ledger import name_some
+
+TEXTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n",
+    "Once upon a time there was a little girl who lived near the forest. Every morning she",
+)
+ID_LENGTHS = (5, 17, 48)  # tokens of the prompts made when there is no tokenizer
+REPORT = "verify.json"
+
+
+def run(config: ConvertConfig) -> int:
+    assert config.hf is not None and config.megatron is not None
+    file = Path(config.report) if config.report else locate.locate(config.megatron).root / REPORT
+    report = verify(config.hf, config.megatron, prompts=config.prompts, tolerance=config.tolerance)
+    file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(describe(report))
+    print(f"report: {file}")
+    return 0 if report["passed"] else 1
+
+
+def verify(
+    hf: str | Path, megatron: str | Path, *, prompts: Sequence[str] | None = None, tolerance: float = 1e-4
+) -> dict[str, Any]:
+    """Compare all tensors and the fp32 logits of transformers and megatron-core; the report, ready for JSON.
+
+    `passed`: every tensor equal and no logit further apart than `tolerance`. Prompts are texts when there is a
+    tokenizer, else token ids. Both models are held in fp32, one after the other. Raises ConversionError, ConfigError.
+    """
+    found = locate.locate(megatron)
+    bones = skeleton(locate.read_model_section(found.root))
+    dist = open_dist(found.directory)
+    tensors = compare.compare_tensors(open_hf(hf), dist, moves=bones.moves, table=bones.table)
+    ids = token_ids(hf, bones.routed, prompts=prompts)
+    theirs = _transformers_logits(hf, ids)
+    logits = compare.compare_logits(_megatron_logits(bones, dist, ids), theirs)
+    return {
+        "hf": str(hf),
+        "megatron": str(found.directory),
+        "tensors": tensors._asdict(),
+        "logits": logits._asdict(),
+        "tolerance": tolerance,
+        "passed": tensors.equal == tensors.total and logits.max_abs_diff <= tolerance,
+    }
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report in three lines."""
+    tensors, logits = report["tensors"], report["logits"]
+    cast = f" ({tensors['cast']} after a cast to the stored dtype)" if tensors["cast"] else ""
+    different = f"; different: {name_some(tensors['different'])}" if tensors["different"] else ""
+    return (
+        f"tensors: {tensors['equal']}/{tensors['total']} equal{cast}{different}\n"
+        f"logits: largest difference {logits['max_abs_diff']:.2e} (tolerance {report['tolerance']:.0e}), "
+        f"cosine {logits['min_cosine']:.7f}, top-1 agreement {logits['top1_agreement']:.2%} "
+        f"of {logits['num_positions']} positions\n"
+        f"{'verified' if report['passed'] else 'NOT the same model'}"
+    )
+
+
+def token_ids(hf: str | Path, routed: Routed, *, prompts: Sequence[str] | None) -> list[Tensor]:
+    """Prompts as int64 [sequence]: `prompts` or TEXTS through the directory's tokenizer, or ids made up without one."""
+    vocab_size, longest = routed.gpt["vocab_size"], routed.gpt["max_sequence_length"]
+    if not (Path(hf) / "tokenizer_config.json").is_file() and not (Path(hf) / "tokenizer.json").is_file():
+        if prompts:
+            raise ConversionError(f"prompts: {hf} has no tokenizer; leave prompts out to compare on token ids")
+        random = torch.Generator().manual_seed(0)
+        return [torch.randint(vocab_size, (min(length, longest),), generator=random) for length in ID_LENGTHS]
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(hf)
+    ids = [torch.tensor(tokenizer(text)["input_ids"][:longest]) for text in prompts or TEXTS]
+    if any(not len(prompt) or int(prompt.max()) >= vocab_size for prompt in ids):
+        raise ConversionError(
+            f"prompts: one is empty or has tokens beyond the model's {vocab_size}; choose other prompts"
+        )
+    return ids
+
+
+@torch.no_grad()
+def _transformers_logits(hf: str | Path, prompts: Sequence[Tensor]) -> list[Tensor]:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="sdpa").eval()
+    return [model(ids[None]).logits[0] for ids in prompts]
+
+
+@torch.no_grad()
+def _megatron_logits(bones: Skeleton, dist: DistFiles, prompts: Sequence[Tensor]) -> list[Tensor]:
+    routed = bones.routed._replace(transformer=bones.routed.transformer | {"transformer_impl": "local"})
+    vocab_size = routed.gpt["vocab_size"]
+    with parallel.single_process(routed.transformer):
+        model = gpt.build(routed, dtype=torch.float32)
+        live.load_megatron(model, dist, table=bones.table, vocab_size=vocab_size)
+        chunk = model[0].eval()
+        logits = []
+        for ids in prompts:
+            batch = ids[None].to(platform.device())
+            positions = torch.arange(len(ids), device=batch.device)[None]
+            logits.append(chunk(batch, positions, None)[0, :, :vocab_size].cpu())
+    return logits
