@@ -1,0 +1,231 @@
+"""Process groups, random seeds and their teardown. The only reader of megatron-core's parallel_state."""
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from bridge import platform
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# TransformerConfig field -> argument of initialize_model_parallel; an absent field keeps megatron-core's default.
+SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "hierarchical_context_parallel_sizes",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "pipeline_model_parallel_comm_backend",
+    "hybrid_context_parallel",
+)
+
+
+def initialize(
+    fields: Mapping[str, Any],
+    *,
+    seed: int = 1234,
+    timeout_minutes: float = 30,
+    num_distributed_optimizer_instances: int = 1,
+) -> None:
+    """Join the process group, make megatron-core's model-parallel groups and seed every random generator.
+
+    `fields` holds TransformerConfig fields (`Routed.transformer`); only the parallel sizes and the choice of random
+    state tracker are read. With RANK and WORLD_SIZE in the environment all ranks meet at MASTER_ADDR:MASTER_PORT;
+    without them this is a world of one, with no rendezvous. May be called again after `teardown()`.
+    """
+    import torch.distributed as dist
+
+    platform.prepare()
+    timeout = timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        platform.set_local_rank(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group(platform.backend(), timeout=timeout)
+    else:
+        platform.set_local_rank(0)
+        dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    _make_groups(
+        fields,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        num_distributed_optimizer_instances=num_distributed_optimizer_instances,
+    )
+    _seed(fields, seed=seed)
+
+
+def _make_groups(fields: Mapping[str, Any], **options: Any) -> None:
+    from megatron.core import parallel_state
+
+    sizes = {name: fields[name] for name in SIZES if fields.get(name) is not None}
+    parallel_state.initialize_model_parallel(**sizes, **options)
+
+
+def _seed(fields: Mapping[str, Any], *, seed: int) -> None:
+    """Seeds differ between pipeline stages and, for sharded weights, between tensor ranks; data ranks share theirs."""
+    import numpy
+    import torch
+    from megatron.core import parallel_state, tensor_parallel
+
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        seed, te_rng_tracker=bool(fields.get("use_te_rng_tracker", False)), force_reset_rng=True
+    )
+
+
+def teardown() -> None:
+    """Destroy all process groups; a later `initialize()` starts afresh. Does nothing when nothing was initialised."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def is_initialized() -> bool:
+    """True between `initialize()` (or `fake()`) and `teardown()`."""
+    import torch.distributed as dist
+
+    return dist.is_initialized()
+
+
+@contextlib.contextmanager
+def single_process(fields: Mapping[str, Any] | None = None, *, seed: int = 1234) -> Iterator[None]:
+    """A world of one for offline tools and tests, whatever the environment says.
+
+    Parallel sizes in `fields` are ignored: one process holds the whole model.
+    """
+    kept = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    try:
+        alone = {name: value for name, value in (fields or {}).items() if name not in SIZES}
+        initialize(alone, seed=seed)
+        yield
+    finally:
+        teardown()
+        os.environ.update(kept)
+
+
+@contextlib.contextmanager
+def fake(world_size: int, rank: int, fields: Mapping[str, Any]) -> Iterator[None]:
+    """Rank `rank` of a world of `world_size` that does not exist: its collectives return at once with wrong numbers.
+
+    For models on the meta device, whose shapes are all that is asked of them.
+    """
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    platform.prepare()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        _make_groups(fields, create_gloo_process_groups=False)
+        _seed(fields, seed=0)
+        yield
+    finally:
+        teardown()
+
+
+def rank() -> int:
+    """This process's number in the world; 0 before `initialize()`."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Processes in the world; 1 before `initialize()`."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True on the one process that writes files and prints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    import torch.distributed as dist
+
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def data_parallel_rank(*, with_context_parallel: bool = False) -> int:
+    """This process's number among those that see different data (and, if asked, different parts of a sequence)."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_rank(with_context_parallel=with_context_parallel)
+
+
+def data_parallel_size(*, with_context_parallel: bool = False) -> int:
+    """Number of processes that see different data (times, if asked, those that share one sequence)."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_world_size(with_context_parallel=with_context_parallel)
+
+
+def tensor_parallel_rank() -> int:
+    """This process's number among those that hold slices of the same layers."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def tensor_parallel_size() -> int:
+    """Number of slices every layer is cut into."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_world_size()
+
+
+def tensor_parallel_group() -> "ProcessGroup":
+    """The processes that hold slices of the same layers."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def context_parallel_group() -> "ProcessGroup":
+    """The processes that hold parts of the same sequence."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_context_parallel_group()
+
+
+def context_parallel_size() -> int:
+    """Number of parts every sequence is cut into."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_context_parallel_world_size()
+
+
+def pipeline_rank() -> int:
+    """This process's pipeline stage, from 0."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_rank()
+
+
+def pipeline_size() -> int:
+    """Number of pipeline stages."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_world_size()
+
+
+def is_pipeline_first_stage(*, vp_stage: int | None = None, vp_size: int | None = None) -> bool:
+    """True where tokens are embedded: stage 0 and, of several model chunks on it, the first."""
+    return pipeline_rank() == 0 and (vp_size is None or vp_stage == 0)
+
+
+def is_pipeline_last_stage(*, vp_stage: int | None = None, vp_size: int | None = None) -> bool:
+    """True where logits are computed: the last stage and, of several model chunks on it, the last."""
+    return pipeline_rank() == pipeline_size() - 1 and (vp_size is None or vp_stage == vp_size - 1)

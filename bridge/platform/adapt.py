@@ -1,0 +1,70 @@
+"""The one entry to the adaptations: which of them this machine needs, applied once per process."""
+
+import functools
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+
+from bridge.errors import BridgeError
+from bridge.platform.devices import has_transformer_engine, on_cuda
+
+# The adaptations name private parts of this release; another release needs them checked again.
+MEGATRON_CORE = "0.16.1"
+
+
+def check_version() -> None:
+    """Raise BridgeError unless the installed megatron-core is the one the adaptations were written for."""
+    try:
+        installed = version("megatron-core")
+    except PackageNotFoundError:
+        installed = "none"
+    if installed != MEGATRON_CORE:
+        raise BridgeError(
+            f"megatron-core: {installed} is installed, {MEGATRON_CORE} is needed; "
+            f"pip install megatron-core=={MEGATRON_CORE}"
+        )
+
+
+# Warnings of megatron-core that a user can do nothing about: beginnings of the messages, as regular expressions.
+UNHELPFUL = (
+    "Apex is not installed",
+    "Transformer Engine and Apex are not installed",
+    "full scope is deprecated",
+    "MLP requires ffn_hidden_size",
+    "Warning: tp_group is None",
+    "The 'megatron.core.transformer.custom_layers",
+    "moe_ffn_hidden_size is not set",
+)
+
+
+def ignore_warnings() -> None:
+    """Leave out what megatron-core says about itself on every run."""
+    for message in UNHELPFUL:
+        warnings.filterwarnings("ignore", message=rf"\s*{message}")
+
+
+@functools.cache
+def prepare() -> None:
+    """Make megatron-core 0.16.1 usable on this machine. Call before megatron modules are built; later calls do nothing.
+
+    CUDA with Transformer Engine: nothing is patched. CUDA without it: the names Transformer Engine would define and an
+    Adam with FusedAdam's state layout. No CUDA: also the CUDA calls, the random generators and the gaps of gloo.
+    Raises BridgeError when another release of megatron-core is installed.
+    """
+    check_version()
+    ignore_warnings()
+    if has_transformer_engine():
+        return
+    if not on_cuda():
+        from bridge.platform import cpu
+
+        cpu.import_megatron_without_compiling()
+    from bridge.platform import adam, without_te
+
+    without_te.define_missing_names()
+    adam.install()
+    if not on_cuda():
+        from bridge.platform import gloo
+
+        cpu.redirect_cuda_calls()
+        cpu.redirect_random_states()
+        gloo.fill_gaps()

@@ -1,0 +1,123 @@
+"""Config values that depend on the platform: sensible ones where the user is silent, an error where one cannot be."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from bridge.errors import ConfigError
+from bridge.platform.devices import has_transformer_engine, on_cuda
+
+# Fused kernels are CUDA only; on CPU their torch.compile forms are switched off as well, so False says what happens.
+WITHOUT_TRANSFORMER_ENGINE = {
+    "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
+    "apply_rope_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "persist_layer_norm": False,
+    "cross_entropy_loss_fusion": False,
+    "moe_grouped_gemm": False,
+    "moe_permute_fusion": False,
+}
+
+# gradient_accumulation_fusion needs Apex's fused_weight_gradient_mlp_cuda in megatron-core's own output layer
+# (layers.py:924 raises without it), so it is on only where that module is installed.
+WITH_TRANSFORMER_ENGINE = {
+    "transformer_impl": "transformer_engine",
+    "apply_rope_fusion": True,
+    "bias_activation_fusion": True,
+    "bias_dropout_fusion": True,
+    "cross_entropy_loss_fusion": True,
+    "cross_entropy_fusion_impl": "te",
+    "persist_layer_norm": True,
+}
+
+
+def default_fields() -> dict[str, Any]:
+    """TransformerConfig field -> value for this platform, to be used only where the user set nothing."""
+    if not has_transformer_engine():
+        return dict(WITHOUT_TRANSFORMER_ENGINE)
+    return WITH_TRANSFORMER_ENGINE | {"gradient_accumulation_fusion": has_apex_weight_gradient()}
+
+
+def has_apex_weight_gradient() -> bool:
+    """True when Apex's CUDA extension for weight gradients is importable."""
+    from importlib.util import find_spec
+
+    return find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+class Limit(NamedTuple):
+    """One field value that needs something this machine may lack."""
+
+    field: str
+    refused: Callable[[Any], bool]
+    needs: str
+    instead: str
+
+
+def is_set(value: Any) -> bool:
+    return bool(value)
+
+
+NEEDS_CUDA = (
+    Limit("moe_grouped_gemm", is_set, "CUDA", "false"),
+    Limit("moe_permute_fusion", is_set, "CUDA", "false"),
+    Limit("cuda_graph_impl", lambda value: value != "none", "CUDA", "none"),
+    Limit("enable_cuda_graph", is_set, "CUDA", "false"),
+    Limit("external_cuda_graph", is_set, "CUDA", "false"),
+    Limit("flash_decode", is_set, "CUDA", "false"),
+    Limit("cpu_offloading", is_set, "CUDA", "false"),
+    Limit("cross_entropy_loss_fusion", is_set, "CUDA", "false"),
+)
+NEEDS_TRANSFORMER_ENGINE = (
+    Limit("transformer_impl", lambda value: value != "local", "Transformer Engine", "local"),
+    Limit("fp8", is_set, "Transformer Engine", "null"),
+    Limit("fp8_param", is_set, "Transformer Engine", "false"),
+    Limit("fp4", is_set, "Transformer Engine", "null"),
+    Limit("fp4_param", is_set, "Transformer Engine", "false"),
+    Limit("apply_rope_fusion", is_set, "Transformer Engine", "false"),
+    Limit("fused_single_qkv_rope", is_set, "Transformer Engine", "false"),
+    Limit("cross_entropy_fusion_impl", lambda value: value == "te", "Transformer Engine", "native"),
+    Limit("tp_comm_overlap", is_set, "Transformer Engine", "false"),
+    Limit("use_te_rng_tracker", is_set, "Transformer Engine", "false"),
+    Limit("use_te_activation_func", is_set, "Transformer Engine", "false"),
+    Limit("use_kitchen", is_set, "Transformer Engine and kitchen", "false"),
+    Limit("persist_layer_norm", is_set, "Transformer Engine", "false"),
+    Limit("memory_efficient_layer_norm", is_set, "Transformer Engine", "false"),
+    Limit("layernorm_zero_centered_gamma", is_set, "Transformer Engine", "false"),
+    Limit("masked_softmax_fusion", is_set, "megatron-core's own attention, which is not used here", "false"),
+    Limit("fine_grained_activation_offloading", is_set, "Transformer Engine", "false"),
+    Limit("moe_router_fusion", is_set, "Transformer Engine", "false"),
+    Limit("attention_backend", lambda value: value in ("flash", "fused"), "Transformer Engine", "auto"),
+    Limit("gradient_accumulation_fusion", is_set, "Transformer Engine and Apex", "false"),
+)
+# Values that are refused with Transformer Engine as well.
+NEEDS_APEX = (
+    Limit(
+        "gradient_accumulation_fusion", lambda value: value and not has_apex_weight_gradient(), "Apex's kernel", "false"
+    ),
+)
+
+
+def check(transformer: Mapping[str, Any], origin: Mapping[str, str]) -> None:
+    """Raise ConfigError for the first TransformerConfig value the user set that this platform would ignore or crash on.
+
+    `transformer` holds plain values by field name, `origin` each field's full key (both of `Routed`).
+    """
+    for limit in _broken(transformer):
+        key, value = origin.get(limit.field, limit.field), transformer[limit.field]
+        raise ConfigError(f"{key}: {value!r} needs {limit.needs}, not found on this machine; set {limit.instead}")
+
+
+def honoured(transformer: Mapping[str, Any]) -> dict[str, Any]:
+    """`transformer` without the values that `check` refuses: enough for questions about shapes, such as a dry run's."""
+    refused = {limit.field for limit in _broken(transformer)}
+    return {name: value for name, value in transformer.items() if name not in refused}
+
+
+def _broken(transformer: Mapping[str, Any]) -> Iterator[Limit]:
+    limits: tuple[Limit, ...] = NEEDS_APEX if has_transformer_engine() else NEEDS_TRANSFORMER_ENGINE
+    if not on_cuda():
+        limits += NEEDS_CUDA
+    return (limit for limit in limits if limit.field in transformer and limit.refused(transformer[limit.field]))

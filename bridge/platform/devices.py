@@ -1,0 +1,99 @@
+"""Which device this process computes on, and what it can tell. torch is imported by the functions, not here."""
+
+import functools
+import resource
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# Dense (not sparse) peak in FLOP/s by a part of the device name; NVIDIA data sheets. The first match counts.
+PEAK_FLOPS = (
+    ("H200", {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12}),
+    ("H100 PCIe", {"bfloat16": 756e12, "float16": 756e12, "float32": 51e12}),
+    ("H100", {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12}),
+    ("B200", {"bfloat16": 2250e12, "float16": 2250e12, "float32": 80e12}),
+    ("A100", {"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12}),
+    ("L40S", {"bfloat16": 362e12, "float16": 362e12, "float32": 91.6e12}),
+)
+
+
+def num_devices() -> int:
+    """GPUs this process may use; 0 without an NVIDIA driver, and then no torch is imported (the driver calls this)."""
+    if not Path("/dev/nvidiactl").exists():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+@functools.cache
+def on_cuda() -> bool:
+    """True when a GPU can be used. Asked once: the redirections of `cpu.py` must not change the answer."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def device() -> "torch.device":
+    """The device of this process: its GPU, or the CPU."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend for this device."""
+    return "nccl" if on_cuda() else "gloo"
+
+
+def set_local_rank(local_rank: int) -> None:
+    """Choose the GPU of this process by its rank on the host; nothing to choose on CPU."""
+    if on_cuda():
+        import torch
+
+        torch.cuda.set_device(local_rank)
+
+
+@functools.cache
+def has_transformer_engine() -> bool:
+    """True when Transformer Engine's kernels can run: a GPU is there and the package imports."""
+    if not on_cuda() or find_spec("transformer_engine") is None:
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except (ImportError, OSError):  # OSError: the shared library does not load against this torch or driver
+        return False
+    return True
+
+
+def synchronize() -> None:
+    """Wait until all work queued on the device is done, so that a clock read next is honest."""
+    if on_cuda():
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """Most bytes held so far: by the CUDA allocator, or on CPU by the whole process (ru_maxrss is in KiB on Linux)."""
+    if on_cuda():
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_flops(dtype: "torch.dtype") -> float | None:
+    """Peak dense FLOP/s of this device in `dtype`, or None when it is not in the table (every CPU)."""
+    if not on_cuda():
+        return None
+    import torch
+
+    name = torch.cuda.get_device_name()
+    for part, peaks in PEAK_FLOPS:
+        if part in name:
+            return peaks.get(str(dtype).removeprefix("torch."))
+    return None

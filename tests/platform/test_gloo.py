@@ -1,0 +1,30 @@
+"""Uneven pieces over gloo."""
+
+import torch
+
+from tests.distributed import run_distributed
+
+SIZES = [3, 1]
+
+
+def uneven() -> tuple[torch.Tensor, torch.Tensor]:
+    from megatron.core.tensor_parallel import mappings
+
+    from bridge import parallel
+
+    parallel.initialize({"tensor_model_parallel_size": 2})
+    rank, group = parallel.rank(), parallel.tensor_parallel_group()
+    own = torch.arange(SIZES[rank] * 2.0).view(SIZES[rank], 2) + 100 * rank
+    gathered = mappings._gather_along_first_dim(own, group, SIZES)
+    scattered = mappings._reduce_scatter_along_first_dim(torch.arange(8.0).view(4, 2) * (rank + 1), group, SIZES)
+    parallel.teardown()
+    return gathered, scattered
+
+
+def test_uneven_gather_and_reduce_scatter():
+    results = run_distributed(uneven, 2)
+    whole = torch.cat([torch.arange(6.0).view(3, 2), torch.arange(2.0).view(1, 2) + 100])
+    total = 3 * torch.arange(8.0).view(4, 2)
+    for (gathered, scattered), piece in zip(results, total.split(SIZES), strict=True):
+        assert torch.equal(gathered, whole)
+        assert torch.equal(scattered, piece)

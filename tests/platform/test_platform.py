@@ -1,0 +1,113 @@
+"""The choice of device, the values it allows, and megatron-core's CUDA calls on a machine without CUDA."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from bridge import platform
+from bridge.errors import BridgeError, ConfigError
+from bridge.platform import adapt, defaults, devices
+
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+
+
+@without_cuda
+def test_counting_devices_imports_no_torch():
+    code = "import sys; from bridge import platform; print(platform.num_devices(), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "False"]
+
+
+@without_cuda
+def test_cpu():
+    assert platform.device() == torch.device("cpu")
+    assert platform.backend() == "gloo"
+    assert not platform.has_transformer_engine()
+    assert platform.peak_flops(torch.bfloat16) is None
+    assert platform.peak_memory_bytes() > 2**20
+
+
+def test_another_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(adapt, "version", lambda _: "0.17.0")
+    with pytest.raises(BridgeError, match="megatron-core: 0.17.0 is installed, 0.16.1 is needed; pip install"):
+        adapt.check_version()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("transformer_impl", "transformer_engine", "needs Transformer Engine, not found on this machine; set local"),
+        ("fp8", "hybrid", "'hybrid' needs Transformer Engine"),
+        ("fp4", "e2m1", "needs Transformer Engine"),
+        ("moe_grouped_gemm", True, "needs CUDA"),
+        ("cross_entropy_loss_fusion", True, "needs CUDA"),
+        ("cuda_graph_impl", "local", "set none"),
+        ("tp_comm_overlap", True, "needs Transformer Engine"),
+        ("attention_backend", "flash", "set auto"),
+        ("gradient_accumulation_fusion", True, "set false"),
+    ],
+)
+@without_cuda
+def test_wishes_this_machine_cannot_meet(field: str, value: Any, message: str):
+    with pytest.raises(ConfigError, match=f"^precision.{field}: .*{message}"):
+        platform.check({"num_layers": 2, field: value}, {field: f"precision.{field}"})
+
+
+def test_defaults_pass_their_own_check():
+    platform.check(platform.default_fields(), {})
+
+
+def test_defaults_and_limits_with_transformer_engine(monkeypatch: pytest.MonkeyPatch):
+    for module in (devices, defaults):
+        monkeypatch.setattr(module, "on_cuda", lambda: True)
+        monkeypatch.setattr(module, "has_transformer_engine", lambda: True)
+    fields = platform.default_fields()
+    assert fields["transformer_impl"] == "transformer_engine"
+    assert fields["gradient_accumulation_fusion"] is False  # no Apex here
+    platform.check({**fields, "fp8": "hybrid", "moe_grouped_gemm": True}, {})
+    with pytest.raises(ConfigError, match="gradient_accumulation_fusion: True needs Apex"):
+        platform.check({"gradient_accumulation_fusion": True}, {})
+
+
+def test_every_named_field_exists():
+    from bridge.config import mcore_fields
+
+    fields = mcore_fields.targets()["transformer"]
+    limits = (*defaults.NEEDS_CUDA, *defaults.NEEDS_TRANSFORMER_ENGINE, *defaults.NEEDS_APEX)
+    named = {limit.field for limit in limits} | defaults.WITH_TRANSFORMER_ENGINE.keys()
+    assert named | defaults.WITHOUT_TRANSFORMER_ENGINE.keys() <= fields.keys()
+
+
+@without_cuda
+def test_cuda_calls_land_on_the_cpu():
+    platform.prepare()
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.tensor([1], pin_memory=True).cuda(non_blocking=True).device.type == "cpu"
+    assert torch.empty(1, device=torch.cuda.current_device()).device.type == "cpu"
+    assert torch.ones(1).type() == "torch.FloatTensor"  # only megatron-core's optimizers are told otherwise
+    with torch.device("meta"):
+        assert torch.empty(2).is_meta
+    start, end = torch.cuda.Event(), torch.cuda.Event()
+    start.record()
+    end.record()
+    assert start.elapsed_time(end) >= 0
+
+
+@without_cuda
+def test_random_states_of_tensor_parallel_regions():
+    from bridge import parallel
+
+    with parallel.single_process(seed=7):
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        outside = torch.get_rng_state()
+        with get_cuda_rng_tracker().fork():
+            first = torch.rand(3)
+        assert torch.equal(torch.get_rng_state(), outside)
+        with get_cuda_rng_tracker().fork():
+            assert not torch.equal(torch.rand(3), first)
+    with parallel.single_process(seed=7), get_cuda_rng_tracker().fork():
+        assert torch.equal(torch.rand(3), first)
