@@ -1,0 +1,95 @@
+"""What a model family is, and how one is found: by file name, dotted module name, or Hugging Face model_type."""
+
+import ast
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from bridge.config import mcore_fields
+from bridge.errors import ConfigError, ConversionError, did_you_mean
+from bridge.models import families
+from bridge.models.hf_fields import Part
+from bridge.weights.table import Table
+
+
+@dataclass(frozen=True)
+class Family:
+    """Architecture facts of one Hugging Face model class, as data."""
+
+    architecture: str  # the Hugging Face class, as `architectures` in config.json names it
+    model_type: str
+    hf_defaults: Mapping[str, Any]  # what transformers takes for a field config.json does not have
+    parts: tuple[Part, ...]  # the fields that shape the model
+    constants: Mapping[str, Any]  # model keys with one value for every model of the family
+    rows: Callable[[Mapping[str, Any]], Table] = field(repr=False)  # complete model keys -> weight table
+
+    def table(self, model: Mapping[str, Any]) -> Table:
+        """The weight table of a model with these `model` keys (absent ones have megatron-core's defaults)."""
+        return self.rows(complete(model))
+
+
+def by_name(name: str) -> Family:
+    """The family called `name` in YAML: a file in bridge/models/families, or a dotted module that has FAMILY.
+
+    Raises ConfigError when there is none.
+    """
+    module = name if "." in name else f"{families.__name__}.{name}"
+    known = known_names()
+    if "." not in name and name not in known:
+        raise ConfigError(f"model.family: {name!r} is not one of {', '.join(known)}{did_you_mean(name, known)}")
+    try:
+        family = getattr(importlib.import_module(module), "FAMILY", None)
+    except ImportError as error:
+        raise ConfigError(f"model.family: {name!r} cannot be imported: {error}; install it") from error
+    if not isinstance(family, Family):
+        raise ConfigError(f"model.family: module {module} has no FAMILY of type bridge.models.family.Family")
+    return family
+
+
+def name_of_hf_config(hf: Mapping[str, Any]) -> str:
+    """The family name for a Hugging Face config. Raises ConversionError when no family has its model_type."""
+    kind = hf.get("model_type")
+    types = {by_name(name).model_type: name for name in known_names()}
+    if kind not in types:
+        hint = did_you_mean(str(kind), types)
+        raise ConversionError(f"config.json: model_type: {kind!r} is not supported; known are {', '.join(types)}{hint}")
+    return types[kind]
+
+
+@cache
+def known_names() -> tuple[str, ...]:
+    """Names of the families in bridge/models/families."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(families.__path__)))
+
+
+# What the program does where megatron-core's own default is None or code.
+OWN_DEFAULTS = {
+    "activation_func": "gelu",
+    "add_attention_bias": None,
+    "rope_parameters": None,
+    "make_vocab_size_divisible_by": 1,
+}
+
+
+@cache
+def mcore_defaults() -> dict[str, Any]:
+    """Field or argument name -> its default, for every model key megatron-core has with a plain default."""
+    fields = mcore_fields.targets()
+    defaults = {}
+    for name, declared in (fields["transformer"] | fields["gpt"]).items():
+        try:
+            defaults[name] = ast.literal_eval(declared.default or "None")
+        except ValueError:  # a name or a call: not a value YAML can hold
+            continue
+    return defaults | OWN_DEFAULTS
+
+
+def complete(model: Mapping[str, Any]) -> dict[str, Any]:
+    """`model` with every absent key filled as megatron-core would fill it."""
+    full = mcore_defaults() | {name: value for name, value in model.items() if value is not None}
+    hidden, heads = full["hidden_size"], full["num_attention_heads"]
+    derived = {"num_query_groups": heads, "kv_channels": hidden // heads, "ffn_hidden_size": 4 * hidden}
+    return full | {name: value for name, value in derived.items() if full[name] is None}

@@ -1,0 +1,118 @@
+"""The GPT model of one process: from routed config values to megatron-core model chunks."""
+
+import contextlib
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from bridge import parallel, platform
+from bridge.config.routing import Routed
+from bridge.errors import ConfigError
+from bridge.models import rope
+from bridge.models.layer_spec import block_spec
+from bridge.models.mcore_config import check_keys, check_live, transformer_config
+
+__all__ = ["GPT", "build", "check_live", "padded_vocab_size", "transformer_config"]
+
+
+# Model keys that are ours, not arguments of GPTModel.
+OWN_KEYS = ("family", "vocab_size", "make_vocab_size_divisible_by", "rope_parameters", "add_attention_bias")
+
+
+class GPT(GPTModel):
+    """megatron-core's GPTModel whose loss ignores the padding of the vocabulary, and with scaled rotary embeddings.
+
+    `vocab_size` is the padded size, as in megatron-core; `true_vocab_size` the number of tokens there are. Logits come
+    with the padded columns; cut them with `[..., :true_vocab_size]`. `routed` is the configuration it was built from.
+    """
+
+    routed: Routed
+
+    def __init__(
+        self, *, true_vocab_size: int, rope_parameters: dict[str, Any] | None, rotary_base: float = 10000, **kwargs: Any
+    ) -> None:
+        super().__init__(rotary_base=rotary_base, **kwargs)
+        self.true_vocab_size = true_vocab_size
+        self.rope_parameters = rope_parameters
+        if rope_parameters:
+            self.rotary_pos_emb = rope.ScaledRotaryEmbedding(
+                rope_parameters,
+                kv_channels=self.config.kv_channels,
+                rotary_percent=self.rotary_percent,
+                rotary_interleaved=self.config.rotary_interleaved,
+                rotary_base=rotary_base,
+                max_sequence_length=self.max_sequence_length,
+                cp_group=self.pg_collection.cp,
+            )
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross entropy over the true vocabulary, float [batch, sequence], of logits [sequence, batch, padded / TP].
+
+        The padded columns are set, in place, to the lowest finite number: their probability and gradient are exactly 0.
+        Not to -inf, which gives NaN in a fused kernel when a rank holds nothing but padding.
+        """
+        columns = logits.size(-1)
+        real = self.true_vocab_size - parallel.tensor_parallel_rank() * columns
+        if real < columns:
+            logits[..., max(real, 0) :] = torch.finfo(logits.dtype).min
+        return super().compute_language_model_loss(labels, logits)
+
+
+def padded_vocab_size(routed: Routed) -> int:
+    """Rows of the embedding: vocab_size rounded up to a multiple of make_vocab_size_divisible_by times tensor ranks."""
+    multiple = routed.gpt.get("make_vocab_size_divisible_by", 1) * routed.transformer.get(
+        "tensor_model_parallel_size", 1
+    )
+    return -(-_required(routed, "vocab_size") // multiple) * multiple
+
+
+def _required(routed: Routed, key: str) -> Any:
+    value = routed.gpt.get(key)
+    if value is None:
+        raise ConfigError(f"model.{key}: missing; every model needs it")
+    return value
+
+
+def build(
+    routed: Routed, *, dtype: torch.dtype | None = None, meta: bool = False, wrap: bool = False
+) -> list[GPT] | list[Float16Module]:
+    """The model chunks of this process, one unless virtual pipeline stages are used, on this platform's device.
+
+    Process groups must exist (`bridge.parallel`). `dtype` overrides the precision fields. `meta`: shapes, no storage.
+    `wrap`: put bf16 and fp16 chunks into Float16Module, as megatron-core's schedules and optimizers expect.
+    Raises ConfigError when a value cannot be honoured.
+    """
+    check_keys(routed)
+    config = transformer_config(routed, dtype=dtype, meta=meta)
+    vp_size = config.virtual_pipeline_model_parallel_size
+    with torch.device("meta") if meta else contextlib.nullcontext():
+        chunks = [_chunk(routed, config, vp_stage=stage) for stage in (range(vp_size) if vp_size else (None,))]
+    for chunk in chunks:
+        chunk.routed = routed
+        check_live(routed, chunk, dtype=dtype, meta=meta)
+        if not meta and config.use_cpu_initialization:
+            chunk.to(platform.device())
+    if wrap and (config.bf16 or config.fp16):
+        return [Float16Module(config, chunk) for chunk in chunks]
+    return chunks
+
+
+def _chunk(routed: Routed, config: TransformerConfig, *, vp_stage: int | None) -> GPT:
+    stage = {"vp_stage": vp_stage, "vp_size": config.virtual_pipeline_model_parallel_size}
+    return GPT(
+        config=config,
+        transformer_layer_spec=block_spec(
+            config, vp_stage=vp_stage, add_attention_bias=routed.gpt.get("add_attention_bias")
+        ),
+        true_vocab_size=_required(routed, "vocab_size"),
+        vocab_size=padded_vocab_size(routed),
+        rope_parameters=routed.gpt.get("rope_parameters"),
+        pre_process=parallel.is_pipeline_first_stage(**stage),
+        post_process=parallel.is_pipeline_last_stage(**stage),
+        vp_stage=vp_stage,
+        **{key: value for key, value in routed.gpt.items() if key not in OWN_KEYS},
+    )

@@ -1,0 +1,189 @@
+"""Pieces of a Hugging Face config and the `model` keys that say the same. Families list them; none is known here.
+
+A Part reads some Hugging Face fields and gives model keys, and writes them back. Parts see complete values: Hugging
+Face fields with transformers' defaults filled in, model keys with megatron-core's. No torch here.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from bridge.errors import ConversionError
+
+Values = Mapping[str, Any]
+
+
+class Part(NamedTuple):
+    """Hugging Face fields and model keys with the same meaning, and the two translations between them.
+
+    `read` raises ConversionError for a value megatron-core cannot express, `write` for one Hugging Face cannot.
+    """
+
+    hf_names: tuple[str, ...]
+    model_keys: tuple[str, ...]
+    read: Callable[[Values], dict[str, Any]]
+    write: Callable[[Values], dict[str, Any]]
+
+
+def same(hf_name: str, model_key: str, kind: Callable[[Any], Any] = int) -> Part:
+    """One field, one key, one value; `kind` is the type transformers wants (its configs refuse 1 for 1.0)."""
+    return Part(
+        (hf_name,),
+        (model_key,),
+        lambda hf: {model_key: kind(hf[hf_name])},
+        lambda model: {hf_name: kind(model[model_key])},
+    )
+
+
+# transformers' activation -> model.activation_func. The first name of a value is the one written back.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "squared_relu",
+}
+
+
+def activation(hf_name: str = "hidden_act") -> Part:
+    """The MLP's activation function by name."""
+
+    def read(hf: Values) -> dict[str, Any]:
+        if hf[hf_name] not in ACTIVATIONS:
+            raise refused(hf_name, hf[hf_name], f"known are {', '.join(ACTIVATIONS)}")
+        return {"activation_func": ACTIVATIONS[hf[hf_name]]}
+
+    def write(model: Values) -> dict[str, Any]:
+        return {hf_name: next(name for name, ours in ACTIVATIONS.items() if ours == model["activation_func"])}
+
+    return Part((hf_name,), ("activation_func",), read, write)
+
+
+def attention_shape(*, has_head_dim: bool = True) -> Part:
+    """Heads, key-value groups and channels per head, with transformers' rules for the two that may be absent.
+
+    Without a field `head_dim` in its config class a family still honours it, so it is written where it differs.
+    """
+
+    def read(hf: Values) -> dict[str, Any]:
+        heads = int(hf["num_attention_heads"])
+        channels = hf.get("head_dim") or hf["hidden_size"] // heads
+        groups = hf.get("num_key_value_heads") or heads
+        return {"num_attention_heads": heads, "num_query_groups": int(groups), "kv_channels": int(channels)}
+
+    def write(model: Values) -> dict[str, Any]:
+        heads, groups, channels = (model[key] for key in ("num_attention_heads", "num_query_groups", "kv_channels"))
+        own = has_head_dim or channels != model["hidden_size"] // heads
+        return {"num_attention_heads": heads, "num_key_value_heads": groups} | ({"head_dim": channels} if own else {})
+
+    hf_names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    return Part(hf_names, ("num_attention_heads", "num_query_groups", "kv_channels"), read, write)
+
+
+def attention_and_mlp_bias(*, mlp_field: str | None) -> Part:
+    """`attention_bias` (query, key, value, output) and, where a family has it, `mlp_bias`.
+
+    megatron-core's add_bias_linear is for both; add_attention_bias, which is ours, is written only where they differ.
+    """
+
+    def read(hf: Values) -> dict[str, Any]:
+        attention, mlp = bool(hf["attention_bias"]), bool(mlp_field and hf[mlp_field])
+        own = {} if attention == mlp else {"add_attention_bias": attention}
+        return {"add_bias_linear": mlp, "add_qkv_bias": False, **own}
+
+    def write(model: Values) -> dict[str, Any]:
+        mlp, attention = model["add_bias_linear"], model["add_attention_bias"]
+        attention = mlp if attention is None else attention
+        if model["add_qkv_bias"] and not attention:
+            raise refused(
+                "model.add_qkv_bias", True, "this family has biases on all four attention projections or none"
+            )
+        if mlp and not mlp_field:
+            raise refused("model.add_bias_linear", True, "this family has no biases in the MLP")
+        return {"attention_bias": attention} | ({mlp_field: mlp} if mlp_field else {})
+
+    hf_names = ("attention_bias", mlp_field) if mlp_field else ("attention_bias",)
+    return Part(hf_names, ("add_bias_linear", "add_qkv_bias", "add_attention_bias"), read, write)
+
+
+WINDOW_KEYS = ("window_size", "window_attn_skip_freq")
+
+
+def window_everywhere() -> Part:
+    """`sliding_window` tokens seen in every layer, the query's own included, which megatron-core does not count."""
+
+    def read(hf: Values) -> dict[str, Any]:
+        width = hf["sliding_window"]
+        return {} if width is None else {"window_size": _window(width)}
+
+    def write(model: Values) -> dict[str, Any]:
+        layers = _windowed_layers(model)
+        if any(layers) and not all(layers):
+            raise refused(
+                "model.window_attn_skip_freq", model["window_attn_skip_freq"], "every layer has the window here"
+            )
+        return {"sliding_window": _width(model) if any(layers) else None}
+
+    return Part(("sliding_window",), WINDOW_KEYS, read, write)
+
+
+def window_by_layer() -> Part:
+    """`sliding_window` in some layers: those `layer_types` names, or from `max_window_layers` on."""
+    hf_names = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+
+    def read(hf: Values) -> dict[str, Any]:
+        width = hf["sliding_window"] if hf["use_sliding_window"] else None
+        count = hf["num_hidden_layers"]
+        types = hf.get("layer_types")
+        if types is None:
+            sliding = [width is not None and layer >= hf["max_window_layers"] for layer in range(count)]
+        else:
+            unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+            if unknown or len(types) != count:
+                raise refused("layer_types", types, f"it needs {count} of full_attention and sliding_attention")
+            sliding = [kind == "sliding_attention" for kind in types]
+        if not any(sliding):
+            return {}
+        if width is None:
+            raise refused("layer_types", types, "sliding_attention needs use_sliding_window and sliding_window")
+        pattern = {} if all(sliding) else {"window_attn_skip_freq": [int(layer) for layer in sliding]}
+        return {"window_size": _window(width), **pattern}
+
+    def write(model: Values) -> dict[str, Any]:
+        sliding = _windowed_layers(model)
+        width = _width(model) if any(sliding) else None
+        first = sliding.index(True) if any(sliding) else len(sliding)
+        types = ["sliding_attention" if layer else "full_attention" for layer in sliding]
+        return dict(zip(hf_names, (any(sliding), width, first, types), strict=True))
+
+    return Part(hf_names, WINDOW_KEYS, read, write)
+
+
+def _window(width: Any) -> list[int]:
+    if not isinstance(width, int) or width < 1:
+        raise refused("sliding_window", width, "it needs a whole number from 1 up")
+    return [width - 1, 0]
+
+
+def _width(model: Values) -> int:
+    left, right = model["window_size"]
+    if left < 0 or right > 0:
+        raise refused("model.window_size", [left, right], "a causal window is [tokens to the left, 0]")
+    return left + 1
+
+
+def _windowed_layers(model: Values) -> list[bool]:
+    """Which layers have the window, by megatron-core's rule (is_layer_window_attention)."""
+    count, pattern = model["num_layers"], model["window_attn_skip_freq"]
+    if model["window_size"] is None:
+        return [False] * count
+    if isinstance(pattern, int):
+        return [(layer + 1) % pattern != 0 for layer in range(count)]
+    return [True] * count if pattern is None else [bool(layer) for layer in pattern]
+
+
+def refused(name: str, value: Any, reason: str) -> ConversionError:
+    """The error for a field that has no counterpart on the other side."""
+    return ConversionError(f"{name}: {value!r} cannot be converted; {reason}")

@@ -1,0 +1,205 @@
+"""From the plain values of a configuration to megatron-core's TransformerConfig, and the check that none got lost."""
+
+import math
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import quick_gelu, squared_relu
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from bridge import platform
+from bridge.config.annotation import DTYPES
+from bridge.config.routing import Routed
+from bridge.errors import ConfigError
+from bridge.models import rope
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh form of GELU (transformers' gelu_pytorch_tanh)."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+    "relu": F.relu,
+    "squared_relu": squared_relu,
+}
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, DTYPES[name])
+
+
+# Fields whose YAML form is a word or a list for something YAML cannot hold.
+TYPED: dict[str, Callable[[Any], Any]] = {
+    "activation_func": ACTIVATIONS.__getitem__,
+    "params_dtype": _dtype,
+    "pipeline_dtype": _dtype,
+    "autocast_dtype": _dtype,
+    "attention_backend": AttnBackend.__getitem__,
+    "window_size": tuple,
+}
+# For a build on the meta device: nothing to initialise, "CPU" initialisation because only that path lets torch.device
+# choose, and the local layers because Transformer Engine's allocate for themselves. Names and shapes are the same.
+WITHOUT_STORAGE = {"use_cpu_initialization": True, "perform_initialization": False, "transformer_impl": "local"}
+# Fields megatron-core itself rewrites into another form of the same value.
+REWRITTEN = frozenset({"pipeline_model_parallel_layout", "cuda_graph_scope", "no_rope_freq"})
+
+
+def transformer_config(routed: Routed, *, dtype: torch.dtype | None = None, meta: bool = False) -> TransformerConfig:
+    """megatron-core's config: the user's values over the platform's defaults over megatron-core's.
+
+    `dtype` overrides params_dtype, bf16 and fp16. `meta` prepares for a build without storage. The attention factor of
+    rope_parameters becomes part of softmax_scale. Raises ConfigError for a value that this platform or megatron-core
+    refuses.
+    """
+    platform.check(routed.transformer, routed.origin)
+    user = _typed(routed)
+    fields = _defaults(user) | user
+    fields |= _precision(fields, dtype)
+    fields |= _softmax_scale(routed, fields)
+    fields |= WITHOUT_STORAGE if meta else {}
+    try:
+        return TransformerConfig(**fields)
+    except (ValueError, AssertionError, ImportError) as error:
+        raise ConfigError(f"{_keys_in(str(error), routed)}: megatron-core refuses it: {error}") from error
+
+
+def _typed(routed: Routed) -> dict[str, Any]:
+    fields = dict(routed.transformer)
+    for name, convert in TYPED.items():
+        if fields.get(name) is None:
+            continue
+        try:
+            fields[name] = convert(fields[name])
+        except KeyError:
+            raise ConfigError(f"{_key(routed, name)}: {fields[name]!r} is not a value of this field") from None
+    return fields
+
+
+def _defaults(user: Mapping[str, Any]) -> dict[str, Any]:
+    """The platform's defaults without those that this model cannot use."""
+    defaults = platform.default_fields()
+    swiglu = user.get("activation_func") is F.silu and user.get("gated_linear_unit", False)
+    # The fused SwiGLU knows neither clamping nor an offset, and megatron-core does not say so.
+    more = ("use_te_activation_func", "activation_func_clamp_value", "glu_linear_offset")
+    if not swiglu or any(user.get(name) for name in more):
+        defaults["bias_activation_fusion"] = False
+    return defaults
+
+
+def _precision(fields: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """params_dtype follows bf16 and fp16, pipeline_dtype follows params_dtype, unless set; `dtype` overrides all."""
+    if dtype is not None:
+        half = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+        return half | {"params_dtype": dtype, "pipeline_dtype": dtype}
+    by_flag = torch.bfloat16 if fields.get("bf16") else torch.float16 if fields.get("fp16") else torch.float32
+    params = fields.get("params_dtype", by_flag)
+    return {"params_dtype": params, "pipeline_dtype": fields.get("pipeline_dtype") or params}
+
+
+def _softmax_scale(routed: Routed, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The attention factor of YaRN and LongRoPE, as part of the softmax scale.
+
+    Hugging Face multiplies cos and sin of queries and of keys by it, so every logit by its square: the same as a larger
+    softmax scale, which reaches every attention kernel, also those with fused or packed rotary embedding where
+    megatron-core's own factor is dropped (rope_utils.py:265). The two differ only when some channels are not rotated.
+    """
+    parameters = routed.gpt.get("rope_parameters")
+    if not parameters:
+        return {}
+    key = "model.rope_parameters"
+    if routed.gpt.get("position_embedding_type") != "rope":
+        raise ConfigError(f"{key}: {parameters['rope_type']} scaling needs model.position_embedding_type=rope")
+    factor = rope.attention_factor(parameters, max_sequence_length=routed.gpt["max_sequence_length"])
+    if factor == 1.0:
+        return {}
+    if routed.gpt.get("rotary_percent", 1.0) != 1.0:
+        raise ConfigError(f"{key}: an attention factor of {factor:g} needs model.rotary_percent=1.0")
+    channels = fields.get("kv_channels") or fields["hidden_size"] // fields["num_attention_heads"]
+    plain = fields.get("softmax_scale") or 1 / math.sqrt(channels)
+    return {"softmax_scale": plain * factor**2}
+
+
+def _keys_in(message: str, routed: Routed) -> str:
+    """Full keys of the fields a megatron-core message names; longest first, so that no name inside a name is taken."""
+    found = [name for name in sorted(routed.origin, key=len, reverse=True) if name in message]
+    return ", ".join(routed.origin[name] for name in found[:2]) or "model"
+
+
+# GPTModel arguments that the model keeps as attributes of the same name.
+MODEL_ATTRIBUTES = (
+    "max_sequence_length",
+    "position_embedding_type",
+    "rotary_percent",
+    "rotary_base",
+    "share_embeddings_and_output_weights",
+    "rope_parameters",
+)
+ROTARY = ("rope",)
+# A key that does nothing unless another one has one of these values (empty: any but None and False).
+PAIRS = (
+    ("window_attn_skip_freq", "window_size", ()),
+    ("activation_func_clamp_value", "gated_linear_unit", ()),
+    ("glu_linear_offset", "gated_linear_unit", ()),
+    ("rotary_base", "position_embedding_type", ROTARY),
+    ("rotary_percent", "position_embedding_type", ROTARY),
+)
+# Keys of parts of megatron-core that are not built here, or that it reads nowhere, and the values that ask for nothing.
+NOT_BUILT: dict[str, tuple[Any, ...]] = {
+    "mtp_num_layers": (None, 0),
+    "multi_latent_attention": (False,),
+    "experimental_attention_variant": (None,),
+    "fp16_lm_cross_entropy": (False,),
+    "position_embedding_type": ("rope", "learned_absolute", "none"),
+}
+
+
+def check_keys(routed: Routed) -> None:
+    """Raise ConfigError for a key the user set that would have no effect, or asks for a part that is not built here."""
+    values = routed.transformer | routed.gpt
+    for name, harmless in NOT_BUILT.items():
+        if name in values and values[name] not in harmless:
+            raise ConfigError(f"{_key(routed, name)}: {values[name]!r} is not supported; set {harmless[0]}")
+    for name, other, enough in PAIRS:
+        if values.get(name) and not (values.get(other) in enough if enough else values.get(other)):
+            raise ConfigError(
+                f"{_key(routed, name)}: {values[name]!r} has no effect while {other} is {values.get(other)!r}; "
+                f"set model.{other} or leave it out"
+            )
+
+
+def check_live(routed: Routed, model: Any, *, dtype: torch.dtype | None = None, meta: bool = False) -> None:
+    """Raise ConfigError unless the built `model` (a GPT) carries every value the user set.
+
+    `dtype` and `meta` are those the model was built with: they override values on purpose.
+    """
+    overridden = set(REWRITTEN) | set(_softmax_scale(routed, routed.transformer))
+    overridden |= set(_precision({}, dtype)) if dtype is not None else set()
+    overridden |= set(WITHOUT_STORAGE) if meta else set()
+    for name, wanted in _typed(routed).items():
+        if name not in overridden:
+            _same(getattr(model.config, name), wanted, key=_key(routed, name))
+    for name, attribute in [(name, name) for name in MODEL_ATTRIBUTES] + [("vocab_size", "true_vocab_size")]:
+        if name in routed.gpt:
+            _same(getattr(model, attribute), routed.gpt[name], key=_key(routed, name))
+
+
+def _same(live: Any, wanted: Any, *, key: str) -> None:
+    plain = live.value if isinstance(live, Enum) and not isinstance(wanted, Enum) else live
+    if isinstance(plain, tuple) and isinstance(wanted, list):
+        plain = list(plain)
+    if plain != wanted:
+        raise ConfigError(f"{key}: {wanted!r} did not reach the model, which has {plain!r}")
+
+
+def _key(routed: Routed, name: str) -> str:
+    return routed.origin.get(name, name)

@@ -1,0 +1,106 @@
+"""CoreAttention against attention written out with an explicit score matrix."""
+
+import math
+
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from bridge import parallel
+from bridge.errors import ConfigError
+from bridge.models.core_attention import CoreAttention
+
+HEADS, GROUPS, CHANNELS, BATCH = 4, 2, 8, 2
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    with parallel.single_process():
+        torch.manual_seed(0)
+        yield
+
+
+def attention(**fields) -> CoreAttention:
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=HEADS * CHANNELS,
+        num_attention_heads=HEADS,
+        num_query_groups=GROUPS,
+        attention_dropout=0.0,
+        **fields,
+    )
+    layer_number = 1
+    built = CoreAttention(config, layer_number, AttnMaskType.causal, "self")
+    if config.softmax_type == "learnable":
+        torch.nn.init.normal_(built.softmax_offset)
+    return built
+
+
+def tensors(queries: int, keys: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q = torch.randn(queries, BATCH, HEADS, CHANNELS)
+    k, v = torch.randn(2, keys, BATCH, GROUPS, CHANNELS)
+    return q, k, v
+
+
+def by_hand(q, k, v, *, window=None, sink=None, segment=None) -> torch.Tensor:
+    """One query, head and batch entry at a time: softmax over the keys it may see, a sink's weight going nowhere."""
+    out = torch.zeros(q.size(0), BATCH, HEADS, CHANNELS)
+    offset = k.size(0) - q.size(0)
+    for i in range(q.size(0)):
+        position = i + offset
+        for head in range(HEADS):
+            group = head // (HEADS // GROUPS)
+            seen = [
+                j
+                for j in range(position + 1)
+                if (window is None or position - j <= window) and (segment is None or segment[j] == segment[position])
+            ]
+            for b in range(BATCH):
+                scores = (k[seen, b, group] @ q[i, b, head]) / math.sqrt(CHANNELS)
+                extra = torch.zeros(0) if sink is None else sink[head].detach().reshape(1)
+                weights = torch.cat([scores, extra]).softmax(0)[: len(seen)]
+                out[i, b, head] = weights @ v[seen, b, group]
+    return out.flatten(2)
+
+
+@pytest.mark.parametrize("queries", [12, 3, 1], ids=["all", "chunk", "decode"])
+@pytest.mark.parametrize("window", [None, 0, 3])
+@pytest.mark.parametrize("softmax", ["vanilla", "off-by-one", "learnable"])
+def test_equals_attention_by_hand(queries: int, window: int | None, softmax: str):
+    core = attention(softmax_type=softmax, window_size=None if window is None else (window, 0))
+    q, k, v = tensors(queries, 12)
+    with torch.no_grad():
+        out = core(q, k, v, attn_mask_type=AttnMaskType.causal)
+    torch.testing.assert_close(out, by_hand(q, k, v, window=window, sink=core.softmax_offset), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_packed_sequences_do_not_see_each_other(window: int | None):
+    core = attention(window_size=None if window is None else (window, 0))
+    q, k, v = tensors(12, 12)
+    packing = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor([0, 5, 6, 12]))
+    segment = [0] * 5 + [1] + [2] * 6
+    expected = by_hand(q, k, v, window=window, segment=segment)
+    for b in range(BATCH):
+        out = core(q[:, b], k[:, b], v[:, b], packed_seq_params=packing)
+        torch.testing.assert_close(out, expected[:, b], atol=1e-5, rtol=1e-5)
+
+
+def test_layers_without_window_by_pattern():
+    core = attention(window_size=(2, 0), window_attn_skip_freq=[0, 1])
+    q, k, v = tensors(12, 12)
+    torch.testing.assert_close(core(q, k, v), by_hand(q, k, v), atol=1e-5, rtol=1e-5)
+
+
+def test_what_it_cannot_do_it_refuses():
+    q, k, v = tensors(4, 4)
+    with pytest.raises(NotImplementedError, match="causal mask"):
+        attention()(q, k, v, torch.ones(1, 1, 4, 4, dtype=torch.bool))
+    with pytest.raises(AssertionError):
+        attention()(q, k, v, attn_mask_type=AttnMaskType.no_mask)
+    with pytest.raises(ConfigError, match=r"window_size: \[4, 1\]"):
+        attention(window_size=(4, 1))
+    with pytest.raises(ConfigError, match="qk_clip"):
+        attention(qk_clip=True)

@@ -1,0 +1,163 @@
+"""The contract every family keeps: the logits of transformers, and a config that means the same after a round trip."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bridge import parallel, platform
+from bridge.config.routing import route
+from bridge.errors import ConversionError
+from bridge.models import family, gpt, hf_config
+from bridge.weights import live
+from bridge.weights.hf_files import open_hf
+from tests import hf_models
+
+TOLERANCE = 1e-4  # fp32 noise of tiny models against fp64 is at most 2e-5
+
+
+def mcore_logits(
+    directory: Path, ids: torch.Tensor, *, dtype: torch.dtype = torch.float32, **fields: Any
+) -> torch.Tensor:
+    """Logits of our model with the weights in an HF directory, [batch, length, vocab]; `fields` join its section."""
+    section = hf_config.to_mcore(hf_config.read(directory))
+    routed = route({"model": {**section, "make_vocab_size_divisible_by": 16, **fields}})
+    with parallel.single_process():
+        (model,) = gpt.build(routed, dtype=dtype)
+        table = family.by_name(routed.family).table(section)
+        live.load_hf([model], open_hf(directory), table=table, vocab_size=section["vocab_size"])
+        model.eval()
+        ids = ids.to(platform.device())
+        with torch.no_grad():
+            return model(ids, torch.arange(ids.size(1)).to(ids).expand_as(ids), None)[
+                ..., : model.true_vocab_size
+            ].cpu()
+
+
+@pytest.mark.parametrize("variant", hf_models.variants())
+def test_logits_equal_transformers(variant: str, tmp_path: Path):
+    directory = hf_models.save(variant, tmp_path, tokenizer=False)
+    long = hf_models.VARIANTS[variant].config.get("rope_parameters", {}).get("rope_type") == "dynamic"
+    ids = hf_models.prompts(length=80 if long else 24)
+    expected = hf_models.logits(directory, ids)
+    assert expected.std() > 0.5, "logits so flat that errors hide"
+    torch.testing.assert_close(mcore_logits(directory, ids), expected, atol=TOLERANCE, rtol=0)
+
+
+def hub_style(hf: dict[str, Any]) -> dict[str, Any]:
+    """The same config as files on the hub have it: rope_theta, rope_scaling with `type`, torch_dtype."""
+    rope = dict(hf["rope_parameters"])
+    old = {name: value for name, value in hf.items() if name not in ("rope_parameters", "dtype", "layer_types")}
+    old |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": hf.get("dtype")}
+    kind = rope.pop("rope_type")
+    return old | ({"rope_scaling": {"type": kind, **rope}} if kind != "default" else {})
+
+
+@pytest.mark.parametrize("variant", hf_models.variants())
+def test_config_means_the_same_after_a_round_trip(variant: str, tmp_path: Path):
+    from transformers import AutoConfig
+
+    hf_models.config(variant).save_pretrained(tmp_path)
+    hf = hf_config.read(tmp_path)
+    section = hf_config.to_mcore(hf)
+    assert hf_config.to_mcore(hub_style(hf)) == section
+    unchanged = hf_config.to_hf(section, dtype="float32", source=hf)
+    assert {name: value for name, value in unchanged.items() if name != "dtype"} == {
+        name: value for name, value in hf.items() if name != "dtype"
+    }
+    fresh = hf_config.to_hf(section, dtype="float32")
+    assert hf_config.to_mcore(fresh) == section
+    (tmp_path / "config.json").write_text(json.dumps(fresh))
+    loaded, original = AutoConfig.from_pretrained(tmp_path).to_dict(), hf_models.config(variant).to_dict()
+    tokens = {"bos_token_id", "eos_token_id", "pad_token_id", "architectures", "dtype", "_name_or_path", "model_type"}
+    # Without a window transformers keeps a number that it does not read.
+    unread = set() if original.get("use_sliding_window") else {"max_window_layers"}
+    assert {k: v for k, v in loaded.items() if k not in tokens | unread} == {
+        k: v for k, v in original.items() if k not in tokens | unread
+    }
+
+
+@pytest.mark.parametrize("name", family.known_names())
+def test_defaults_are_those_of_the_transformers_class(name: str):
+    from transformers import AutoConfig
+
+    facts = family.by_name(name)
+    kind = type(AutoConfig.for_model(facts.model_type))
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    for field, value in facts.hf_defaults.items():
+        assert defaults[field] == value, field
+    shaped = {field for part in facts.parts for field in part.hf_names}
+    for field, value in defaults.items():
+        if field in shaped and field not in facts.hf_defaults | dict.fromkeys(hf_config.REQUIRED):
+            assert value is None, f"{field}: transformers' default {value} is not in hf_defaults"
+
+
+# Another value for every field of the config classes.
+CHANGES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 96,
+    "intermediate_size": 104,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 24,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 128,
+    "initializer_range": 0.5,
+    "rms_norm_eps": 1e-1,
+    "use_cache": False,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 77.0},
+    "attention_bias": True,
+    "mlp_bias": True,
+    "attention_dropout": 0.3,
+    "pretraining_tp": 2,
+    "sliding_window": 3,
+    "use_sliding_window": True,
+    "max_window_layers": 1,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "pad_token_id": 3,
+    "bos_token_id": 5,
+    "eos_token_id": 7,
+    "output_hidden_states": True,
+    "return_dict": True,
+    "dtype": "bfloat16",
+    "chunk_size_feed_forward": 4,
+    "id2label": {"0": "a"},
+    "label2id": {"a": 0},
+    "problem_type": "regression",
+    "architectures": None,
+    "transformers_version": "4.0",
+}
+REFUSED = {"is_encoder_decoder": True}
+# Fields that change which tensors there are, or their shapes: the weights of the old config must then be refused.
+SHAPES = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+attention_bias mlp_bias tie_word_embeddings""".split()  # noqa: SIM905
+# The window is off in the base config of the Qwen families; these fields matter only with it.
+WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, "layer_types": None}
+
+
+@pytest.mark.parametrize("name", family.known_names())
+def test_every_field_of_the_config_class_reaches_our_logits_or_is_refused(name: str, tmp_path: Path):
+    """Change one field at a time: our logits follow transformers' to the new ones."""
+    variant = "mistral_window" if name == "mistral" else name
+    fields = {field.name for field in dataclasses.fields(type(hf_models.config(variant)))} - {"num_labels"}
+    assert fields <= CHANGES.keys() | REFUSED.keys(), f"say how to change {fields - CHANGES.keys() - REFUSED.keys()}"
+    directory = hf_models.save(variant, tmp_path, tokenizer=False)
+    hf, ids = hf_config.read(directory), hf_models.prompts()
+    for field in sorted(fields & CHANGES.keys()):
+        window = WINDOW if "layer_types" in fields else {}
+        changed = {**hf, **window, field: CHANGES[field]}
+        (directory / "config.json").write_text(json.dumps(changed))
+        if field in SHAPES:
+            with pytest.raises(ConversionError):
+                mcore_logits(directory, ids)
+        else:
+            difference = (mcore_logits(directory, ids) - hf_models.logits(directory, ids)).abs().max()
+            assert difference < TOLERANCE, f"{field} changes the logits of transformers but not ours"
+    for field, value in REFUSED.items():
+        with pytest.raises(ConversionError, match=field):
+            hf_config.to_mcore({**hf, field: value})

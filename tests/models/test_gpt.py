@@ -1,0 +1,163 @@
+"""Building a model: padding of the vocabulary, settings that must arrive, precision, recomputation, experts."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from bridge import parallel
+from bridge.config.routing import Routed, route
+from bridge.errors import ConfigError
+from bridge.models import gpt
+
+MODEL: dict[str, Any] = {
+    "family": "llama",
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 48,
+    "vocab_size": 131,
+    "max_sequence_length": 64,
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": "silu",
+    "add_bias_linear": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+
+
+def routed(
+    *, precision: dict[str, Any] | None = None, parallelism: dict[str, Any] | None = None, **model: Any
+) -> Routed:
+    return route({"model": MODEL | model, "precision": precision or {}, "parallelism": parallelism or {}})
+
+
+@pytest.fixture
+def one_process():
+    with parallel.single_process():
+        yield
+
+
+def loss_and_gradients(model: gpt.GPT) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ids = torch.randint(131, (2, 16), generator=torch.Generator().manual_seed(1))
+    loss = model(ids, torch.arange(16).expand_as(ids), None, labels=ids.roll(-1, 1))
+    loss.mean().backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_and_gradients_do_not_depend_on_vocabulary_padding(tied: bool):
+    settings = {"share_embeddings_and_output_weights": tied}
+    (plain,) = gpt.build(routed(**settings))
+    (padded,) = gpt.build(routed(make_vocab_size_divisible_by=64, **settings))
+    assert (plain.vocab_size, padded.vocab_size, padded.true_vocab_size) == (131, 192, 131)
+    with torch.no_grad():
+        for small, large in zip(plain.parameters(), padded.parameters(), strict=True):
+            large.fill_(3.0)  # padding rows with large logits
+            large[tuple(slice(size) for size in small.shape)] = small
+    (loss, gradients), (loss_padded, gradients_padded) = loss_and_gradients(plain), loss_and_gradients(padded)
+    torch.testing.assert_close(loss_padded, loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_padded[name][: len(gradient)], gradient)
+        assert not gradients_padded[name][len(gradient) :].any()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "mlp", "core_attn"]},
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    ],
+    ids=["selective", "full"],
+)
+def test_recomputation_changes_nothing(settings: dict[str, Any]):
+    (plain,), (recomputing,) = gpt.build(routed()), gpt.build(routed(**settings))
+    recomputing.load_state_dict(plain.state_dict())
+    (loss, gradients), (same_loss, same_gradients) = loss_and_gradients(plain), loss_and_gradients(recomputing)
+    assert torch.equal(loss, same_loss)
+    torch.testing.assert_close(same_gradients, gradients)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_experts_all_alike_are_one_mlp():
+    """With equal experts the router's choice does not matter: the mixture is the dense model."""
+    settings = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 48}
+    (dense,), (mixture,) = gpt.build(routed()), gpt.build(routed(**settings))
+    weights = dense.state_dict()
+    for name, value in mixture.state_dict().items():
+        if ".router." not in name and value is not None:
+            source = re.sub(r"experts\.local_experts\.\d+\.", "", name)
+            value.copy_(weights[source])
+    torch.testing.assert_close(loss_and_gradients(mixture)[0], loss_and_gradients(dense)[0])
+
+
+def test_padded_size_is_a_multiple_of_tensor_ranks_too():
+    parallelism = {"tensor_model_parallel_size": 4}
+    assert gpt.padded_vocab_size(routed()) == 131
+    assert gpt.padded_vocab_size(routed(parallelism=parallelism)) == 132
+    assert gpt.padded_vocab_size(routed(parallelism=parallelism, make_vocab_size_divisible_by=8)) == 160
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"transformer_impl": "transformer_engine"}, "model.transformer_impl: 'transformer_engine' needs Transformer"),
+        ({"fp8": "hybrid"}, "model.fp8: 'hybrid' needs Transformer Engine"),
+        ({"window_attn_skip_freq": 2}, "model.window_attn_skip_freq: 2 has no effect while window_size is None"),
+        ({"position_embedding_type": "yarn"}, "model.position_embedding_type: 'yarn' is not supported; set rope"),
+        ({"mtp_num_layers": 1}, "model.mtp_num_layers: 1 is not supported"),
+        ({"recompute_granularity": "full"}, "model.recompute_granularity.*: megatron-core refuses it"),
+        ({"attention_softmax_in_fp32": False}, "attention_softmax_in_fp32: False needs Transformer Engine"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "rotary_percent": 0.5},
+            "attention factor of 1.1386.*rotary_percent=1.0",
+        ),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(settings: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        gpt.build(routed(**settings))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_value_lost_after_the_build_is_found():
+    setup = routed(layernorm_epsilon=1e-3)
+    (model,) = gpt.build(setup)
+    model.config.layernorm_epsilon = 1e-5
+    with pytest.raises(ConfigError, match="model.layernorm_epsilon: 0.001 did not reach the model, which has 1e-05"):
+        gpt.check_live(setup, model)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    ("precision", "dtype", "expected"),
+    [
+        ({}, None, torch.float32),
+        ({"bf16": True}, None, torch.bfloat16),
+        ({"fp16": True, "params_dtype": "fp16"}, None, torch.float16),
+        ({"bf16": True, "params_dtype": "bf16"}, torch.float32, torch.float32),
+    ],
+)
+def test_precision(precision: dict[str, Any], dtype: torch.dtype | None, expected: torch.dtype):
+    (model,) = gpt.build(routed(precision=precision), dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    assert model.config.pipeline_dtype == expected
+    (wrapped,) = gpt.build(routed(precision=precision), dtype=dtype, wrap=True)
+    assert (type(wrapped).__name__ == "Float16Module") == (expected != torch.float32)
+
+
+def test_meta_model_of_one_rank_of_many():
+    parallelism = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "pipeline_dtype": "fp32"}
+    setup = routed(parallelism=parallelism)
+    with parallel.fake(8, 5, setup.transformer):
+        assert (parallel.pipeline_rank(), parallel.tensor_parallel_rank(), parallel.data_parallel_size()) == (1, 1, 2)
+        (model,) = gpt.build(setup, meta=True)
+    assert (model.pre_process, model.post_process) == (False, True)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert model.output_layer.weight.shape == (66, 32)
