@@ -9,7 +9,7 @@ class BridgeError(Exception):
 
 
 class ConfigError(BridgeError):
-    """A configuration key or value is wrong. Message: `<key>: <what is wrong, with the value>; <what to set instead>`."""
+    """A configuration key or value is wrong: `<key>: <what is wrong, with the value>; <what to set instead>`."""
 
 
 class ConversionError(BridgeError):
