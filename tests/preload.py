@@ -1,0 +1,17 @@
+"""Imported once by the fork server of tests/distributed.py, so that no worker pays for these imports again.
+
+Imports only: a tensor operation here could start threads, which a fork does not carry over.
+"""
+
+# ruff: noqa: E402, F401
+import pytest
+import torch
+
+from bridge import platform
+
+platform.prepare()  # before megatron: what it adapts is decided while megatron is imported
+
+import megatron.core.dist_checkpointing
+import megatron.core.models.gpt.gpt_model
+import megatron.core.optimizer
+import megatron.core.pipeline_parallel

