@@ -1,0 +1,105 @@
+"""What only a GPU with Transformer Engine can show. Run with -s to see the speeds.
+
+Needs neither wandb nor tensorboard, no network, and about 40 GB of disk for the checkpoint of the 1 B model.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bridge import parallel, platform
+from bridge.config.routing import route
+from bridge.convert.initial import load_initial, read_section
+from bridge.models import gpt
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def _train(folder: Path, *overrides: str) -> Path:
+    """Run directory of `train.py` with `overrides`, which end with name=NAME."""
+    command = [sys.executable, str(ROOT / "train.py"), *overrides]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    print(done.stdout[-2000:])
+    return folder / "runs" / overrides[-1].removeprefix("name=")
+
+
+def _metrics(run: Path, key: str) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def test_default_command_trains(tmp_path: Path):
+    run = _train(tmp_path, "train.num_devices=1", "name=default")
+    losses = _metrics(run, "loss")
+    assert len(losses) == 300
+    assert losses[-1] < losses[0] - 3
+    assert _metrics(run, "eval_loss")[-1] < 6.3  # the unigram entropy of the held-out text, in nats
+
+
+def test_one_billion_parameters_in_bfloat16(tmp_path: Path):
+    """Llama-3.2-1B's geometry, random weights: trains on Transformer Engine's layers, and how fast."""
+    run = _train(
+        tmp_path,
+        "model=llama3_2_1b",
+        "precision=bf16",
+        "parallelism=dp_sharded",
+        "data=mock",
+        "data.sequence_length=4096",
+        "train.num_devices=1",
+        "train.steps=30",
+        "train.global_batch_size=16",
+        "train.micro_batch_size=4",
+        "train.eval_interval=null",
+        "train.eval_iters=1",
+        "optimizer.lr=1e-4",
+        "log.log_interval=5",
+        "name=llama1b",
+    )
+    losses, speed = _metrics(run, "loss"), _metrics(run, "tokens_per_second")[-1]
+    tflops, peak = _metrics(run, "tflops_per_gpu")[-1], _metrics(run, "peak_memory_bytes")[-1] / 2**30
+    print("Llama-3.2-1B geometry, bf16, sequence 4096, micro-batch 4:", end=" ")
+    print(f"{speed:,.0f} tokens/s, {tflops:.0f} TFLOP/s, peak {peak:.1f} GiB")
+    assert losses[-1] < losses[0] - 1  # ids are drawn from the first 4096 of 128256
+
+
+def test_local_checkpoint_in_transformer_engine(tmp_path: Path):
+    """A checkpoint that torch's own layers wrote gives the same loss in Transformer Engine's layers."""
+    run = _train(
+        tmp_path,
+        "precision=bf16",
+        "model.transformer_impl=local",
+        "train.num_devices=1",
+        "train.steps=50",
+        "train.eval_interval=null",
+        "name=local",
+    )
+    local, engine = (_loss(run, implementation) for implementation in ("local", "transformer_engine"))
+    print(f"loss of one checkpoint: local {local:.5f}, Transformer Engine {engine:.5f}")
+    assert engine == pytest.approx(local, rel=5e-3)
+    assert local < 7.5  # trained weights were loaded: ln(4096) = 8.3 otherwise
+
+
+def _loss(run: Path, implementation: str) -> float:
+    """Mean loss on fixed text of the checkpoint in `run`, bf16, with `model.transformer_impl` as asked."""
+    from transformers import AutoTokenizer
+
+    section: dict[str, Any] = read_section(run, key="path") | {"transformer_impl": implementation}
+    routed = route({"model": section})
+    tokenizer = AutoTokenizer.from_pretrained(run / "checkpoints" / "hf")
+    text = (ROOT / "bridge" / "parallel.py").read_text()
+    ids = torch.tensor([tokenizer(text)["input_ids"][:257]], device=platform.device())
+    with parallel.single_process(), torch.no_grad():
+        (model,) = chunks = gpt.build(routed, dtype=torch.bfloat16)
+        load_initial(chunks, run, routed, key="path")
+        modules = {type(module).__module__.partition(".")[0] for module in model.modules()}
+        assert ("transformer_engine" in modules) == (implementation == "transformer_engine")
+        positions = torch.arange(256, device=ids.device)[None]
+        return model.eval()(ids[:, :-1], positions, None, labels=ids[:, 1:]).float().mean().item()
