@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
 from bridge.models import family, hf_config
@@ -54,7 +55,7 @@ def read_section(path: Path, *, key: str) -> dict[str, Any]:
 def check_same_model(section: Mapping[str, Any], routed: Routed, *, path: Path) -> None:
     """Raise ConfigError naming every `model` key in which a run (`routed`) and the checkpoint's `section` differ."""
     theirs, ours = family.complete(section), family.complete(model_section(routed))
-    free = hf_config.NOT_ARCHITECTURE | (FREE - {"max_sequence_length"} if ours["rope_parameters"] else FREE)
+    free = NOT_ARCHITECTURE | (FREE - {"max_sequence_length"} if ours["rope_parameters"] else FREE)
     names = [name for name in theirs | ours if name == "family" or name not in free]
     different = [
         f"{routed.origin.get(name, f'model.{name}')} is {ours.get(name)!r} (there {theirs.get(name)!r})"

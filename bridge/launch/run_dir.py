@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from bridge.config import run_config
+from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
 from bridge.launch import result
@@ -19,7 +20,11 @@ from bridge.launch import result
 # the samples. Learning rates, steps, batch sizes, layouts and logging may change between resumes.
 FIXED_SECTIONS = ("model", "peft", "data")
 FIXED_KEYS = ("precision.params_dtype", "precision.bf16", "precision.fp16", "optimizer.optimizer", "train.seed")
-FREE_KEYS = ("data.cache_dir", "data.num_workers")
+FREE_KEYS = (
+    "data.cache_dir",
+    "data.num_workers",
+    *(f"model.{name}" for name in NOT_ARCHITECTURE - {"family"}),
+)
 FREE_IN_SWEEPS = ("train.", "checkpoint.", "log.", "parallelism")  # may change between two starts of the same sweep
 
 

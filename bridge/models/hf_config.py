@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.errors import ConversionError
 from bridge.models.family import Family, by_name, complete, mcore_defaults, name_of_hf_config
 from bridge.models.hf_fields import Part
@@ -31,18 +32,6 @@ NEUTRAL: dict[str, Any] = {
     "pruned_heads": {},
     "quantization_config": None,
 }
-# Model keys that shape training, speed or padding but not the function the weights compute.
-NOT_ARCHITECTURE_NAMES = """
-account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split apply_rope_fusion attention_backend
-attention_softmax_in_fp32 bias_activation_fusion bias_dropout_fusion calculate_per_token_loss
-clone_scatter_output_in_embedding cross_entropy_fusion_impl cross_entropy_loss_fusion cuda_graph_impl cuda_graph_scope
-deterministic_mode distribute_saved_activations embedding_init_method_std family fp16_lm_cross_entropy
-fp32_residual_connection fused_single_qkv_rope gradient_accumulation_fusion hidden_dropout make_vocab_size_divisible_by
-masked_softmax_fusion memory_efficient_layer_norm num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
-perform_initialization persist_layer_norm pipeline_model_parallel_layout recompute_granularity recompute_method
-recompute_modules recompute_num_layers transformer_impl use_cpu_initialization use_te_activation_func
-"""
-NOT_ARCHITECTURE = frozenset(NOT_ARCHITECTURE_NAMES.split())
 
 
 def read(directory: Path | str) -> dict[str, Any]:

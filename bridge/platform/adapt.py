@@ -24,7 +24,8 @@ def check_version() -> None:
         )
 
 
-# Warnings of megatron-core that a user can do nothing about: beginnings of the messages, as regular expressions.
+# Warnings of megatron-core, and of what it calls, that a user can do nothing about: beginnings of the messages, as
+# regular expressions.
 UNHELPFUL = (
     "Apex is not installed",
     "Transformer Engine and Apex are not installed",
@@ -33,11 +34,13 @@ UNHELPFUL = (
     "Warning: tp_group is None",
     "The 'megatron.core.transformer.custom_layers",
     "moe_ffn_hidden_size is not set",
+    r"barrier\(\): using the device under current context",  # each process has one device, chosen by set_local_rank
+    "Detected a Jax installation",  # Transformer Engine looks for its extension for every framework it finds
 )
 
 
 def ignore_warnings() -> None:
-    """Leave out what megatron-core says about itself on every run."""
+    """Leave out what these libraries say about themselves on every run."""
     for message in UNHELPFUL:
         warnings.filterwarnings("ignore", message=rf"\s*{message}")
 

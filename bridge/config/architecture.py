@@ -1,0 +1,14 @@
+"""Which model keys say what the weights compute, and which only how, how fast or how evenly divided."""
+
+# Model keys that shape training, speed or padding but not the function the weights compute.
+NOT_ARCHITECTURE_NAMES = """
+account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split apply_rope_fusion attention_backend
+attention_softmax_in_fp32 bias_activation_fusion bias_dropout_fusion calculate_per_token_loss
+clone_scatter_output_in_embedding cross_entropy_fusion_impl cross_entropy_loss_fusion cuda_graph_impl cuda_graph_scope
+deterministic_mode distribute_saved_activations embedding_init_method_std family fp16_lm_cross_entropy
+fp32_residual_connection fused_single_qkv_rope gradient_accumulation_fusion hidden_dropout make_vocab_size_divisible_by
+masked_softmax_fusion memory_efficient_layer_norm num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
+perform_initialization persist_layer_norm pipeline_model_parallel_layout recompute_granularity recompute_method
+recompute_modules recompute_num_layers transformer_impl use_cpu_initialization use_te_activation_func
+"""
+NOT_ARCHITECTURE = frozenset(NOT_ARCHITECTURE_NAMES.split())
