@@ -1,0 +1,102 @@
+"""What a data source is: one module with `Config`, `prepare` and `build`. This file imports no torch.
+
+A source module (`bridge.data.<name>`, or a dotted name outside the tree) exposes
+    Config                                       a frozen dataclass, subclass of SourceConfig
+    prepare(config, *, cache, seed) -> Prepared  CPU work before process groups exist; leaves a completed cache entry
+    build(config, prepared, *, seed) -> Datasets map-style datasets whose items `bridge.training.step` understands
+An item is a dict of tensors of shape [sequence_length]: tokens, labels, position_ids (int64) and loss_mask (float32).
+"""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bridge.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """The keys every data source has, because the training loop reads them."""
+
+    source: str
+    sequence_length: int = 128
+    cache_dir: str | None = None
+    num_workers: int = 0
+
+
+class Prepared(NamedTuple):
+    """What `prepare` leaves behind: plain values, the same on every process."""
+
+    directory: Path | None
+    """The completed cache entry; None when nothing is stored."""
+    vocab_size: int
+    """Number of token ids that can occur; the model's vocabulary must be at least as large."""
+    tokenizer: Path | None = None
+    """A directory AutoTokenizer.from_pretrained loads."""
+    unigram_entropy: float | None = None
+    """Entropy of the held-out tokens' frequencies in nats per token: the best a model without context can reach."""
+
+    @property
+    def identity(self) -> str:
+        """Changes when the stored samples change; empty when nothing is stored."""
+        return "" if self.directory is None else self.directory.name
+
+
+class Datasets(NamedTuple):
+    """Map-style datasets (`len`, `[i]`); valid is None when the split holds nothing out."""
+
+    train: Any
+    valid: Any | None
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """Where prepared data is kept: data.cache_dir, else $BRIDGE_CACHE, else bridge/ in $XDG_CACHE_HOME or ~/.cache."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser().absolute()
+    if "BRIDGE_CACHE" in os.environ:
+        return Path(os.environ["BRIDGE_CACHE"]).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().absolute() / "bridge"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`, freed by the kernel if we die; a process that has to wait says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for the process that prepares {path.with_suffix('')}", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def completed(entry: Path, *, fill: Callable[[Path], None]) -> Path:
+    """The cache entry `entry`, filled first when it is missing.
+
+    One process per node fills it while the others wait for the lock. `fill(directory)` writes into a temporary sibling
+    that is renamed when complete, so an entry that exists is a whole one even after a kill.
+    """
+    if entry.is_dir():
+        return entry
+    try:
+        with locked(entry.with_name(f"{entry.name}.lock")):
+            if not entry.is_dir():
+                unfinished = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
+                try:
+                    fill(unfinished)
+                    unfinished.rename(entry)
+                finally:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache_dir: cannot write {entry.parent} ({error.strerror}); set a directory you can write to"
+        ) from error
+    return entry

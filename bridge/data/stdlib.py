@@ -1,0 +1,84 @@
+"""Real text that is on every machine: the source files of the installed Python's own standard library."""
+
+import hashlib
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from bridge.data.source import Datasets, Prepared, SourceConfig
+from bridge.errors import ConfigError
+
+# Packages installed by the user, test suites, and modules that are tables of characters or prose rather than code.
+EXCLUDED = frozenset(
+    {
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "test",
+        "tests",
+        "idlelib",
+        "encodings",
+        "pydoc_data",
+        "turtledemo",
+        "lib2to3",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Config(SourceConfig):
+    """Text of the standard library, tokenised with a byte-level BPE trained on the training part of it."""
+
+    source: str = "stdlib"
+    vocab_size: int = 2048
+    split: str = "95,5"
+    tokenizer: str | None = None
+
+
+class Document(NamedTuple):
+    name: str
+    text: str
+
+
+def documents(root: Path | None = None) -> list[Document]:
+    """The source files under `root` (default: the running Python's standard library).
+
+    They come in the order of the hash of their relative name: the same on every machine, and unlike the alphabet it
+    spreads each package over the training and the held-out part.
+    """
+    root = root or Path(sysconfig.get_path("stdlib"))
+    found = []
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        if EXCLUDED.isdisjoint(relative.parts) and not relative.name.startswith("_sysconfigdata"):
+            found.append(Document(relative.as_posix(), path.read_text(encoding="utf-8", errors="replace")))
+    return sorted((document for document in found if document.text), key=_hash_of_name)
+
+
+def _hash_of_name(document: Document) -> str:
+    return hashlib.sha256(document.name.encode()).hexdigest()
+
+
+def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
+    """Tokenised standard library below `cache`, made at first use. `seed` orders the samples."""
+    from bridge.data import text
+
+    files = documents()
+    if not files:
+        raise ConfigError("data.source: this Python has no library sources on disk; set another data source")
+    return text.prepare(
+        [document.text for document in files],
+        name="stdlib",
+        title=f"Python standard library: {len(files)} files",
+        options=text.Options.of(config),
+        cache=cache,
+        seed=seed,
+    )
+
+
+def build(config: Config, prepared: Prepared, *, seed: int) -> Datasets:
+    """Training and validation samples of the prepared text."""
+    from bridge.data import gpt_dataset
+
+    return gpt_dataset.build(prepared, sequence_length=config.sequence_length, split=config.split, seed=seed)

@@ -1,0 +1,91 @@
+"""The training and evaluation batches of this rank."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.num_microbatches_calculator import (
+    ConstantNumMicroBatchesCalculator,
+    NumMicroBatchesCalculator,
+    RampupBatchsizeNumMicroBatchesCalculator,
+)
+
+from bridge import parallel, platform
+from bridge.config.schema import Train
+from bridge.data import sampler
+
+Batch = dict[str, torch.Tensor]
+
+
+def batch_size_at(train: Train, *, data_parallel_size: int) -> Callable[[int], int]:
+    """From the samples consumed so far to the global batch size of the next step, with megatron-core's ramp-up."""
+    calculator = _calculator(train, data_parallel_size)
+
+    def at(consumed: int) -> int:
+        calculator.update(consumed, consistency_check=True)
+        return calculator.get_current_running_global_batch_size()
+
+    return at
+
+
+def _calculator(train: Train, data_parallel_size: int) -> NumMicroBatchesCalculator:
+    common = {
+        "global_batch_size": train.global_batch_size,
+        "micro_batch_size": train.micro_batch_size,
+        "data_parallel_size": data_parallel_size,
+        "decrease_batch_size_if_needed": False,
+        "rank": parallel.rank(),
+    }
+    if train.rampup_batch_size is None:
+        return ConstantNumMicroBatchesCalculator(**common)
+    start, increment, samples = train.rampup_batch_size
+    return RampupBatchsizeNumMicroBatchesCalculator(
+        **common, start_global_batch_size=start, batch_size_increment=increment, ramup_samples=samples
+    )
+
+
+def training(dataset: Any, *, train: Train, consumed: int, num_workers: int) -> Iterator[Batch]:
+    """Endless micro-batches of this rank after the first `consumed` samples: [micro_batch_size, ...] tensors."""
+    num_ranks = parallel.data_parallel_size()
+    batches = sampler.TrainingBatches(
+        size=len(dataset),
+        seed=train.seed,
+        consumed=consumed,
+        batch_size_at=batch_size_at(train, data_parallel_size=num_ranks),
+        micro_batch_size=train.micro_batch_size,
+        rank=parallel.data_parallel_rank(),
+        num_ranks=num_ranks,
+    )
+    return iter(_loader(dataset, batches, num_workers=num_workers))
+
+
+def num_evaluation_batches(dataset: Any, train: Train) -> int:
+    """train.eval_iters global batches, or as many whole ones as the validation set has, but at least one."""
+    return min(train.eval_iters, max(1, len(dataset) // train.global_batch_size))
+
+
+def evaluation(dataset: Any, *, train: Train) -> Iterator[Batch]:
+    """Micro-batches of this rank for one evaluation: always the same samples, in order, whatever the layout."""
+    ranks = {"rank": parallel.data_parallel_rank(), "num_ranks": parallel.data_parallel_size()}
+    batches: list[list[int]] = []
+    for number in range(num_evaluation_batches(dataset, train)):
+        start = number * train.global_batch_size
+        ids = [index % len(dataset) for index in range(start, start + train.global_batch_size)]
+        batches += sampler.rank_micro_batches(ids, micro_batch_size=train.micro_batch_size, **ranks)
+    return iter(_loader(dataset, batches, num_workers=0))
+
+
+def _loader(dataset: Any, batches: Iterable[Sequence[int]], *, num_workers: int) -> Iterable[Batch]:
+    # Page-locked memory lets the copy to the device run beside the computation.
+    pinned = platform.device().type != "cpu"
+    return sampler.loader(dataset, batches=batches, num_workers=num_workers, pin_memory=pinned)
+
+
+def recorded(batches: Iterator[Batch], path: Path) -> Iterator[Batch]:
+    """`batches`, each one's sample ids appended to `path` as a line of numbers when it is read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", buffering=1) as file:
+        for batch in batches:
+            file.write(" ".join(str(index) for index in batch["sample_id"].tolist()) + "\n")
+            yield batch

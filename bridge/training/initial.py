@@ -1,0 +1,50 @@
+"""Where a run's weights come from, and the files that its checkpoints carry along for the export."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bridge import parallel
+from bridge.config.routing import Routed
+from bridge.config.run_config import RunConfig
+from bridge.convert.initial import load_initial
+from bridge.data.text import TOKENIZER_FILES
+from bridge.weights import locate
+from bridge.weights.hf_files import copy_assets
+
+
+def load(model: list[Any], *, routed: Routed, path: str | None) -> None:
+    """Fill `model` (chunks of this rank) from `path`; None leaves the random initialisation, and both are said aloud.
+
+    Raises ConfigError when `path` is missing, is neither kind of model directory, or holds another architecture.
+    """
+    if path is not None:
+        load_initial(model, path, routed)
+    if parallel.is_main():
+        print(f"weights: {'random initialisation (init.path is not set)' if path is None else path}", flush=True)
+
+
+def describe(root: Path, config: RunConfig, *, tokenizer: Path | None) -> None:
+    """Write ROOT/model.yaml and ROOT/hf before the first checkpoint: what building and exporting the model needs.
+
+    The Hugging Face files come from init.path, except for the tokenizer when the data has one of its own.
+    """
+    if (root / locate.LATEST).is_file():
+        return
+    assets = root / locate.HF_ASSETS
+    assets.mkdir(parents=True, exist_ok=True)
+    if config.init.path is not None:
+        copy_assets(_assets_of(Path(config.init.path).expanduser()), assets)
+    if tokenizer is not None:
+        for name in TOKENIZER_FILES:
+            (assets / name).unlink(missing_ok=True)
+            if (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, assets / name)
+    locate.write_model_section(root, config.model)
+
+
+def _assets_of(path: Path) -> Path:
+    """The directory with config and tokenizer files of a model directory of either kind."""
+    if locate.is_megatron(path):
+        return locate.locate(path, key="init.path").root / locate.HF_ASSETS
+    return path

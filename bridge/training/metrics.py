@@ -1,0 +1,264 @@
+"""What a run reports and where: metrics.jsonl always; console, TensorBoard and Weights & Biases as asked.
+
+metrics.jsonl has one JSON object per line. A training step's keys are TRAINING, an evaluation's are EVALUATION.
+"""
+
+import importlib
+import json
+import math
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from bridge import platform
+from bridge.config.run_config import RunConfig
+from bridge.errors import ConfigError
+from bridge.training.step import StepResult, global_means
+
+METRICS = "metrics.jsonl"
+TRAINING = (
+    "step",  # number of the optimizer step, from 1
+    "loss",  # nats per token, mean over the global batch
+    "grad_norm",  # L2 norm of the whole gradient before clipping; null when the step was left out
+    "lr",  # learning rate the step used
+    "consumed_samples",  # sequences read since the start of the run, this step included
+    "consumed_tokens",  # their tokens
+    "tokens_per_second",  # of all ranks together
+    "tflops_per_gpu",  # model TFLOP/s of each device (bridge.training.flops)
+    "step_seconds",  # mean over the steps between two reports
+    "skipped",  # steps left out so far because of infinite gradients (fp16)
+    "peak_memory_bytes",  # of rank 0's device so far
+)
+EVALUATION = ("step", "eval_loss")
+
+Values = Mapping[str, Any]
+
+
+class Rates(NamedTuple):
+    """What turns seconds into rates: FLOPs per token, tokens per sequence, number of devices."""
+
+    flops_per_token: float
+    sequence_length: int
+    num_devices: int
+
+
+class Step(NamedTuple):
+    """One step as the loop saw it. samples: sequences of this step; the loss is still on the device."""
+
+    step: int
+    result: StepResult
+    lr: float
+    samples: int
+    consumed_samples: int
+    skipped: int
+
+
+class Pending:
+    """Steps whose loss nobody has looked at: reading a loss waits for the device, so it is done once per report."""
+
+    def __init__(self, rates: Rates) -> None:
+        self.rates = rates
+        self.steps: list[Step] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out what happened since the last report (evaluation, saving) from the next steps' time."""
+        platform.synchronize()
+        self.started = time.perf_counter()
+
+    def add(self, step: Step) -> None:
+        """Keep a step for the next report."""
+        self.steps.append(step)
+
+    def take(self) -> list[dict[str, Any]]:
+        """The lines of all steps kept since the last call. A collective call.
+
+        Raises FloatingPointError on every rank, naming the first step with a loss or gradient that is not finite: so no
+        checkpoint is written after one.
+        """
+        if not self.steps:
+            return []
+        losses = global_means([step.result.loss for step in self.steps])
+        platform.synchronize()
+        seconds = (time.perf_counter() - self.started) / len(self.steps)
+        lines = [self._line(step, loss, seconds) for step, loss in zip(self.steps, losses, strict=True)]
+        self.steps = []
+        self.restart_clock()
+        for line in lines:
+            _check_finite(line)
+        return lines
+
+    def _line(self, step: Step, loss: float, seconds: float) -> dict[str, Any]:
+        tokens_per_second = step.samples * self.rates.sequence_length / seconds
+        values = (
+            step.step,
+            loss,
+            step.result.grad_norm,
+            step.lr,
+            step.consumed_samples,
+            step.consumed_samples * self.rates.sequence_length,
+            tokens_per_second,
+            tokens_per_second * self.rates.flops_per_token / self.rates.num_devices / 1e12,
+            seconds,
+            step.skipped,
+            platform.peak_memory_bytes(),
+        )
+        return dict(zip(TRAINING, values, strict=True))
+
+
+def _check_finite(line: Values) -> None:
+    for name in ("loss", "grad_norm"):
+        if line[name] is not None and not math.isfinite(line[name]):
+            raise FloatingPointError(
+                f"step {line['step']}: {name} is {line[name]}; training stops, the last checkpoint is from before. "
+                "Lower optimizer.lr, lengthen scheduler.lr_warmup_steps or look at this step's data"
+            )
+
+
+class Sink(Protocol):
+    """A place lines go to. Every line has "step"."""
+
+    def write(self, line: Values) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """RUN_DIR/metrics.jsonl, cut back to the step a run resumes from so that no step appears twice."""
+
+    def __init__(self, run_dir: Path, *, resumed_step: int) -> None:
+        path = run_dir / METRICS
+        kept = [line for line in read(run_dir) if line["step"] <= resumed_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(path)
+        self.file = path.open("a", buffering=1)
+
+    def write(self, line: Values) -> None:
+        self.file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a line cut short by a kill is left out."""
+    path = run_dir / METRICS
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+class Console:
+    """One line per report: the last step's values, or the evaluation's."""
+
+    def __init__(self, *, steps: int, log_interval: int) -> None:
+        self.steps, self.log_interval = steps, log_interval
+
+    def write(self, line: Values) -> None:
+        if "eval_loss" in line:
+            print(f"step {line['step']}/{self.steps} | eval loss {line['eval_loss']:.4f}", flush=True)
+        elif line["step"] % self.log_interval == 0 or line["step"] == self.steps:
+            norm = "skipped" if line["grad_norm"] is None else f"{line['grad_norm']:.3f}"
+            print(
+                f"step {line['step']}/{self.steps} | loss {line['loss']:.4f} | grad norm {norm} | lr {line['lr']:.2e}"
+                f" | {line['tokens_per_second']:,.0f} tokens/s | {line['tflops_per_gpu']:.3g} TFLOP/s per device | "
+                f"{line['step_seconds']:.3g} s per step",
+                flush=True,
+            )
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """RUN_DIR/tensorboard; events after the step a run resumes from are hidden."""
+
+    def __init__(self, run_dir: Path, *, resumed_step: int) -> None:
+        _require("tensorboard", key="log.tensorboard", value=True)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+
+    def write(self, line: Values) -> None:
+        for name, value in line.items():
+            if name != "step" and value is not None:
+                self.writer.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A W&B run whose id is kept in RUN_DIR/wandb_run_id, so that a resumed run continues it."""
+
+    def __init__(self, config: RunConfig) -> None:
+        options = config.log.wandb
+        _require("wandb", key="log.wandb.project", value=options.project)
+        import wandb
+
+        kept = config.run_dir / "wandb_run_id"
+        if not kept.is_file():
+            kept.write_text(secrets.token_hex(8))
+        self.run = wandb.init(
+            project=options.project,
+            entity=options.entity,
+            name=options.name or config.name,
+            mode=options.mode,
+            id=kept.read_text().strip(),
+            resume="allow",
+            dir=str(config.run_dir),
+            config={"model": config.model, "optimizer": config.optimizer, "data": config.data, "name": config.name},
+        )
+
+    def write(self, line: Values) -> None:
+        self.run.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _require(package: str, *, key: str, value: Any) -> None:
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(f"{key}: {value!r} needs a package that is missing; pip install {package}") from error
+
+
+class Report:
+    """Sends lines to all sinks of the main process; the other processes have none."""
+
+    def __init__(self, config: RunConfig, *, resumed_step: int, is_main: bool) -> None:
+        self.sinks: list[Sink] = []
+        if not is_main:
+            return
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        if config.log.tensorboard:
+            self.sinks.append(TensorBoard(config.run_dir, resumed_step=resumed_step))
+        if config.log.wandb.project is not None:
+            self.sinks.append(WeightsAndBiases(config))
+        self.sinks.append(JsonLines(config.run_dir, resumed_step=resumed_step))
+        self.sinks.append(Console(steps=config.train.steps, log_interval=config.log.log_interval))
+
+    def write(self, line: Values) -> None:
+        """Send one line everywhere."""
+        for sink in self.sinks:
+            sink.write(line)
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        for sink in self.sinks:
+            sink.close()
+
+
+def check_packages(config: RunConfig) -> None:
+    """ConfigError when a report that is asked for needs a package that is missing; called before any work is done."""
+    if config.log.tensorboard:
+        _require("tensorboard", key="log.tensorboard", value=True)
+    if config.log.wandb.project is not None:
+        _require("wandb", key="log.wandb.project", value=config.log.wandb.project)

@@ -1,0 +1,61 @@
+"""One training process from its configuration to its outcome."""
+
+import time
+
+# ruff: noqa: E402
+from bridge import platform
+
+platform.prepare()  # before megatron-core is imported: on CPU, importing it first costs seconds of compilation
+
+from bridge import parallel
+from bridge.config.run_config import RunConfig
+from bridge.data.source import Prepared
+from bridge.training import metrics, setup
+from bridge.training.loop import Outcome, train
+from bridge.training.metrics import Report
+from bridge.training.stop import Stop
+
+__all__ = ["Outcome", "run"]
+
+
+def run(config: RunConfig) -> Outcome:
+    """Train as `config` says, in this process, as the rank that RANK and WORLD_SIZE name (none: a world of one).
+
+    Resumes from the run directory's latest checkpoint. Raises ConfigError for what only now turns out to be wrong with
+    the configuration, FloatingPointError when the loss is not finite.
+    """
+    stop = Stop(config.train, started=time.monotonic())
+    with stop.listening():
+        metrics.check_packages(config)
+        data = setup.prepare_data(config)
+        parallel.initialize(config.routed().transformer, seed=config.train.seed)
+        outcome = _train(config, data, stop)
+        # Not after a failure: the peers of a failed rank may never come to a teardown that waits for them.
+        parallel.teardown()
+    return outcome
+
+
+def _train(config: RunConfig, data: setup.Data, stop: Stop) -> Outcome:
+    job = setup.build(config, data)
+    report = Report(config, resumed_step=job.progress.step, is_main=parallel.is_main())
+    outcome = train(job, stop=stop, report=report)
+    report.close()
+    if parallel.is_main():
+        _say_what_next(config, outcome, data.prepared)
+    return outcome
+
+
+def _say_what_next(config: RunConfig, outcome: Outcome, prepared: Prepared) -> None:
+    if outcome.status == "stopped":
+        print(f"stopped at step {outcome.step} ({outcome.reason}); the same command resumes", flush=True)
+        return
+    if outcome.eval_loss is not None:
+        print(f"final eval loss: {outcome.eval_loss:.4f} nats per token", flush=True)
+    if prepared.unigram_entropy is not None:
+        print(f"unigram entropy of the held-out part: {prepared.unigram_entropy:.4f} nats per token", flush=True)
+    print(
+        "next:\n"
+        f"  python convert.py mode=export megatron={config.run_dir} hf={config.run_dir}/export\n"
+        f"  python -m bridge.generate path={config.run_dir} prompt='def '",
+        flush=True,
+    )

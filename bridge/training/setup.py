@@ -1,0 +1,137 @@
+"""From a configuration to everything a step needs: model -> weights -> DDP -> optimizer -> data -> resume."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_model_config, unwrap_model
+
+from bridge import checkpoint, parallel
+from bridge.checkpoint import Progress, Trainable
+from bridge.config import modules, sections
+from bridge.config.routing import Routed
+from bridge.config.run_config import RunConfig
+from bridge.data import source
+from bridge.data.source import Datasets, Prepared
+from bridge.errors import ConfigError
+from bridge.models import gpt
+from bridge.optim import optimizer as optimizers
+from bridge.optim import schedule
+from bridge.training import initial
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data source of a run, prepared."""
+
+    source: Any
+    options: Any
+    prepared: Prepared
+
+    def build(self, *, seed: int) -> Datasets:
+        """The datasets; called once process groups exist."""
+        datasets: Datasets = self.source.build(self.options, self.prepared, seed=seed)
+        return datasets
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to take its next step. progress: where it stands, 0 or the checkpoint's."""
+
+    config: RunConfig
+    state: Trainable
+    data: Data
+    datasets: Datasets
+    progress: Progress
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.config.run_dir / "checkpoints"
+
+    @property
+    def transformer(self) -> TransformerConfig:
+        config: TransformerConfig = get_model_config(self.state.model[0])
+        return config
+
+
+def prepare_data(config: RunConfig) -> Data:
+    """Tokenised data on this node's disk. Runs before process groups exist: no rank times out while another works."""
+    module = modules.load("data.source", config.data["source"], "data")
+    options = sections.build(module.Config, config.data, "data")
+    cache = source.cache_root(options.cache_dir)
+    prepared = module.prepare(options, cache=cache, seed=config.train.seed)
+    vocab_size = config.model["vocab_size"]
+    if prepared.vocab_size > vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {vocab_size} is smaller than the {prepared.vocab_size} token ids of the data; "
+            f"set model.vocab_size={prepared.vocab_size} or more"
+        )
+    return Data(module, options, prepared)
+
+
+def build(config: RunConfig, data: Data) -> Job:
+    """Model, optimizer, schedule and datasets, standing at the run's latest checkpoint if it has one.
+
+    Process groups must exist (`bridge.parallel.initialize`).
+    """
+    routed = per_token_loss(config.routed())
+    chunks = gpt.build(routed, wrap=True)
+    latest = checkpoint.latest(config.run_dir / "checkpoints")
+    if latest is None:
+        initial.load(unwrap_model(chunks), routed=routed, path=config.init.path)
+    model = _distributed(chunks, routed)
+    optimizer = optimizers.build(routed, model=model)
+    scheduler = schedule.build(config.scheduler, optimizer=optimizer, fields=routed.optimizer, steps=config.train.steps)
+    _connect(model, optimizer)
+    state = Trainable(model, optimizer, scheduler)
+    datasets = data.build(seed=config.train.seed)
+    progress = Progress(data=data.prepared.identity) if latest is None else checkpoint.load(latest, state)
+    if progress.data != data.prepared.identity:
+        raise ConfigError(
+            f"data.source: the prepared data is {data.prepared.identity}, this run has read {progress.data} so far "
+            "(its text or tokenizer changed); set another name="
+        )
+    if latest is not None and parallel.is_main():
+        print(f"resumed from {latest.directory} at step {progress.step}", flush=True)
+    return Job(config=config, state=state, data=data, datasets=datasets, progress=progress)
+
+
+def per_token_loss(routed: Routed) -> Routed:
+    """`routed` with the only loss reduction there is: one division by the number of tokens of the global batch.
+
+    Raises ConfigError when the user asked for another; it would make the loss depend on the layout.
+    """
+    if routed.transformer.get("calculate_per_token_loss") is False:
+        key = routed.origin["calculate_per_token_loss"]
+        raise ConfigError(f"{key}: false would make the loss depend on the micro-batch split; set true or leave it out")
+    return routed._replace(transformer={**routed.transformer, "calculate_per_token_loss": True})
+
+
+def _distributed(chunks: list[Any], routed: Routed) -> list[Any]:
+    """megatron-core's DDP around each chunk. Only the first chunk's gradients are bucketed: the others are in flight
+    while its backward still runs, so that splitting them would only add messages."""
+    settings = DistributedDataParallelConfig(**routed.ddp)
+    return [
+        DistributedDataParallel(
+            config=get_model_config(chunk), ddp_config=settings, module=chunk, disable_bucketing=index > 0
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def _connect(model: list[Any], optimizer: Any) -> None:
+    """Tell megatron-core's schedule how to scale the loss, when to reduce gradients and how to finish them."""
+    config = get_model_config(model[0])
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    settings = model[0].ddp_config
+    if settings.overlap_grad_reduce:
+        config.no_sync_func = _one_or_all([chunk.no_sync for chunk in model])
+    if settings.overlap_param_gather and settings.align_param_gather:
+        config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in model])
+
+
+def _one_or_all(functions: list[Any]) -> Any:
+    return functions[0] if len(functions) == 1 else functions

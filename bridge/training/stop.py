@@ -1,0 +1,66 @@
+"""Reasons to save and leave before the last step: a signal, a time limit, a step interval. All ranks agree on it."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from bridge.config.schema import Train
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+NO_REASON, SIGNAL, TIME_LIMIT = 0, 1, 2
+
+
+class Stop:
+    """Watches for a reason to stop. `started` is the time.monotonic() from which the time limit counts."""
+
+    def __init__(self, train: Train, *, started: float) -> None:
+        self.train = train
+        self.received: signal.Signals | None = None
+        minutes = train.exit_duration_in_mins
+        self.deadline = None if minutes is None else started + 60 * minutes
+        self.host_group: dist.ProcessGroup | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note SIGTERM and SIGUSR1 instead of dying from them, so that a save is never cut short."""
+
+        def note(number: int, _: FrameType | None) -> None:
+            self.received = signal.Signals(number)
+
+        previous = {number: signal.signal(number, note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def reason(self, *, step: int) -> str | None:
+        """Why to stop after `step`, the same answer on every rank, or None. A collective call."""
+        if self.train.exit_interval is not None and step % self.train.exit_interval == 0:
+            return f"train.exit_interval={self.train.exit_interval}"
+        mine = NO_REASON
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            mine = TIME_LIMIT
+        if self.received is not None:
+            mine = SIGNAL
+        agreed = self._largest_of_all_ranks(mine)
+        if agreed == TIME_LIMIT:
+            return f"train.exit_duration_in_mins={self.train.exit_duration_in_mins}"
+        if agreed == SIGNAL:
+            return self.received.name if self.received is not None else "a signal to another rank"
+        return None
+
+    def _largest_of_all_ranks(self, value: int) -> int:
+        if dist.get_world_size() == 1:
+            return value
+        if self.host_group is None:
+            # Over gloo, on the host: asking the device would wait for all work queued on it, every step.
+            self.host_group = dist.new_group(backend="gloo")
+        flag = torch.tensor([value])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.host_group)
+        return int(flag.item())

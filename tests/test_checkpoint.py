@@ -1,0 +1,95 @@
+"""Training checkpoints across layouts, their retention and their refusals."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_distributed
+from tests.training.runs import config, losses, train
+
+SHARDED = {"use_distributed_optimizer": True}
+TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PIPELINE = {"pipeline_model_parallel_size": 2}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    run = config(tmp_path_factory.mktemp("straight"), init={"path": str(start(tmp_path_factory))})
+    return losses(run_distributed(train, 1, run)[0].lines)
+
+
+def start(factory: pytest.TempPathFactory) -> Path:
+    """Weights every run here starts from: random ones depend on the layout."""
+    path = factory.getbasetemp() / "start"
+    if not path.exists():
+        run_distributed(train, 1, config(path, train={"exit_interval": 1, "eval_interval": None}))
+    return path / "run"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, SHARDED), (1, SHARDED)),
+        ((2, TENSOR), (2, PIPELINE)),
+        ((2, {**TENSOR, **SHARDED}), (2, {**SHARDED})),
+    ],
+    ids=["dp2_to_1", "tp2_to_pp2", "tp2_to_dp2_sharded"],
+)
+def test_a_checkpoint_goes_on_in_another_layout(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    straight: list[float],
+    before: tuple[int, dict[str, Any]],
+    after: tuple[int, dict[str, Any]],
+) -> None:
+    init = {"path": str(start(tmp_path_factory))}
+    first = config(tmp_path, parallelism=before[1], init=init, train={"exit_interval": 10})
+    run_distributed(train, before[0], first)
+    second = run_distributed(train, after[0], config(tmp_path, parallelism=after[1], init=init))[0]
+    assert losses(second.lines) == pytest.approx(straight, rel=1e-5)
+
+
+def test_the_last_k_are_kept(tmp_path: Path) -> None:
+    run = config(tmp_path, checkpoint={"save_interval": 3, "keep_last": 2}, train={"eval_interval": None})
+    run_distributed(train, 1, run)
+    root = run.run_dir / "checkpoints"
+    assert sorted(path.name for path in root.glob("iter_*")) == ["iter_0000018", "iter_0000020"]
+
+
+def test_retention_never_counts_what_lies_after_the_newest(tmp_path: Path) -> None:
+    from bridge import checkpoint
+
+    for step in (1, 2, 3, 9):  # 9: its save was killed before `latest` moved, then the run went on from 2
+        (tmp_path / f"iter_{step:07d}").mkdir()
+    checkpoint._retain(tmp_path / "iter_0000003", keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000003", "iter_0000009"]
+
+
+def test_weights_lie_at_the_top_level_under_canonical_names(tmp_path: Path) -> None:
+    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+
+    from bridge.weights import locate
+
+    run = config(tmp_path, train={"steps": 4, "eval_interval": None})
+    run_distributed(train, 1, run)
+    found = locate.locate(run.run_dir)
+    names = set(load_sharded_metadata(str(found.directory)))
+    assert {"embedding.word_embeddings.weight", "decoder.layers.1.mlp.linear_fc1.weight"} <= names
+    assert "optimizer.state.exp_avg.embedding.word_embeddings.weight" in names
+    assert locate.read_model_section(found.root) == run.model
+
+
+def train_reading(run: Any, identity: str) -> Any:
+    from bridge.data.source import Prepared
+
+    Prepared.identity = identity  # type: ignore[assignment, method-assign]
+    return train(run)
+
+
+def test_other_data_than_before_is_refused(tmp_path: Path) -> None:
+    run_distributed(train_reading, 1, config(tmp_path, train={"exit_interval": 1, "eval_interval": None}), "text-1")
+    with pytest.raises(
+        AssertionError, match="data.source: the prepared data is text-2, this run has read text-1 so far"
+    ):
+        run_distributed(train_reading, 1, config(tmp_path), "text-2")

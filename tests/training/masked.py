@@ -1,0 +1,40 @@
+"""A data source for tests: random tokens of which samples mask different shares, so that means of means go wrong."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bridge.data import mock
+from bridge.data.source import Datasets, Prepared
+
+
+@dataclass(frozen=True)
+class Config(mock.Config):
+    """The options of `mock`."""
+
+    source: str = "tests.training.masked"
+
+
+def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
+    return mock.prepare(config, cache=cache, seed=seed)
+
+
+def build(config: Config, prepared: Prepared, *, seed: int) -> Datasets:
+    train, valid = mock.build(config, prepared, seed=seed)
+    return Datasets(Masked(train), Masked(valid))
+
+
+class Masked:
+    """Sample i counts only its first (i mod 5 + 1) fifths."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = dict(self.dataset[index])
+        mask = sample["loss_mask"].clone()
+        mask[len(mask) * (index % 5 + 1) // 5 :] = 0
+        return {**sample, "loss_mask": mask}

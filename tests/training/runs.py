@@ -1,0 +1,85 @@
+"""Small run configurations for the tests of the training loop."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bridge.config import run_config
+from bridge.config.run_config import RunConfig
+
+MODEL = {
+    "family": "llama",
+    "num_layers": 2,
+    "hidden_size": 32,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 8,
+    "vocab_size": 100,
+    "max_sequence_length": 32,
+    "normalization": "RMSNorm",
+    "activation_func": "silu",
+    "gated_linear_unit": True,
+    "add_bias_linear": False,
+    "position_embedding_type": "rope",
+    "share_embeddings_and_output_weights": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+FP32 = {"params_dtype": "fp32", "pipeline_dtype": "fp32", "grad_reduce_in_fp32": True}
+ADAM = {"optimizer": "adam", "lr": 1e-2, "min_lr": 1e-3, "weight_decay": 0.1, "adam_beta2": 0.95, "clip_grad": 1.0}
+
+
+def config(runs_dir: Path, *, whole_model: dict[str, Any] | None = None, **overrides: Any) -> RunConfig:
+    """A two-layer Llama on random tokens, 20 steps of 4 sequences, every step reported.
+
+    `section={"key": value}` changes keys of a section, `whole_model` replaces the model's; `name="..."` names the run.
+    """
+    sections: dict[str, Any] = {
+        "name": "run",
+        "runs_dir": str(runs_dir),
+        "model": dict(whole_model or MODEL),
+        "parallelism": {},
+        "optimizer": dict(ADAM),
+        "precision": dict(FP32),
+        "peft": {"method": "none"},
+        "data": {"source": "mock", "sequence_length": 16, "vocab_size": 100, "num_samples": 50},
+        "scheduler": {"lr_warmup_steps": 3},
+        "train": {"steps": 20, "global_batch_size": 4, "micro_batch_size": 1, "eval_interval": 10, "eval_iters": 1},
+        "init": {},
+        "checkpoint": {},
+        "log": {"log_interval": 1},
+    }
+    if "source" in overrides.get("data", {}):
+        sections["data"] = {"source": ""}
+    for name, value in overrides.items():
+        sections[name] = {**sections[name], **value} if isinstance(value, dict) else value
+    return run_config.from_dict(sections)
+
+
+class Ran(NamedTuple):
+    """What one rank saw of a run: the outcome and the lines of metrics.jsonl."""
+
+    status: str
+    step: int
+    eval_loss: float | None
+    lines: list[dict[str, Any]]
+
+
+def train(run: RunConfig) -> Ran:
+    """Run `run` in this process, a worker of tests.distributed or a lone one."""
+    from bridge.training import metrics
+    from bridge.training.run import run as run_config_here
+
+    outcome = run_config_here(run)
+    return Ran(outcome.status, outcome.step, outcome.eval_loss, metrics.read(run.run_dir))
+
+
+def losses(lines: list[dict[str, Any]]) -> list[float]:
+    """Training losses by step."""
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def sample_ids(run_dir: Path) -> list[list[int]]:
+    """Ids read so far, by data-parallel rank."""
+    files = sorted((run_dir / "sample_ids").iterdir())
+    return [[int(word) for word in file.read_text().split()] for file in files]

@@ -1,0 +1,184 @@
+"""What a run leaves behind: metrics.jsonl, TensorBoard, Weights & Biases, and what it says when the loss is lost."""
+
+import dataclasses
+import json
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridge.errors import ConfigError
+from tests.distributed import run_distributed
+from tests.training.runs import config, train
+
+TRAINING = {
+    "step",
+    "loss",
+    "grad_norm",
+    "lr",
+    "consumed_samples",
+    "consumed_tokens",
+    "tokens_per_second",
+    "tflops_per_gpu",
+    "step_seconds",
+    "skipped",
+    "peak_memory_bytes",
+}
+
+
+def test_metrics_have_exactly_these_keys(tmp_path: Path) -> None:
+    lines = run_distributed(train, 1, config(tmp_path, log={"log_interval": 7}))[0].lines
+    steps = [line for line in lines if "eval_loss" not in line]
+    assert [set(line) for line in steps] == [TRAINING] * 20
+    assert [line["step"] for line in steps] == list(range(1, 21))
+    assert [line["consumed_samples"] for line in steps] == list(range(4, 84, 4))
+    assert [(set(line), line["step"]) for line in lines if "eval_loss" in line] == [
+        ({"step", "eval_loss"}, 10),
+        ({"step", "eval_loss"}, 20),
+    ]
+
+
+def test_lines_after_the_resumed_step_are_cut(tmp_path: Path) -> None:
+    from bridge.training import metrics
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "eval_loss": 1.0}\n{"step": 3}\n{"step": 4, "lo')
+    sink = metrics.JsonLines(tmp_path, resumed_step=2)
+    sink.write({"step": 3, "loss": 0.5})
+    sink.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 2, "eval_loss": 1.0},
+        {"step": 3, "loss": 0.5},
+    ]
+
+
+def test_model_flops_of_a_llama_3_2_1b() -> None:
+    from types import SimpleNamespace
+
+    from bridge.training import flops
+
+    # Llama-3.2-1B: 8.22 GFLOP per token at 4096 tokens, 9.03 at 8192.
+    llama = SimpleNamespace(
+        hidden_size=2048,
+        num_layers=16,
+        num_attention_heads=32,
+        num_query_groups=8,
+        kv_channels=64,
+        ffn_hidden_size=8192,
+        gated_linear_unit=True,
+        num_moe_experts=None,
+    )
+    assert flops.per_token(llama, vocab_size=128256, sequence_length=4096) == pytest.approx(8.22e9, rel=1e-3)
+    assert flops.per_token(llama, vocab_size=128256, sequence_length=8192) == pytest.approx(9.03e9, rel=1e-3)
+
+
+def test_tensorboard_and_offline_wandb_go_on_after_a_resume(tmp_path: Path) -> None:
+    log = {"tensorboard": True, "wandb": {"project": "bridge-tests", "mode": "offline"}}
+    run_distributed(train, 1, config(tmp_path, log=log, train={"exit_interval": 10}))
+    run_id = (tmp_path / "run" / "wandb_run_id").read_text()
+    run = config(tmp_path, log=log)
+    run_distributed(train, 1, run)
+
+    assert (run.run_dir / "wandb_run_id").read_text() == run_id
+    offline = sorted((run.run_dir / "wandb").glob(f"offline-run-*-{run_id}"))
+    assert sum(len(list(folder.glob("*.wandb"))) for folder in offline) >= 1
+    assert wandb_steps(run.run_dir / "wandb") == list(range(1, 21))
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.run_dir / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 21))
+    assert [event.step for event in events.Scalars("eval_loss")] == [10, 20]
+
+
+def wandb_steps(folder: Path) -> list[int]:
+    """Steps with a loss in the offline files of all sessions, in order."""
+    from wandb.proto import wandb_internal_pb2
+
+    steps = []
+    for path in sorted(folder.glob("offline-run-*/*.wandb")):
+        for content in leveldb_records(path.read_bytes()[7:]):
+            record = wandb_internal_pb2.Record.FromString(content)
+            if "loss" in {item.key or "/".join(item.nested_key) for item in record.history.item}:
+                steps.append(record.history.step.num)
+    return steps
+
+
+def leveldb_records(data: bytes, *, header: int = 7, block: int = 32768) -> list[bytes]:
+    """Records of a .wandb file after its own header: LevelDB's log format, of blocks counted with that header."""
+    records, position = [b""], 0
+    while position + header <= len(data):
+        if (room := block - (position + header) % block) < header:
+            position += room
+            continue
+        size, kind = struct.unpack_from("<HB", data, position + 4)
+        records[-1] += data[position + header : position + header + size]
+        position += header + size
+        if kind in (1, 4):  # whole, or the last part
+            records.append(b"")
+    return [record for record in records if record]
+
+
+@pytest.mark.parametrize(
+    ("log", "package", "message"),
+    [
+        ({"wandb": {"project": "p"}}, "wandb", "log.wandb.project: 'p' needs a package .*pip install wandb"),
+        ({"tensorboard": True}, "tensorboard", "log.tensorboard: True needs .*pip install tensorboard"),
+    ],
+)
+def test_a_missing_package_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: dict[str, Any], package: str, message: str
+) -> None:
+    from bridge.training import metrics
+
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=message):
+        metrics.check_packages(config(tmp_path, log=log))
+
+
+def test_a_loss_that_is_not_a_number_fails_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    wild = {"optimizer": {"lr": 1e30, "min_lr": 1e30, "clip_grad": 0.0}, "scheduler": {"lr_warmup_steps": 0}}
+    run = config(tmp_path, checkpoint={"save_interval": 1, "keep_last": 1})
+    run_distributed(train, 1, dataclasses.replace(run, train=dataclasses.replace(run.train, exit_interval=5)))
+    diverging = config(tmp_path, checkpoint={"save_interval": 10, "keep_last": 1}, **wild)
+    with pytest.raises(AssertionError, match=r"FloatingPointError: step \d+: (loss|grad_norm) is (nan|inf)") as caught:
+        run_distributed(train, 1, diverging)
+    assert "the last checkpoint is from before" in str(caught.value)
+    saved = [path.name for path in (tmp_path / "run" / "checkpoints").glob("iter_*")]
+    assert saved == ["iter_0000005"]
+
+
+def test_fp16_counts_the_steps_it_leaves_out_and_bf16_trains(tmp_path: Path) -> None:
+    fp16 = {"fp16": True, "params_dtype": "fp16", "pipeline_dtype": "fp16", "initial_loss_scale": 2.0**24}
+    lines = run_distributed(train, 1, config(tmp_path, precision=fp16, train={"eval_interval": None}))[0].lines
+    steps = [line for line in lines if "loss" in line]
+    skipped = [line["grad_norm"] is None for line in steps]
+    assert skipped[0] and not all(skipped)
+    assert [line["skipped"] for line in steps] == [sum(skipped[: index + 1]) for index in range(20)]
+    first_taken = skipped.index(False)
+    assert all(line["lr"] == steps[0]["lr"] for line in steps[: first_taken + 1])  # the schedule waits
+
+    bf16 = {"bf16": True, "params_dtype": "bf16", "pipeline_dtype": "bf16"}
+    full = run_distributed(train, 1, config(tmp_path, name="fp32"))[0]
+    half = run_distributed(train, 1, config(tmp_path, name="bf16", precision=bf16))[0]
+    assert half.lines[0]["loss"] == pytest.approx(full.lines[0]["loss"], rel=1e-2)
+    assert half.eval_loss == pytest.approx(full.eval_loss, rel=5e-2)
+
+
+def test_sgd_resumes_with_its_momentum(tmp_path: Path) -> None:
+    sgd = {"optimizer": "sgd", "lr": 0.1, "sgd_momentum": 0.9}
+    straight = run_distributed(train, 1, config(tmp_path, name="straight", optimizer=sgd))[0]
+    run_distributed(train, 1, config(tmp_path, name="halves", optimizer=sgd, train={"exit_interval": 10}))
+    halves = run_distributed(train, 1, config(tmp_path, name="halves", optimizer=sgd))[0]
+    assert [line.get("loss") for line in halves.lines] == [line.get("loss") for line in straight.lines]
+
+
+def test_a_resumed_run_obeys_the_new_learning_rate(tmp_path: Path) -> None:
+    run_distributed(train, 1, config(tmp_path, train={"exit_interval": 10}))
+    changed = config(tmp_path, optimizer={"lr": 5e-3, "min_lr": 5e-3}, scheduler={"lr_decay_style": "constant"})
+    lines = run_distributed(train, 1, changed)[0].lines
+    assert [line["lr"] for line in lines if "loss" in line][10:] == [5e-3] * 10

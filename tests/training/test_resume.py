@@ -1,0 +1,102 @@
+"""A run cut in two reads the same samples and gives bit for bit the same losses as one that is not."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_distributed
+from tests.training.runs import config, losses, sample_ids, train
+
+LAYOUTS = {
+    "one": (1, {}),
+    "dp2": (2, {}),
+    "dp2_distributed_optimizer": (2, {"parallelism": {"use_distributed_optimizer": True}}),
+}
+DROPOUT = {"hidden_dropout": 0.1}  # so that the random generators' state matters
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_twenty_steps_equal_ten_and_ten(tmp_path: Path, layout: str) -> None:
+    world_size, options = LAYOUTS[layout]
+    common: dict[str, Any] = {"model": DROPOUT, "log": {"sample_ids": True}, **options}
+    straight = config(tmp_path, name="straight", **common)
+    halves = config(tmp_path, name="halves", **common)
+    first_half = config(tmp_path, name="halves", **common, train={"exit_interval": 10})
+
+    whole = run_distributed(train, world_size, straight)[0]
+    first = run_distributed(train, world_size, first_half)[0]
+    assert (first.status, first.step) == ("stopped", 10)
+    second = run_distributed(train, world_size, halves)[0]
+
+    assert (second.status, second.step) == ("done", 20)
+    assert losses(second.lines) == losses(whole.lines)
+    assert [line.get("grad_norm") for line in second.lines] == [line.get("grad_norm") for line in whole.lines]
+    assert second.eval_loss == whole.eval_loss
+    assert sample_ids(halves.run_dir) == sample_ids(straight.run_dir)
+    assert [line["step"] for line in second.lines if "loss" in line] == list(range(1, 21))
+
+
+def test_resume_with_another_data_parallel_size_reads_the_same_samples(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"log": {"sample_ids": True}}
+    straight = config(tmp_path, name="straight", **common)
+    changed = config(tmp_path, name="changed", **common)
+
+    whole = run_distributed(train, 1, straight)[0]
+    run_distributed(train, 1, config(tmp_path, name="changed", **common, train={"exit_interval": 10}))
+    (tmp_path / "changed" / "sample_ids").rename(tmp_path / "first_half")
+    second = run_distributed(train, 2, changed)[0]
+
+    assert losses(second.lines) == pytest.approx(losses(whole.lines), rel=2e-6)
+    (one_rank,), two_ranks = sample_ids(straight.run_dir), sample_ids(changed.run_dir)
+    per_step = [sorted(one_rank[start : start + 4]) for start in range(40, 80, 4)]
+    assert [sorted(a + b) for a, b in zip(*(pairs(ids) for ids in two_ranks), strict=True)] == per_step
+
+
+def pairs(ids: list[int]) -> list[list[int]]:
+    return [ids[start : start + 2] for start in range(0, len(ids), 2)]
+
+
+def test_a_finished_run_is_done_at_once_and_keeps_its_metrics(tmp_path: Path) -> None:
+    run = config(tmp_path)
+    first = run_distributed(train, 1, run)[0]
+    again = run_distributed(train, 1, run)[0]
+    assert again == first
+
+
+def train_and_signal(run: Any, number: int) -> Any:
+    signal_when_a_step_is_logged(run, number)
+    return train(run)
+
+
+def signal_when_a_step_is_logged(run: Any, number: int) -> None:
+    log = run.run_dir / "metrics.jsonl"
+
+    def watch() -> None:
+        while not log.is_file() or not log.read_text():
+            time.sleep(0.01)
+        if os.environ["RANK"] == "0":  # one rank is told, all must stop at the same step
+            os.kill(os.getpid(), number)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@pytest.mark.parametrize(("world_size", "number"), [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
+def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path, world_size: int, number: int) -> None:
+    run = config(tmp_path, train={"steps": 2000})
+    ranks = run_distributed(train_and_signal, world_size, run, number)
+    assert {rank.status for rank in ranks} == {"stopped"}
+    (step,) = {rank.step for rank in ranks}
+    latest = run.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert 0 < step < 2000 and latest.read_text() == str(step)
+
+
+def test_a_time_limit_saves_and_stops(tmp_path: Path) -> None:
+    run = config(tmp_path, train={"steps": 2000, "exit_duration_in_mins": 0.02})
+    result = run_distributed(train, 1, run)[0]
+    assert result.status == "stopped" and result.step < 2000
+    assert (run.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == str(result.step)
