@@ -122,8 +122,8 @@ def _check_schedule(run: RunConfig, routed: Routed) -> None:
     scheduler, optimizer = run.scheduler, routed.optimizer
     if optimizer.get("lr") is None:
         raise ConfigError("optimizer.lr: is missing; set the learning rate")
-    decay_steps = scheduler.lr_decay_steps or run.train.steps
-    if scheduler.lr_warmup_steps >= decay_steps:
+    decay_steps = scheduler.decay_steps(run.train.steps)
+    if scheduler.warmup_steps(run.train.steps) >= decay_steps:
         raise ConfigError(
             f"scheduler.lr_warmup_steps: {scheduler.lr_warmup_steps} is not below the {decay_steps} decay steps "
             f"(scheduler.lr_decay_steps, or train.steps); set {decay_steps - 1} or less"

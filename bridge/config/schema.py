@@ -20,7 +20,7 @@ class Train:
     micro_batch_size: int = _from(1, 4)
     rampup_batch_size: list[int] | None = None
     eval_interval: int | None = _from(1, 100)
-    eval_iters: int = _from(1, 8)
+    eval_iters: int = _from(1, 16)
     exit_interval: int | None = _from(1, None)
     exit_duration_in_mins: float | None = _from(0, None)
     num_devices: int | None = _from(1, None)
@@ -33,13 +33,21 @@ class Scheduler:
 
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
     lr_warmup_init: float = _from(0, 0.0)
-    lr_warmup_steps: int = _from(0, 0)
+    lr_warmup_steps: int | None = _from(0, None)
     lr_decay_steps: int | None = _from(1, None)
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     wsd_decay_steps: int | None = _from(1, None)
     start_weight_decay: float | None = _from(0, None)
     end_weight_decay: float | None = _from(0, None)
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+
+    def decay_steps(self, train_steps: int) -> int:
+        """Steps until the learning rate is at its lowest, in a run of `train_steps`."""
+        return self.lr_decay_steps or train_steps
+
+    def warmup_steps(self, train_steps: int) -> int:
+        """Steps of warm-up; unless set, a twentieth of the decay steps, so that a short run needs no key for it."""
+        return self.decay_steps(train_steps) // 20 if self.lr_warmup_steps is None else self.lr_warmup_steps
 
 
 @dataclass(frozen=True)

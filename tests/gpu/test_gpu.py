@@ -40,8 +40,8 @@ def test_default_command_trains(tmp_path: Path):
     run = _train(tmp_path, "train.num_devices=1", "name=default")
     losses = _metrics(run, "loss")
     assert len(losses) == 300
-    assert losses[-1] < losses[0] - 3
-    assert _metrics(run, "eval_loss")[-1] < 6.3  # the unigram entropy of the held-out text, in nats
+    assert losses[-1] < losses[0] - 2
+    assert _metrics(run, "eval_loss")[-1] < 5.7  # half a nat below the unigram entropy of the held-out text
 
 
 def test_one_billion_parameters_in_bfloat16(tmp_path: Path):
@@ -67,7 +67,7 @@ def test_one_billion_parameters_in_bfloat16(tmp_path: Path):
     tflops, peak = _metrics(run, "tflops_per_gpu")[-1], _metrics(run, "peak_memory_bytes")[-1] / 2**30
     print("Llama-3.2-1B geometry, bf16, sequence 4096, micro-batch 4:", end=" ")
     print(f"{speed:,.0f} tokens/s, {tflops:.0f} TFLOP/s, peak {peak:.1f} GiB")
-    assert losses[-1] < losses[0] - 1  # ids are drawn from the first 4096 of 128256
+    assert losses[-1] < losses[0] - 1  # ids are drawn from the first 2048 of 128256
 
 
 def test_local_checkpoint_in_transformer_engine(tmp_path: Path):
@@ -84,7 +84,7 @@ def test_local_checkpoint_in_transformer_engine(tmp_path: Path):
     local, engine = (_loss(run, implementation) for implementation in ("local", "transformer_engine"))
     print(f"loss of one checkpoint: local {local:.5f}, Transformer Engine {engine:.5f}")
     assert engine == pytest.approx(local, rel=5e-3)
-    assert local < 7.5  # trained weights were loaded: ln(4096) = 8.3 otherwise
+    assert local < 7.0  # trained weights were loaded: ln(2048) = 7.6 otherwise
 
 
 def _loss(run: Path, implementation: str) -> float:
