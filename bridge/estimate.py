@@ -49,11 +49,12 @@ def report(config: RunConfig, *, world_size: int) -> str:
     counted = parameters(config)
     fullest = max(memory(config, world_size=world_size), key=lambda stage: stage.total)
     length, train = config.data["sequence_length"], config.train
-    micro_batches = train.global_batch_size // (train.micro_batch_size * shape.dp)
+    micro_batch_size = train.sequences_per_pass(shape.dp)
+    micro_batches = train.global_batch_size // (micro_batch_size * shape.dp)
     active = "" if counted.active == counted.total else f", {_count(counted.active)} active per token"
     lines = [
         f"layout        {_layout(shape)}",
-        f"batch         {micro_batches} x {train.micro_batch_size} sequences of {length} tokens per process and step",
+        f"batch         {micro_batches} x {micro_batch_size} sequences of {length} tokens per process and step",
         f"parameters    {_count(counted.total)}{active}",
         f"FLOPs         {_flops(config) / 1e9:,.3g} GFLOP per token, forward and backward",
         f"memory        {_gib(fullest.total)} on the fullest process (pipeline stage {fullest.stage})",
@@ -145,8 +146,9 @@ def _activations(config: RunConfig, shape: Layout, chunks: list[GPT], *, stage: 
     no kernel used here stores. Times the micro-batches in flight on this stage (1F1B, or interleaved).
     """
     model = chunks[0].config
-    tokens = config.train.micro_batch_size * config.data["sequence_length"] // shape.cp
-    micro_batches = config.train.global_batch_size // (config.train.micro_batch_size * shape.dp)
+    micro_batch_size = config.train.sequences_per_pass(shape.dp)
+    tokens = micro_batch_size * config.data["sequence_length"] // shape.cp
+    micro_batches = config.train.global_batch_size // (micro_batch_size * shape.dp)
     in_flight = _chunks_in_flight(model, shape, micro_batches, stage=stage)
     layers = [len(chunk.decoder.layers) for chunk in chunks]
     per_layer = _layer_elements(model, fused=fused)

@@ -16,9 +16,15 @@ from typing import Any, Literal
 
 import torch
 import yaml
+
+# ruff: noqa: E402
+from bridge import platform
+
+platform.prepare()  # before megatron-core is imported: on CPU, importing it first costs seconds of compilation
+
 from megatron.core.inference.contexts import StaticInferenceContext
 
-from bridge import api, parallel, platform
+from bridge import api, parallel
 from bridge.config import sections
 from bridge.errors import BridgeError, ConfigError, ConversionError
 from bridge.models.gpt import GPT

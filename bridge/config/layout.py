@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from bridge.config import divisibility
 from bridge.config.divisibility import Number, divisors, either, nearest
 from bridge.config.routing import Routed
+from bridge.config.schema import Train
 from bridge.errors import ConfigError
 
 
@@ -60,18 +61,17 @@ def check(
     *,
     world_size: int,
     sequence_length: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    rampup_batch_size: Sequence[int] | None = None,
+    train: Train,
 ) -> Layout:
     """The layout of `routed` on `world_size` processes. Raises ConfigError on the first rule that is broken.
 
-    sequence_length in tokens; batch sizes in sequences; rampup_batch_size is [start, increment, samples].
+    sequence_length in tokens.
     """
     fields = _Fields(routed)
-    batch = Batch(sequence_length, global_batch_size, micro_batch_size, rampup_batch_size)
     _check_sizes(fields)
     layout = derive(routed, world_size=world_size)
+    micro_batch_size = train.sequences_per_pass(layout.dp)
+    batch = Batch(sequence_length, train.global_batch_size, micro_batch_size, train.rampup_batch_size)
     _check_model(fields, batch)
     _check_tensor_parallel(fields, layout)
     _check_sequence(fields, layout, batch)

@@ -3,6 +3,7 @@
 Field metadata `min` is the smallest legal value.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ class Train:
 
     steps: int = _from(1, 300)
     global_batch_size: int = _from(1, 8)
-    micro_batch_size: int = _from(1, 4)
+    micro_batch_size: int | None = _from(1, None)
     rampup_batch_size: list[int] | None = None
     eval_interval: int | None = _from(1, 100)
     eval_iters: int = _from(1, 16)
@@ -25,6 +26,16 @@ class Train:
     exit_duration_in_mins: float | None = _from(0, None)
     num_devices: int | None = _from(1, None)
     seed: int = _from(0, 1234)
+
+    def sequences_per_pass(self, data_parallel_size: int) -> int:
+        """micro_batch_size; unless set, the most that divide one rank's share of every batch, up to 4.
+
+        The default command so runs on 1 to 8 devices with one and the same global batch.
+        """
+        if self.micro_batch_size is not None:
+            return self.micro_batch_size
+        share = math.gcd(self.global_batch_size, *(self.rampup_batch_size or [])[:2]) // data_parallel_size
+        return max(size for size in (1, 2, 3, 4) if share % size == 0 and size <= max(share, 1))
 
 
 @dataclass(frozen=True)

@@ -80,14 +80,13 @@ def _check_layout(config: RunConfig, *, world_size: int) -> None:
         config.routed(),
         world_size=world_size,
         sequence_length=config.data["sequence_length"],
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        rampup_batch_size=config.train.rampup_batch_size,
+        train=config.train,
     )
 
 
 def _dry_run(config: RunConfig, *, world_size: int) -> Result:
-    from bridge import estimate  # imports torch
+    platform.prepare()  # before estimate imports megatron-core
+    from bridge import estimate
 
     print(estimate.report(config, world_size=world_size), flush=True)
     return Result("done")

@@ -32,7 +32,7 @@ def batch_size_at(train: Train, *, data_parallel_size: int) -> Callable[[int], i
 def _calculator(train: Train, data_parallel_size: int) -> NumMicroBatchesCalculator:
     common = {
         "global_batch_size": train.global_batch_size,
-        "micro_batch_size": train.micro_batch_size,
+        "micro_batch_size": train.sequences_per_pass(data_parallel_size),
         "data_parallel_size": data_parallel_size,
         "decrease_batch_size_if_needed": False,
         "rank": parallel.rank(),
@@ -53,7 +53,7 @@ def training(dataset: Any, *, train: Train, consumed: int, num_workers: int) -> 
         seed=train.seed,
         consumed=consumed,
         batch_size_at=batch_size_at(train, data_parallel_size=num_ranks),
-        micro_batch_size=train.micro_batch_size,
+        micro_batch_size=train.sequences_per_pass(num_ranks),
         rank=parallel.data_parallel_rank(),
         num_ranks=num_ranks,
     )
@@ -67,12 +67,13 @@ def num_evaluation_batches(dataset: Any, train: Train) -> int:
 
 def evaluation(dataset: Any, *, train: Train) -> Iterator[Batch]:
     """Micro-batches of this rank for one evaluation: always the same samples, in order, whatever the layout."""
-    ranks = {"rank": parallel.data_parallel_rank(), "num_ranks": parallel.data_parallel_size()}
+    rank, num_ranks = parallel.data_parallel_rank(), parallel.data_parallel_size()
+    micro_batch_size = train.sequences_per_pass(num_ranks)
     batches: list[list[int]] = []
     for number in range(num_evaluation_batches(dataset, train)):
         start = number * train.global_batch_size
         ids = [index % len(dataset) for index in range(start, start + train.global_batch_size)]
-        batches += sampler.rank_micro_batches(ids, micro_batch_size=train.micro_batch_size, **ranks)
+        batches += sampler.rank_micro_batches(ids, micro_batch_size=micro_batch_size, rank=rank, num_ranks=num_ranks)
     return iter(_loader(dataset, batches, num_workers=0))
 
 

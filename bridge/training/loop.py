@@ -70,8 +70,9 @@ def _due(step: int, interval: int | None) -> bool:
 
 
 def _shape(job: Job, samples: int) -> Shape:
-    micro_batch_size = job.config.train.micro_batch_size
-    num_microbatches = samples // (micro_batch_size * parallel.data_parallel_size())
+    num_ranks = parallel.data_parallel_size()
+    micro_batch_size = job.config.train.sequences_per_pass(num_ranks)
+    num_microbatches = samples // (micro_batch_size * num_ranks)
     return Shape(job.data.options.sequence_length, micro_batch_size, num_microbatches)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from bridge.config import layout, routing
 from bridge.config.layout import Layout
+from bridge.config.schema import Train
 from bridge.errors import ConfigError
 
 MODEL = {
@@ -31,7 +32,8 @@ def check(parallelism: dict[str, Any], *, model: dict[str, Any] | None = None, *
         {"model": MODEL | (model or {}), "parallelism": parallelism, "precision": {"pipeline_dtype": "fp32"}}
     )
     sizes = {"world_size": 1, "sequence_length": 64, "global_batch_size": 24, "micro_batch_size": 1} | sizes
-    return layout.check(routed, **sizes)
+    world_size, sequence_length = sizes.pop("world_size"), sizes.pop("sequence_length")
+    return layout.check(routed, world_size=world_size, sequence_length=sequence_length, train=Train(**sizes))
 
 
 @pytest.mark.parametrize(
@@ -329,7 +331,7 @@ def test_refused_layout(parallelism: dict[str, Any], sizes: dict[str, Any], expe
 def test_pipeline_needs_the_dtype_of_its_messages():
     routed = routing.route({"model": MODEL, "parallelism": {PP: 2}})
     with pytest.raises(ConfigError, match=r"^precision\.pipeline_dtype: is missing with PP = 2"):
-        layout.check(routed, world_size=2, sequence_length=64, global_batch_size=8, micro_batch_size=1)
+        layout.check(routed, world_size=2, sequence_length=64, train=Train(global_batch_size=8))
 
 
 def test_proposed_values_are_legal():

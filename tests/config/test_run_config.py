@@ -159,3 +159,20 @@ def test_convert_section():
 def test_configuration_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         run_config.from_dict(CONFIG).name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "expected"),
+    [
+        ({}, 1, 4),
+        ({}, 2, 4),
+        ({}, 4, 2),
+        ({}, 8, 1),
+        ({"global_batch_size": 9}, 1, 3),
+        ({"rampup_batch_size": [2, 2, 60]}, 1, 2),
+        ({"micro_batch_size": 8}, 1, 8),
+        ({}, 16, 1),  # more ranks than sequences: for the layout rules to refuse
+    ],
+)
+def test_sequences_per_pass_divide_the_batch_unless_set(options: dict, ranks: int, expected: int) -> None:
+    assert schema.Train(**options).sequences_per_pass(ranks) == expected
