@@ -32,7 +32,8 @@ def test_console_scripts(site: Path):
 
 def test_every_option_is_shipped(site: Path):
     wanted = {path.relative_to(ROOT) for path in (ROOT / "conf").rglob("*.yaml")}
-    assert wanted == {path.relative_to(site) for path in (site / "conf").rglob("*.yaml")}
+    assert wanted == {path.relative_to(site / "bridge") for path in (site / "bridge" / "conf").rglob("*.yaml")}
+    assert not (site / "conf").exists()
 
 
 @pytest.mark.parametrize("program", ["driver", "convert"])

@@ -48,17 +48,9 @@ def test_one_billion_parameters_in_bfloat16(tmp_path: Path):
     """Llama-3.2-1B's geometry, random weights: trains on Transformer Engine's layers, and how fast."""
     run = _train(
         tmp_path,
-        "model=llama3_2_1b",
-        "precision=bf16",
+        "recipe=llama3_2_1b_speed",
         "parallelism=dp_sharded",
-        "data=mock",
-        "data.sequence_length=4096",
         "train.num_devices=1",
-        "train.steps=30",
-        "train.global_batch_size=16",
-        "train.micro_batch_size=4",
-        "train.eval_interval=null",
-        "train.eval_iters=1",
         "optimizer.lr=1e-4",
         "log.log_interval=5",
         "name=llama1b",
