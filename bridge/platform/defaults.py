@@ -70,26 +70,28 @@ NEEDS_CUDA = (
     Limit("cpu_offloading", is_set, "CUDA", "false"),
     Limit("cross_entropy_loss_fusion", is_set, "CUDA", "false"),
 )
+# What only Transformer Engine's layers read: under transformer_impl local, megatron-core would ignore it silently.
+ITS_LAYERS = "Transformer Engine's layers (transformer_impl)"
 NEEDS_TRANSFORMER_ENGINE = (
     Limit("transformer_impl", lambda value: value != "local", "Transformer Engine", "local"),
-    Limit("fp8", is_set, "Transformer Engine", "null"),
-    Limit("fp8_param", is_set, "Transformer Engine", "false"),
-    Limit("fp4", is_set, "Transformer Engine", "null"),
-    Limit("fp4_param", is_set, "Transformer Engine", "false"),
+    Limit("fp8", is_set, ITS_LAYERS, "null"),
+    Limit("fp8_param", is_set, ITS_LAYERS, "false"),
+    Limit("fp4", is_set, ITS_LAYERS, "null"),
+    Limit("fp4_param", is_set, ITS_LAYERS, "false"),
     Limit("apply_rope_fusion", is_set, "Transformer Engine", "false"),
     Limit("fused_single_qkv_rope", is_set, "Transformer Engine", "false"),
     Limit("cross_entropy_fusion_impl", lambda value: value == "te", "Transformer Engine", "native"),
-    Limit("tp_comm_overlap", is_set, "Transformer Engine", "false"),
+    Limit("tp_comm_overlap", is_set, ITS_LAYERS, "false"),
     Limit("use_te_rng_tracker", is_set, "Transformer Engine", "false"),
-    Limit("use_te_activation_func", is_set, "Transformer Engine", "false"),
+    Limit("use_te_activation_func", is_set, ITS_LAYERS, "false"),
     Limit("use_kitchen", is_set, "Transformer Engine and kitchen", "false"),
-    Limit("persist_layer_norm", is_set, "Transformer Engine", "false"),
-    Limit("memory_efficient_layer_norm", is_set, "Transformer Engine", "false"),
-    Limit("layernorm_zero_centered_gamma", is_set, "Transformer Engine", "false"),
+    Limit("persist_layer_norm", is_set, ITS_LAYERS, "false"),
+    Limit("memory_efficient_layer_norm", is_set, ITS_LAYERS, "false"),
+    Limit("layernorm_zero_centered_gamma", is_set, ITS_LAYERS, "false"),
     Limit("masked_softmax_fusion", is_set, "megatron-core's own attention, which is not used here", "false"),
     Limit("fine_grained_activation_offloading", is_set, "Transformer Engine", "false"),
     Limit("moe_router_fusion", is_set, "Transformer Engine", "false"),
-    Limit("attention_backend", lambda value: value in ("flash", "fused"), "Transformer Engine", "auto"),
+    Limit("attention_backend", lambda value: value in ("flash", "fused"), ITS_LAYERS, "auto"),
     Limit("gradient_accumulation_fusion", is_set, "Transformer Engine and Apex", "false"),
 )
 # Values that are refused with Transformer Engine as well.
@@ -107,7 +109,7 @@ def check(transformer: Mapping[str, Any], origin: Mapping[str, str]) -> None:
     """
     for limit in _broken(transformer):
         key, value = origin.get(limit.field, limit.field), transformer[limit.field]
-        raise ConfigError(f"{key}: {value!r} needs {limit.needs}, not found on this machine; set {limit.instead}")
+        raise ConfigError(f"{key}: {value!r} needs {limit.needs}, which this run does not have; set {limit.instead}")
 
 
 def honoured(transformer: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,6 +120,8 @@ def honoured(transformer: Mapping[str, Any]) -> dict[str, Any]:
 
 def _broken(transformer: Mapping[str, Any]) -> Iterator[Limit]:
     limits: tuple[Limit, ...] = NEEDS_APEX if has_transformer_engine() else NEEDS_TRANSFORMER_ENGINE
+    if has_transformer_engine() and transformer.get("transformer_impl") == "local":
+        limits += tuple(limit for limit in NEEDS_TRANSFORMER_ENGINE if limit.needs == ITS_LAYERS)
     if not on_cuda():
         limits += NEEDS_CUDA
     return (limit for limit in limits if limit.field in transformer and limit.refused(transformer[limit.field]))

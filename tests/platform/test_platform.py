@@ -39,7 +39,7 @@ def test_another_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("transformer_impl", "transformer_engine", "needs Transformer Engine, not found on this machine; set local"),
+        ("transformer_impl", "transformer_engine", "needs Transformer Engine, which this run does not have; set local"),
         ("fp8", "hybrid", "'hybrid' needs Transformer Engine"),
         ("fp4", "e2m1", "needs Transformer Engine"),
         ("moe_grouped_gemm", True, "needs CUDA"),
@@ -70,6 +70,8 @@ def test_defaults_and_limits_with_transformer_engine(monkeypatch: pytest.MonkeyP
     platform.check({**fields, "fp8": "hybrid", "moe_grouped_gemm": True}, {})
     with pytest.raises(ConfigError, match="gradient_accumulation_fusion: True needs Apex"):
         platform.check({"gradient_accumulation_fusion": True}, {})
+    with pytest.raises(ConfigError, match="fp8: 'hybrid' needs Transformer Engine's layers"):
+        platform.check({"transformer_impl": "local", "fp8": "hybrid"}, {})  # megatron-core would train in bf16
 
 
 def test_every_named_field_exists():
