@@ -34,6 +34,7 @@ UNHELPFUL = (
     "Warning: tp_group is None",
     "The 'megatron.core.transformer.custom_layers",
     "moe_ffn_hidden_size is not set",
+    "`load_state_dict` is deprecated",
     r"barrier\(\): using the device under current context",  # each process has one device, chosen by set_local_rank
     "Detected a Jax installation",  # Transformer Engine looks for its extension for every framework it finds
 )
