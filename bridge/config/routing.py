@@ -68,10 +68,10 @@ _FIXED = {
 
 # rope_type -> (keys it needs, keys it may have); transformers' modeling_rope_utils.
 _YARN_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
-_ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
-    "dynamic": (("factor",), ("original_max_position_embeddings",)),
+    "dynamic": (("factor",), ()),  # transformers does not read original_max_position_embeddings for it
     "yarn": (("factor",), ("original_max_position_embeddings", *_YARN_OPTIONAL)),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
     "longrope": (("short_factor", "long_factor"), ("factor", "attention_factor", "original_max_position_embeddings")),
@@ -190,8 +190,8 @@ def _check_model(parts: dict[str, dict[str, Any]], origin: Mapping[str, str]) ->
 def _check_rope(rope: Mapping[str, Any]) -> None:
     path = "model.rope_parameters"
     rope_type = rope.get("rope_type")
-    annotation.check(f"{path}.rope_type", rope_type, f"Literal{list(_ROPE_KEYS)}")
-    required, optional = _ROPE_KEYS[str(rope_type)]
+    annotation.check(f"{path}.rope_type", rope_type, f"Literal{list(ROPE_KEYS)}")
+    required, optional = ROPE_KEYS[str(rope_type)]
     for name, value in rope.items():
         key = f"{path}.{name}"
         if name in ("rope_theta", "partial_rotary_factor"):

@@ -12,6 +12,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
+from bridge.config.routing import ROPE_KEYS
 from bridge.errors import ConfigError, did_you_mean
 
 # Length the model was trained at before its context was extended; max_sequence_length if absent, as in transformers.
@@ -50,7 +51,7 @@ def inverse_frequencies(
     """
     parameters = {name: value for name, value in (rope_parameters or {}).items() if value is not None}
     scaling = _scaling(parameters)
-    if TRAINED in scaling.optional:
+    if TRAINED in _names(parameters.get("rope_type", "default")):
         parameters.setdefault(TRAINED, max_sequence_length)
     request = Request(float(rotary_base), dim, seq_len, max_sequence_length)
     return scaling.formula({name: value for name, value in parameters.items() if name != "rope_type"}, request)
@@ -156,35 +157,25 @@ def _longrope(parameters: Mapping[str, Any], request: Request) -> Rope:
 
 
 class Scaling(NamedTuple):
-    """One rope_type: its formula and the names of its parameters."""
+    """One rope_type: its formula, and the parameters without which transformers has no value to take."""
 
     formula: Callable[[Mapping[str, Any], Request], Rope]
     required: frozenset[str] = frozenset()
-    optional: frozenset[str] = frozenset()
 
 
 SCALINGS = {
     "default": Scaling(_default),
     "linear": Scaling(_linear, frozenset({"factor"})),
     "dynamic": Scaling(_dynamic, frozenset({"factor"})),
-    "llama3": Scaling(
-        _llama3,
-        frozenset({"factor", "low_freq_factor", "high_freq_factor"}),
-        frozenset({TRAINED}),
-    ),
-    "yarn": Scaling(
-        _yarn,
-        frozenset(),
-        frozenset(
-            {TRAINED, "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
-        ),
-    ),
-    "longrope": Scaling(
-        _longrope,
-        frozenset({"long_factor", "short_factor"}),
-        frozenset({TRAINED, "factor", "attention_factor"}),
-    ),
+    "llama3": Scaling(_llama3, frozenset({"factor", "low_freq_factor", "high_freq_factor"})),
+    "yarn": Scaling(_yarn),
+    "longrope": Scaling(_longrope, frozenset({"long_factor", "short_factor"})),
 }
+
+
+def _names(kind: str) -> set[str]:
+    """Every parameter a rope_type may have."""
+    return {name for names in ROPE_KEYS[kind] for name in names}
 
 
 def _scaling(parameters: Mapping[str, Any]) -> Scaling:
@@ -195,7 +186,7 @@ def _scaling(parameters: Mapping[str, Any]) -> Scaling:
             f"{key}.rope_type: {kind!r} is not one of {', '.join(SCALINGS)}{did_you_mean(kind, SCALINGS)}"
         )
     scaling = SCALINGS[kind]
-    known = scaling.required | scaling.optional | {"rope_type"}
+    known = _names(kind) | {"rope_type"}
     for name in parameters:
         if name not in known:
             raise ConfigError(f"{key}.{name}: rope_type {kind} has no such parameter{did_you_mean(name, known)}")

@@ -1,6 +1,6 @@
 """What a run reports and where: metrics.jsonl always; console, TensorBoard and Weights & Biases as asked.
 
-metrics.jsonl has one JSON object per line. A training step's keys are TRAINING, an evaluation's are EVALUATION.
+metrics.jsonl has one JSON object per line. A training step's keys are TRAINING, an evaluation's step and eval_loss.
 """
 
 import importlib
@@ -31,7 +31,6 @@ TRAINING = (
     "skipped",  # steps left out so far because of infinite gradients (fp16)
     "peak_memory_bytes",  # of rank 0's device so far
 )
-EVALUATION = ("step", "eval_loss")
 
 Values = Mapping[str, Any]
 
