@@ -75,8 +75,9 @@ def save(root: Path, state: Trainable, *, progress: Progress, keep_last: int | N
         _remove_leftovers(root)
         unfinished.mkdir()
     parallel.barrier()
-    content = _weights(state.model) | {
-        "optimizer": _optimizer(state, is_loading=False),
+    weights = _weights(state.model)
+    content = weights | {
+        "optimizer": state.optimizer.sharded_state_dict(weights, is_loading=False, metadata=dict(METADATA)),
         "random_state": _random_state_of_rank(),
         "scheduler": {"num_steps": state.scheduler.num_steps},
         "progress": progress._asdict(),
@@ -102,7 +103,9 @@ def load(path: CheckpointPath, state: Trainable) -> Progress:
     """
     directory = str(path.directory)
     configured = schedule.configured_groups(state.optimizer)
-    content = _weights(state.model) | {"optimizer": _optimizer(state, is_loading=True)}
+    weights = _weights(state.model)
+    optimizer = state.optimizer.sharded_state_dict(weights, is_loading=True, metadata=dict(METADATA))
+    content = weights | {"optimizer": optimizer}
     stored = _stored_keys(directory)
     same_layout = _random_state_of_rank().unique_key in stored
     if same_layout:
@@ -122,10 +125,6 @@ def load(path: CheckpointPath, state: Trainable) -> Progress:
 def _weights(model: list[Any]) -> dict[str, Any]:
     chunks = unwrap_model(model)
     return {f"model{index}": chunk.sharded_state_dict(metadata=dict(METADATA)) for index, chunk in enumerate(chunks)}
-
-
-def _optimizer(state: Trainable, *, is_loading: bool) -> dict[str, Any]:
-    return state.optimizer.sharded_state_dict(_weights(state.model), is_loading=is_loading, metadata=dict(METADATA))
 
 
 def _random_state_of_rank() -> ShardedObject:
