@@ -19,9 +19,10 @@ from bridge.errors import BridgeError, ConfigError, ConversionError, did_you_mea
 from bridge.models import family, gpt
 from bridge.models.gpt import GPT
 from bridge.weights import live, locate, shards
-from bridge.weights.hf_files import HfWriter, TensorSpec, parse_size
+from bridge.weights.hf_files import HfWriter, parse_size
 from bridge.weights.ledger import plan
 from bridge.weights.output import new_directory
+from bridge.weights.spec import TensorSpec
 
 SIZES = {
     "tensor_model_parallel_size": groups.tensor_parallel_size,

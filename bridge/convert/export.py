@@ -12,8 +12,9 @@ from bridge.convert.skeleton import skeleton, torch_dtype
 from bridge.models import hf_config
 from bridge.weights import locate
 from bridge.weights.dist_files import open_dist
-from bridge.weights.hf_files import TensorSpec, copy_assets, main_dtype, parse_size
+from bridge.weights.hf_files import copy_assets, main_dtype, parse_size
 from bridge.weights.output import new_directory
+from bridge.weights.spec import TensorSpec
 from bridge.weights.transfer import export_specs, export_tensors
 
 

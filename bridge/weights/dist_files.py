@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from bridge.errors import ConversionError
-from bridge.weights.hf_files import TensorSpec
+from bridge.weights import names
+from bridge.weights.spec import TensorSpec
 
 DATA_FILE = "__0_0.distcp"
 FORMAT = {
@@ -49,6 +50,7 @@ class Chunk(NamedTuple):
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     storage: Any  # torch's _StorageInfo: relative_path, offset, length
+    index: tuple[int, ...] = ()  # which entry of the saved piece this is, along its first dims
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -68,14 +70,22 @@ class DistFiles:
     tensors: Mapping[str, Stored]
 
     def spec(self, key: str) -> TensorSpec:
-        return self.tensors[key].spec
+        return self._stored(key).spec
+
+    def _stored(self, key: str) -> Stored:
+        """What is stored under a key, or for an entry `key[3]` of a stacked tensor."""
+        base, index = names.split_index(key)
+        stored = self.tensors[base]
+        for number in index:
+            stored = _entry(stored, number)
+        return stored
 
     def read(self, key: str, place: tuple[slice, ...] | None = None) -> Tensor:
         """The whole tensor on the CPU, or the part of it at `place` (cut where it reaches beyond), from its chunks.
 
         Only chunks that touch the part are read. Raises ConversionError naming file and key.
         """
-        spec, chunks = self.tensors[key]
+        spec, chunks = self._stored(key)
         place = place or tuple(slice(0, size) for size in spec.shape)
         ends = tuple(min(cut.stop, size) for cut, size in zip(place, spec.shape, strict=True))
         starts = tuple(min(cut.start, end) for cut, end in zip(place, ends, strict=True))
@@ -99,9 +109,9 @@ class DistFiles:
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConversionError(f"{file}: tensor {key} cannot be read ({reason}); the file is damaged") from error
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.sizes:
+        if not isinstance(tensor, Tensor) or tuple(tensor[chunk.index].shape) != chunk.sizes:
             raise ConversionError(f"{file}: what is stored for {key} at {chunk.offsets} is not what .metadata promises")
-        return tensor
+        return tensor[chunk.index]
 
 
 def open_dist(directory: str | Path) -> DistFiles:
@@ -129,7 +139,9 @@ class DistWriter:
 
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
-        self._state: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        self._objects: dict[str, BytesStorageMetadata] = {}
+        self._chunks: dict[str, list[ChunkStorageMetadata]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
 
     def __enter__(self) -> "DistWriter":
@@ -137,26 +149,26 @@ class DistWriter:
         return self
 
     def write(self, key: str, tensor: Tensor) -> None:
-        """Append one tensor under its checkpoint key."""
-        assert key not in self._state, key
-        tensor = tensor.detach().cpu().contiguous()
+        """Append one tensor, or one entry (`key[3]`) of a stack that is complete in the end, under its key."""
+        base, index = names.split_index(key)
+        tensor = tensor.detach().cpu().contiguous().view((1,) * len(index) + tensor.shape)
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()  # torch.save writes the whole storage behind a view
-        start = torch.Size([0] * tensor.ndim)
+        start = torch.Size([*index, *[0] * (tensor.ndim - len(index))])
+        place = MetadataIndex(base, start)
+        assert place not in self._storage, key
         begin = self._stream.tell()
         torch.save(tensor, self._stream)
-        info = _StorageInfo(DATA_FILE, begin, self._stream.tell() - begin)
-        self._storage[MetadataIndex(key, start)] = info
-        chunk = ChunkStorageMetadata(offsets=start, sizes=tensor.shape)
-        properties = TensorProperties(dtype=tensor.dtype)
-        self._state[key] = TensorStorageMetadata(properties, tensor.shape, [chunk])
+        self._storage[place] = _StorageInfo(DATA_FILE, begin, self._stream.tell() - begin)
+        self._chunks.setdefault(base, []).append(ChunkStorageMetadata(offsets=start, sizes=tensor.shape))
+        assert self._dtypes.setdefault(base, tensor.dtype) == tensor.dtype, key
 
     def write_empty_object(self, key: str) -> None:
         """Append None under the unique key of a megatron-core ShardedObject, such as a layer's `_extra_state`."""
         begin = self._stream.tell()
         torch.save([None], self._stream)
         self._storage[MetadataIndex(key)] = _StorageInfo(DATA_FILE, begin, self._stream.tell() - begin)
-        self._state[key] = BytesStorageMetadata()
+        self._objects[key] = BytesStorageMetadata()
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         self._stream.close()
@@ -165,7 +177,7 @@ class DistWriter:
 
     def _finish(self) -> None:
         metadata = Metadata(
-            state_dict_metadata=dict(self._state),
+            state_dict_metadata={**{key: self._tensor(key) for key in self._chunks}, **self._objects},
             planner_data={},
             storage_data=self._storage,
             storage_meta=StorageMeta(),
@@ -175,6 +187,23 @@ class DistWriter:
             pickle.dump(metadata, stream)
         torch.save({}, self._directory / "common.pt")
         (self._directory / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
+
+    def _tensor(self, key: str) -> TensorStorageMetadata:
+        chunks = self._chunks[key]
+        ends = [map(sum, zip(chunk.offsets, chunk.sizes, strict=True)) for chunk in chunks]
+        size = torch.Size(map(max, zip(*ends, strict=True)) if chunks[0].offsets else [])
+        assert sum(chunk.sizes.numel() for chunk in chunks) == size.numel(), f"{key}: entries are missing"
+        return TensorStorageMetadata(TensorProperties(dtype=self._dtypes[key]), size, chunks)
+
+
+def _entry(stored: Stored, number: int) -> Stored:
+    """Entry `number` along dim 0 of a stored tensor, from the chunks that hold it."""
+    chunks = tuple(
+        Chunk(chunk.offsets[1:], chunk.sizes[1:], chunk.storage, (*chunk.index, number - chunk.offsets[0]))
+        for chunk in stored.chunks
+        if chunk.offsets[0] <= number < chunk.ends[0]
+    )
+    return Stored(TensorSpec(stored.spec.dtype, stored.spec.shape[1:]), chunks)
 
 
 def _box(low: Sequence[int], high: Sequence[int], *, origin: Sequence[int] | None = None) -> tuple[slice, ...]:

@@ -6,7 +6,6 @@ tensor touches no more of the file than the slice, and nothing stays resident on
 """
 
 import json
-import math
 import mmap
 import re
 import shutil
@@ -21,6 +20,8 @@ import torch
 from torch import Tensor
 
 from bridge.errors import ConversionError
+from bridge.weights import names
+from bridge.weights.spec import TensorSpec
 
 INDEX = "model.safetensors.index.json"
 ASSETS = (
@@ -56,17 +57,6 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses larger headers
 
 
-class TensorSpec(NamedTuple):
-    """What a tensor is, without its values."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 class Stored(NamedTuple):
     """Where a tensor's bytes lie: `file[start:start + spec.num_bytes]`."""
 
@@ -83,11 +73,20 @@ class HfFiles:
     tensors: Mapping[str, Stored]
 
     def spec(self, name: str) -> TensorSpec:
-        return self.tensors[name].spec
+        return self._stored(name).spec
+
+    def _stored(self, name: str) -> Stored:
+        """Where a tensor, or an entry `name[3]` of a stacked one, lies."""
+        base, index = names.split_index(name)
+        stored = self.tensors[base]
+        for number in index:
+            spec = TensorSpec(stored.spec.dtype, stored.spec.shape[1:])
+            stored = Stored(spec, stored.file, stored.start + number * spec.num_bytes)
+        return stored
 
     def read(self, name: str) -> Tensor:
-        """The tensor, mapped from its file (private pages: writing to it does not write the file)."""
-        spec, file, start = self.tensors[name]
+        """The tensor or entry, mapped from its file (private pages: writing to it does not write the file)."""
+        spec, file, start = self._stored(name)
         if not spec.num_bytes:
             return torch.empty(spec.shape, dtype=spec.dtype)
         page = start % mmap.ALLOCATIONGRANULARITY
@@ -154,19 +153,21 @@ def parse_size(text: str | int, *, key: str = "max_shard_size") -> int:
 class HfWriter:
     """Writes named tensors of known dtypes and shapes, in any order, into files of at most `max_shard_size` bytes.
 
-    A tensor larger than that gets a file of its own. Files and index are named as transformers names them. The files
-    are complete once every tensor was written and `close()` returned the total number of bytes.
+    Entries of a stacked tensor (`name[3]`) are written one by one. A tensor larger than that gets a file of its own.
+    Files and index are named as transformers names them. The files are complete once every tensor was written and
+    `close()` returned the total number of bytes.
     """
 
     def __init__(self, directory: str | Path, tensors: Mapping[str, TensorSpec], *, max_shard_size: int) -> None:
         self._directory = Path(directory)
         self._missing = set(tensors)
+        tensors = names.stack(tensors)
         shards = _plan_shards(tensors, max_shard_size)
         self._files: dict[Path, IO[bytes]] = {}
         self._places: dict[str, Stored] = {}
-        for number, names in enumerate(shards, start=1):
+        for number, shard in enumerate(shards, start=1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            self._start_file(self._directory / file, {name: tensors[name] for name in names})
+            self._start_file(self._directory / file, {name: tensors[name] for name in shard})
 
     def _start_file(self, file: Path, tensors: Mapping[str, TensorSpec]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -188,11 +189,13 @@ class HfWriter:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor; its dtype and shape must be the ones promised."""
-        spec, file, start = self._places[name]
+        base, index = names.split_index(name)
+        whole, file, start = self._places[base]
+        spec = TensorSpec(whole.dtype, whole.shape[len(index) :])
         assert (tensor.dtype, tuple(tensor.shape)) == spec, (name, tensor.dtype, tensor.shape, spec)
         self._missing.remove(name)
         handle = self._files[file]
-        handle.seek(start)
+        handle.seek(start + (index[0] * spec.num_bytes if index else 0))
         handle.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> int:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 
 from bridge.errors import ConversionError
-from bridge.weights.hf_files import TensorSpec
+from bridge.weights import names
 from bridge.weights.ops import Op
+from bridge.weights.spec import TensorSpec
 from bridge.weights.table import Table
 
 # Tensors of a training checkpoint that are no weights: megatron-core's optimizer state, alone or chained.
@@ -61,6 +62,7 @@ def plan(table: Table, targets: Mapping[str, Target], *, vocab_size: int) -> lis
 def check_hf(moves: Iterable[Move], found: Mapping[str, TensorSpec], *, table: Table, source: object) -> None:
     """Every tensor the moves need is there in the right shape, and all others are Ignore rows. Else ConversionError."""
     wanted = {name: shape for move in moves for name, shape in zip(move.hf_names, move.hf_shapes, strict=True)}
+    found = names.spread(found, wanted=wanted)
     missing = [name for name in wanted if name not in found]
     if missing:
         raise ConversionError(f"{source}: {name_some(missing)} missing; the model's config asks for it")
@@ -79,6 +81,7 @@ def check_megatron(moves: Iterable[Move], found: Mapping[str, TensorSpec], *, so
     A padded tensor may have any number of rows from the true vocabulary up.
     """
     wanted = {move.mcore_key: move for move in moves}
+    found = names.spread(found, wanted=wanted)
     missing = [key for key in wanted if key not in found]
     if missing:
         raise ConversionError(f"{source}: {name_some(missing)} missing; model.yaml asks for it")
@@ -113,8 +116,8 @@ class Ledger:
                 raise ConversionError(f"{name_some(wrong)} not {verb} exactly once; this is a bug of the conversion")
 
 
-def name_some(names: Iterable[str]) -> str:
+def name_some(tensors: Iterable[str]) -> str:
     """'a', 'a, b, c', 'a, b, c and 12 more tensors'."""
-    names = list(names)
-    more = len(names) - NUM_NAMED
-    return ", ".join(names[:NUM_NAMED]) + (f" and {more} more tensors" if more > 0 else "")
+    listed = list(tensors)
+    more = len(listed) - NUM_NAMED
+    return ", ".join(listed[:NUM_NAMED]) + (f" and {more} more tensors" if more > 0 else "")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bridge import parallel
+from bridge.weights import names
 from bridge.weights.ledger import Target
 
 # Layers keep keys of their own instead of being stacked along a new axis, so unequal layers and stages work.
@@ -58,9 +59,12 @@ def pieces(model: Sequence[torch.nn.Module]) -> dict[str, Held]:
             if not isinstance(tensor, ShardedTensor):
                 continue  # extra state of Transformer Engine, not a weight
             assert tensor.data is not None
-            data = tensor.data.detach().view((1,) * tensor.prepend_axis_num + tensor.local_shape)
-            target = Target(tuple(tensor.global_shape), tensor.allow_shape_mismatch, data.dtype)
-            held.setdefault(tensor.key, Held(target, [])).pieces.append(Piece(data, tuple(tensor.global_offset)))
+            stacked = tensor.prepend_axis_num  # experts: each is an entry of one tensor, moved by itself
+            key = names.entry(tensor.key, *tensor.global_offset[:stacked])
+            data = tensor.data.detach().view(tensor.local_shape)
+            target = Target(tuple(tensor.global_shape[stacked:]), tensor.allow_shape_mismatch, data.dtype)
+            piece = Piece(data, tuple(tensor.global_offset[stacked:]))
+            held.setdefault(key, Held(target, [])).pieces.append(piece)
     return held
 
 

@@ -1,7 +1,8 @@
 """The table of a family: which Hugging Face tensors make which Megatron tensor.
 
-Names have holes, `{layer}`, each standing for one whole dot-separated number. There are no patterns beyond that: a name
-either is a row's name with its holes filled, or it is unknown.
+Names have holes, `{layer}`, each standing for one whole dot-separated number, or `[{expert}]` for an entry of a stacked
+tensor (`bridge.weights.names`). There are no patterns beyond that: a name either is a row's name with its holes filled,
+or it is unknown.
 """
 
 from collections.abc import Iterable
@@ -101,13 +102,13 @@ class _Index:
     def __init__(self, named: Iterable[tuple[str, Row | Ignore]]) -> None:
         self._rows: dict[tuple[str, ...], list[tuple[list[str], Row | Ignore]]] = {}
         for name, row in named:
-            segments = name.split(".")
+            segments = _segments(name)
             same = self._rows.setdefault(_skeleton(segments), [])
             assert all(other != segments for other, _ in same), f"two rows for {name}"
             same.append((segments, row))
 
     def find(self, name: str) -> _Found | None:
-        segments = name.split(".")
+        segments = _segments(name)
         for template, row in self._rows.get(_skeleton(segments), ()):
             pairs = list(zip(template, segments, strict=True))
             if all(want == got or (_is_hole(want) and got.isdigit()) for want, got in pairs):
@@ -120,7 +121,12 @@ def _is_hole(segment: str) -> bool:
 
 
 def _holes(name: str) -> set[str]:
-    return {segment[1:-1] for segment in name.split(".") if _is_hole(segment)}
+    return {segment[1:-1] for segment in _segments(name) if _is_hole(segment)}
+
+
+def _segments(name: str) -> list[str]:
+    """The dot-separated parts; an index becomes two, so that it equals no plain number: `a.b[3]` -> a, b, [, 3."""
+    return name.replace("]", "").replace("[", ".[.").split(".")
 
 
 def _skeleton(segments: list[str]) -> tuple[str, ...]:

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from bridge.errors import ConversionError
 from bridge.weights.dist_files import DistFiles, DistWriter
-from bridge.weights.hf_files import DTYPES, NAMES, HfFiles, HfWriter, TensorSpec
+from bridge.weights.hf_files import DTYPES, NAMES, HfFiles, HfWriter
 from bridge.weights.ledger import Ledger, Move, check_hf, check_megatron
+from bridge.weights.names import spread
 from bridge.weights.progress import Progress
+from bridge.weights.spec import TensorSpec
 from bridge.weights.table import Table
 
 HF_DTYPES = "hf_dtypes.json"
@@ -38,9 +40,9 @@ def import_tensors(
     """
     check_hf(moves, specs_of(hf), table=table, source=hf.directory)
     ignored = check_ignored(hf, table)
-    names = [name for move in moves for name in move.hf_names]
-    ledger = Ledger(read=hf.tensors, written=[move.mcore_key for move in moves])
-    progress = Progress("import", num_tensors=len(moves), num_bytes=sum(hf.spec(name).num_bytes for name in names))
+    wanted = [name for move in moves for name in move.hf_names]
+    ledger = Ledger(read=spread(specs_of(hf), wanted=wanted), written=[move.mcore_key for move in moves])
+    progress = Progress("import", num_tensors=len(moves), num_bytes=sum(hf.spec(name).num_bytes for name in wanted))
     for name in ignored:
         ledger.read(name)
     with DistWriter(directory) as writer:

@@ -6,7 +6,8 @@ import sys
 
 import torch
 
-from bridge.weights.hf_files import HfWriter, TensorSpec
+from bridge.weights.hf_files import HfWriter
+from bridge.weights.spec import TensorSpec
 
 SCRIPT = """
 import resource, sys

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from bridge.errors import ConversionError
 from bridge.weights import hf_files
-from bridge.weights.hf_files import HfWriter, TensorSpec, open_hf, parse_size
+from bridge.weights.hf_files import HfWriter, open_hf, parse_size
+from bridge.weights.spec import TensorSpec
 
 TENSORS = {
     "a.weight": torch.randn(5, 3),

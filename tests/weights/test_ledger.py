@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from bridge.errors import ConversionError
-from bridge.weights.hf_files import TensorSpec
 from bridge.weights.ledger import Ledger, Target, check_hf, check_megatron, name_some, plan
 from bridge.weights.ops import Stack
+from bridge.weights.spec import TensorSpec
 from bridge.weights.table import Ignore, Row, Table
 
 TABLE = Table(
