@@ -165,7 +165,7 @@ def continue_ids(
 
 def _can_cache(model: GPT) -> bool:
     """False where cached keys, or attention to them one query at a time, would not give what a full pass gives."""
-    scaling = (model.rope_parameters or {}).get("rope_type", "default")
+    scaling = (model.config.rope_parameters or {}).get("rope_type", "default")
     # Transformer Engine drops the window when it is asked for one query without a mask.
     window_lost = model.config.window_size is not None and model.config.transformer_impl != "local"
     return scaling not in LENGTH_DEPENDENT_ROPE and not window_lost

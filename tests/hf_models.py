@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tests import families
+
 
 class Variant(NamedTuple):
-    """`family` is HF's model_type; `config` holds what differs from BASE, in HF's own field names."""
+    """`family` is a file of tests/families; `config` holds what differs from BASE, in HF's own field names."""
 
     family: str
     config: Mapping[str, Any]
@@ -36,69 +38,11 @@ BASE: dict[str, Any] = {
     "pad_token_id": None,  # HF gives the padding row no gradient, megatron does
 }
 
-_ROPE: dict[str, dict[str, Any]] = {
-    "linear": {"factor": 4.0},
-    "dynamic": {"factor": 4.0},
-    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
-    "yarn_options": {
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 16,
-        "beta_fast": 16.0,
-        "beta_slow": 2.0,
-        "attention_factor": 1.3,
-    },
-    "yarn_mscale": {
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 16,
-        "mscale": 0.707,
-        "mscale_all_dim": 0.5,
-        "truncate": False,
-    },
-    "llama3": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    },
-    "longrope": {  # one factor per rotated pair: head_dim 12
-        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
-        "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
-        "original_max_position_embeddings": 16,
-        "factor": 4.0,
-    },
-}
-
-
-def _rope(name: str) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": name, "rope_theta": 1234.0, **_ROPE[name]}}
-
 
 VARIANTS: dict[str, Variant] = {
-    "llama": Variant("llama", {}),
-    "llama_tied": Variant("llama", {"tie_word_embeddings": True}),
-    "llama_mha": Variant("llama", {"num_key_value_heads": 4}),
-    "llama_mqa": Variant("llama", {"num_key_value_heads": 1}),
-    "llama_attention_bias": Variant("llama", {"attention_bias": True}),
-    "llama_mlp_bias": Variant("llama", {"mlp_bias": True}),
-    "llama_all_bias": Variant("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama_head_dim": Variant("llama", {"head_dim": 16}),
-    "llama_gelu": Variant("llama", {"hidden_act": "gelu"}),
-    **{f"llama_{name}": Variant("llama", _rope(name)) for name in _ROPE},
-    "mistral": Variant("mistral", {"sliding_window": None}),
-    "mistral_window": Variant("mistral", {"sliding_window": 5}),
-    "mistral_head_dim": Variant("mistral", {"sliding_window": None, "head_dim": 16}),
-    "qwen2": Variant("qwen2", {}),
-    "qwen2_tied": Variant("qwen2", {"tie_word_embeddings": True}),
-    "qwen2_window": Variant("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
-    "qwen2_yarn": Variant("qwen2", _rope("yarn")),
-    "qwen3": Variant("qwen3", {"head_dim": 16}),
-    "qwen3_tied": Variant("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
-    "qwen3_attention_bias": Variant("qwen3", {"head_dim": 16, "attention_bias": True}),
-    "qwen3_window": Variant(
-        "qwen3", {"head_dim": 16, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}
-    ),
+    name: Variant(family, fields)
+    for family in families.names()
+    for name, fields in families.facts(family).VARIANTS.items()
 }
 
 
@@ -112,18 +56,21 @@ def config(variant: str, **overrides: Any) -> Any:
     from transformers import AutoConfig
 
     family, fields = VARIANTS[variant]
+    kind = families.get(family, "MODEL_TYPE") or family
     # Deep copy: transformers normalises rope_parameters in place.
-    return AutoConfig.for_model(family, **copy.deepcopy({**BASE, **fields, **overrides}))
+    return AutoConfig.for_model(kind, **copy.deepcopy({**BASE, **fields, **overrides}))
 
 
 def model(variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
-    """The transformers model of a variant in eval mode, every parameter drawn anew from `seed`."""
+    """The transformers model of a variant in eval mode, every parameter and stored buffer drawn anew from `seed`."""
     from transformers import AutoModelForCausalLM
 
     built = AutoModelForCausalLM.from_config(config(variant, **overrides), attn_implementation="sdpa")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in sorted(built.named_parameters()):
+        stored = set(built.state_dict())
+        buffers = [(name, buffer) for name, buffer in built.named_buffers() if name in stored]
+        for name, parameter in sorted([*built.named_parameters(), *buffers], key=lambda named: named[0]):
             draw = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
                 parameter.copy_(1 + 0.3 * draw)

@@ -27,15 +27,25 @@ _DATACLASSES: dict[str, tuple[tuple[str, str], ...]] = {
         ("model_parallel_config.py", "ModelParallelConfig"),
         ("transformer/transformer_config.py", "TransformerConfig"),
     ),
+    "mla": (("transformer/transformer_config.py", "MLATransformerConfig"),),
     "ddp": (("distributed/distributed_data_parallel_config.py", "DistributedDataParallelConfig"),),
     "optimizer": (("optimizer/optimizer_config.py", "OptimizerConfig"),),
 }
 
 
 def targets() -> dict[str, dict[str, Field]]:
-    """Part of Routed (transformer, ddp, optimizer, gpt) -> name -> Field, as installed megatron-core declares them."""
+    """Part of Routed (transformer, ddp, optimizer, gpt) -> name -> Field, as installed megatron-core declares them.
+
+    The transformer part includes the fields that only MLATransformerConfig has (`mla_only`).
+    """
     fields = {part: _merged(classes) for part, classes in _DATACLASSES.items()}
+    fields["transformer"] = fields.pop("mla") | fields["transformer"]
     return fields | {"gpt": gpt_arguments()}
+
+
+def mla_only() -> frozenset[str]:
+    """Names of the fields that MLATransformerConfig adds to TransformerConfig."""
+    return frozenset(_merged(_DATACLASSES["mla"]).keys() - _merged(_DATACLASSES["transformer"]).keys())
 
 
 @cache

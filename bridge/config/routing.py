@@ -7,7 +7,7 @@ import ast
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from bridge.config import annotation, mcore_fields, modules, sections
+from bridge.config import annotation, mcore_fields, modules, own_fields, sections
 from bridge.config.mcore_fields import Field
 from bridge.errors import ConfigError, did_you_mean
 
@@ -16,14 +16,9 @@ SECTIONS = ("model", "parallelism", "optimizer", "precision")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "squared_relu")
 OPTIMIZERS = ("adam", "sgd")
 
-# Keys of `model` that megatron-core does not have.
-_OWN_KEYS = {
-    "family": "str",
-    "vocab_size": "int",
-    "make_vocab_size_divisible_by": "int",
-    "rope_parameters": "Optional[dict]",
-    "add_attention_bias": "Optional[bool]",
-}
+# Keys of `model` that megatron-core does not have; those beside the fields of its modules go to the gpt part.
+_GPT_KEYS = {"family": "str", "vocab_size": "int", "make_vocab_size_divisible_by": "int"}
+_OWN_KEYS = _GPT_KEYS | own_fields.annotations()
 _REQUIRED = ("family", "num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_sequence_length")
 _POSITIVE = (*_REQUIRED[1:], "make_vocab_size_divisible_by")
 
@@ -53,6 +48,15 @@ _REFUSED = {
     "parallel_output": _BUILD_REASON,
     "vp_stage": _BUILD_REASON,
     "scatter_embedding_sequence_parallel": _BUILD_REASON,
+    # MLATransformerConfig's own rotary fields
+    "rope_type": _ROPE_REASON,
+    "rotary_scaling_factor": _ROPE_REASON,
+    "original_max_position_embeddings": _ROPE_REASON,
+    "beta_fast": _ROPE_REASON,
+    "beta_slow": _ROPE_REASON,
+    "mscale": _ROPE_REASON,
+    "mscale_all_dim": _ROPE_REASON,
+    "cache_mla_latents": "it belongs to megatron-core's dynamic inference, which is not used here; leave it out",
 }
 _OBJECT_REASON = "it is a function or object that the program sets at run time; leave it out"
 
@@ -83,12 +87,10 @@ class Routed(NamedTuple):
     """The sections by destination. Plain values, and only those the configuration sets: null where null is mcore's own
     default counts as not set."""
 
-    transformer: dict[str, Any]  # fields of TransformerConfig
+    transformer: dict[str, Any]  # fields of TransformerConfig, of MLATransformerConfig, and own_fields.OwnFields
     ddp: dict[str, Any]  # fields of DistributedDataParallelConfig
     optimizer: dict[str, Any]  # fields of OptimizerConfig
-    gpt: dict[
-        str, Any
-    ]  # arguments of GPTModel, and our own: vocab_size (unpadded), make_vocab_size_divisible_by, rope_parameters
+    gpt: dict[str, Any]  # arguments of GPTModel, and our own: vocab_size (unpadded), make_vocab_size_divisible_by
     family: str
     origin: dict[str, str]  # field -> full key, e.g. "hidden_size" -> "model.hidden_size"
 
@@ -109,7 +111,8 @@ def route(config: Mapping[str, Mapping[str, Any]]) -> Routed:
         origin[name] = key
         if section == "model" and name in _OWN_KEYS:
             annotation.check(key, value, _OWN_KEYS[name])
-            parts["gpt"][name] = value
+            if value is not None:
+                parts["gpt" if name in _GPT_KEYS else "transformer"][name] = value
             continue
         _check_field(key, name, value, targets)
         for part, fields in targets.items():
@@ -178,10 +181,8 @@ def _check_model(parts: dict[str, dict[str, Any]], origin: Mapping[str, str]) ->
         value = parts["transformer"].get(name, parts["gpt"].get(name, 1))
         if value < 1:
             raise ConfigError(f"{origin[name]}: {value} is not positive; set a whole number from 1 up")
-    rope = parts["gpt"].pop("rope_parameters", None)
-    if rope is not None:
-        _check_rope(rope)
-        parts["gpt"]["rope_parameters"] = rope
+    if "rope_parameters" in parts["transformer"]:
+        _check_rope(parts["transformer"]["rope_parameters"])
     family = str(parts["gpt"].pop("family"))
     modules.require("model.family", family, "models/families")
     return family

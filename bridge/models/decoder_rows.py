@@ -1,62 +1,109 @@
-"""Table rows for decoders of Llama's shape; a family adds or leaves out what differs."""
+"""Rows of the parts of a decoder, under the names most Hugging Face decoders use. A family composes its table of them
+and adds, or names differently, what is its own. {0} in a name is weight or bias.
+"""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bridge.weights.ops import Qkv, Stack
+from bridge.weights.ops import Op, Qkv, Stack
 from bridge.weights.table import Ignore, Row, Table
+
+Rows = list[Row | Ignore]
+Model = Mapping[str, Any]  # the complete `model` keys (`family.complete`)
 
 MCORE = "decoder.layers.{layer}."
 HF = "model.layers.{layer}."
-# Canonical key -> Hugging Face names, of the tensors of every layer. {0} is weight or bias.
-PROJECTIONS = {
-    "self_attention.linear_qkv.{0}": tuple(f"self_attn.{name}_proj.{{0}}" for name in "qkv"),
-    "self_attention.linear_proj.{0}": ("self_attn.o_proj.{0}",),
-    "mlp.linear_fc1.{0}": ("mlp.gate_proj.{0}", "mlp.up_proj.{0}"),
-    "mlp.linear_fc2.{0}": ("mlp.down_proj.{0}",),
-}
-NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
-}
-QK_NORMS = {
-    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-}
 EMBEDDING = "model.embed_tokens.weight"
+WEIGHT, BOTH = ("weight",), ("weight", "bias")
 
 
-def llama_table(model: Mapping[str, Any]) -> Table:
-    """The table of a Llama-shaped model whose `model` keys are complete (`family.complete`)."""
-    bias = {
-        "self_attention.linear_qkv.{0}": _attention_bias(model) or model["add_qkv_bias"],
-        "self_attention.linear_proj.{0}": _attention_bias(model),
-        "mlp.linear_fc1.{0}": model["add_bias_linear"],
-        "mlp.linear_fc2.{0}": model["add_bias_linear"],
-    }
-    rows: list[Row | Ignore] = [Row("embedding.word_embeddings.weight", EMBEDDING)]
-    rows += [Row(MCORE + key, HF + name) for key, name in NORMS.items()]
-    if model["qk_layernorm"]:
-        rows += [Row(MCORE + key, HF + name) for key, name in QK_NORMS.items()]
-    for key, names in PROJECTIONS.items():
-        for kind in ("weight", "bias") if bias[key] else ("weight",):
-            rows.append(_projection(model, key.format(kind), tuple(HF + name.format(kind) for name in names)))
-    rows.append(Row("decoder.final_layernorm.weight", "model.norm.weight"))
+def llama_table(model: Model) -> Table:
+    """The table of a Llama-shaped model."""
+    return Table([*embedding(model), *norms(model), *qk_norms(model), *attention(model), *mlp(model), *final(model)])
+
+
+def embedding(model: Model, *, name: str = EMBEDDING, output: str = "lm_head.weight") -> Rows:
+    """The token embedding, and the output layer if it is another matrix."""
+    rows: Rows = [Row("embedding.word_embeddings.weight", name)]
     if model["share_embeddings_and_output_weights"]:
-        rows.append(Ignore("lm_head.weight", "the output layer is the embedding", same_as=EMBEDDING))
-    else:
-        rows.append(Row("output_layer.weight", "lm_head.weight"))
-    rows.append(Ignore(HF + "self_attn.rotary_emb.inv_freq", "a buffer old files hold; computed from the config"))
-    return Table(rows)
+        return [*rows, Ignore(output, "the output layer is the embedding", same_as=name)]
+    return [*rows, Row("output_layer.weight", output)]
 
 
-def _projection(model: Mapping[str, Any], key: str, names: tuple[str, ...]) -> Row:
-    if len(names) == 3:
-        shape = Qkv(model["num_attention_heads"], model["num_query_groups"], model["kv_channels"])
-        return Row(MCORE + key, names, shape)
-    return Row(MCORE + key, names, Stack() if len(names) == 2 else None)
+def norms(
+    model: Model,
+    *,
+    attention: str = "input_layernorm",
+    mlp: str = "post_attention_layernorm",
+    prefix: str = HF,
+    mcore: str = MCORE,
+) -> Rows:
+    """The norms before attention and before a dense MLP, by the names Transformer Engine gives them."""
+    kinds = BOTH if model["normalization"] == "LayerNorm" else WEIGHT
+    places = {
+        "self_attention.linear_qkv.layer_norm_{0}": f"{attention}.{{0}}",
+        "mlp.linear_fc1.layer_norm_{0}": f"{mlp}.{{0}}",
+    }
+    return [Row(mcore + key.format(kind), prefix + name.format(kind)) for key, name in places.items() for kind in kinds]
 
 
-def _attention_bias(model: Mapping[str, Any]) -> bool:
+def qk_norms(model: Model, *, query: str = "self_attn.q_norm", key: str = "self_attn.k_norm", prefix: str = HF) -> Rows:
+    """The norms of queries and keys, where the model has them."""
+    names = {"self_attention.q_layernorm.weight": query, "self_attention.k_layernorm.weight": key}
+    return [Row(MCORE + ours, f"{prefix}{theirs}.weight") for ours, theirs in names.items() if model["qk_layernorm"]]
+
+
+def attention(
+    model: Model,
+    *,
+    qkv: Iterable[str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    output: str = "self_attn.o_proj",
+    prefix: str = HF,
+) -> Rows:
+    """The four projections of attention with grouped queries; their biases where the model has them."""
+    op = Qkv(model["num_attention_heads"], model["num_query_groups"], model["kv_channels"])
     own = model["add_attention_bias"]
-    return bool(model["add_bias_linear"] if own is None else own)
+    bias = bool(model["add_bias_linear"] if own is None else own)
+    names = tuple(f"{prefix}{name}.{{0}}" for name in qkv)
+    return [
+        *linear(MCORE + "self_attention.linear_qkv.{0}", names, op, bias=bias or model["add_qkv_bias"]),
+        *linear(MCORE + "self_attention.linear_proj.{0}", f"{prefix}{output}.{{0}}", bias=bias),
+        Ignore(prefix + "self_attn.rotary_emb.inv_freq", "a buffer old files hold; computed from the config"),
+    ]
+
+
+def mlp(
+    model: Model,
+    *,
+    fc1: Iterable[str] = ("mlp.gate_proj", "mlp.up_proj"),
+    fc2: str = "mlp.down_proj",
+    prefix: str = HF,
+    mcore: str = MCORE + "mlp.",
+) -> Rows:
+    """A dense MLP: one part of fc1, or two (gate above up) where it is gated; biases where the model has them."""
+    names = tuple(f"{prefix}{name}.{{0}}" for name in fc1)
+    op = Stack(len(names)) if len(names) > 1 else None
+    bias = model["add_bias_linear"]
+    return [
+        *linear(mcore + "linear_fc1.{0}", names, op, bias=bias),
+        *linear(mcore + "linear_fc2.{0}", f"{prefix}{fc2}.{{0}}", bias=bias),
+    ]
+
+
+def final(model: Model, *, name: str = "model.norm") -> Rows:
+    """The norm behind the last layer."""
+    kinds = BOTH if model["normalization"] == "LayerNorm" else WEIGHT
+    return [Row(f"decoder.final_layernorm.{kind}", f"{name}.{kind}") for kind in kinds]
+
+
+def linear(key: str, names: str | tuple[str, ...], op: Op | None = None, *, bias: bool) -> Rows:
+    """The weight of a linear layer, and its bias where it has one."""
+    names = (names,) if isinstance(names, str) else names
+    return [
+        Row(key.format(kind, layer="{layer}", expert="{expert}"), _of_kind(names, kind), op)
+        for kind in (BOTH if bias else WEIGHT)
+    ]
+
+
+def _of_kind(names: Iterable[str], kind: str) -> tuple[str, ...]:
+    return tuple(name.format(kind, layer="{layer}", expert="{expert}") for name in names)

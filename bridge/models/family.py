@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from bridge.config import mcore_fields
+from bridge.config import mcore_fields, own_fields
 from bridge.errors import ConfigError, ConversionError, did_you_mean
 from bridge.models import families
 from bridge.models.hf_fields import Part
@@ -66,12 +66,7 @@ def known_names() -> tuple[str, ...]:
 
 
 # What the program does where megatron-core's own default is None or code.
-OWN_DEFAULTS = {
-    "activation_func": "gelu",
-    "add_attention_bias": None,
-    "rope_parameters": None,
-    "make_vocab_size_divisible_by": 1,
-}
+OWN_DEFAULTS = {"activation_func": "gelu", "make_vocab_size_divisible_by": 1, **own_fields.defaults()}
 
 
 @cache

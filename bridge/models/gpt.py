@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from bridge import parallel, platform
@@ -14,13 +13,13 @@ from bridge.config.routing import Routed
 from bridge.errors import ConfigError
 from bridge.models import rope
 from bridge.models.layer_spec import block_spec
-from bridge.models.mcore_config import check_keys, check_live, transformer_config
+from bridge.models.mcore_config import Config, check_keys, check_live, transformer_config
 
 __all__ = ["GPT", "build", "check_live", "padded_vocab_size", "transformer_config"]
 
 
 # Model keys that are ours, not arguments of GPTModel.
-OWN_KEYS = ("family", "vocab_size", "make_vocab_size_divisible_by", "rope_parameters", "add_attention_bias")
+OWN_KEYS = ("family", "vocab_size", "make_vocab_size_divisible_by")
 
 
 class GPT(GPTModel):
@@ -32,15 +31,12 @@ class GPT(GPTModel):
 
     routed: Routed
 
-    def __init__(
-        self, *, true_vocab_size: int, rope_parameters: dict[str, Any] | None, rotary_base: float = 10000, **kwargs: Any
-    ) -> None:
-        super().__init__(rotary_base=rotary_base, **kwargs)
+    def __init__(self, *, config: Config, true_vocab_size: int, rotary_base: float = 10000, **kwargs: Any) -> None:
+        super().__init__(config=config, rotary_base=rotary_base, **kwargs)
         self.true_vocab_size = true_vocab_size
-        self.rope_parameters = rope_parameters
-        if rope_parameters:
+        if config.rope_parameters and self.position_embedding_type == "rope" and not config.multi_latent_attention:
             self.rotary_pos_emb = rope.ScaledRotaryEmbedding(
-                rope_parameters,
+                config.rope_parameters,
                 kv_channels=self.config.kv_channels,
                 rotary_percent=self.rotary_percent,
                 rotary_interleaved=self.config.rotary_interleaved,
@@ -101,16 +97,13 @@ def build(
     return chunks
 
 
-def _chunk(routed: Routed, config: TransformerConfig, *, vp_stage: int | None) -> GPT:
+def _chunk(routed: Routed, config: Config, *, vp_stage: int | None) -> GPT:
     stage = {"vp_stage": vp_stage, "vp_size": config.virtual_pipeline_model_parallel_size}
     return GPT(
         config=config,
-        transformer_layer_spec=block_spec(
-            config, vp_stage=vp_stage, add_attention_bias=routed.gpt.get("add_attention_bias")
-        ),
+        transformer_layer_spec=block_spec(config, vp_stage=vp_stage),
         true_vocab_size=_required(routed, "vocab_size"),
         vocab_size=padded_vocab_size(routed),
-        rope_parameters=routed.gpt.get("rope_parameters"),
         pre_process=parallel.is_pipeline_first_stage(**stage),
         post_process=parallel.is_pipeline_last_stage(**stage),
         vp_stage=vp_stage,

@@ -1,17 +1,20 @@
 """Which modules a decoder layer is made of: Transformer Engine's where it runs, otherwise megatron-core's with our
-attention and norm."""
+attention and norm; and the pieces of some architectures that neither has."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.models.core_attention import CoreAttention
+from bridge.models.mcore_config import Config
 from bridge.models.norm import Norm
 
 
@@ -22,16 +25,24 @@ class OwnBiasSelfAttention(SelfAttention):
     one for attention and one for the MLP.
     """
 
-    def __init__(self, config: TransformerConfig, *args: Any, add_bias: bool, **kwargs: Any) -> None:
+    def __init__(self, config: Config, *args: Any, **kwargs: Any) -> None:
         own = copy.copy(config)
-        own.add_bias_linear = own.add_qkv_bias = add_bias
+        own.add_bias_linear = own.add_qkv_bias = config.add_attention_bias
         super().__init__(own, *args, **kwargs)
 
 
-def block_spec(
-    config: TransformerConfig, *, vp_stage: int | None = None, add_attention_bias: bool | None = None
-) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage. `add_attention_bias` None leaves attention's biases to add_bias_linear."""
+def _own_bias(layer: ModuleSpec, config: Config) -> None:
+    if config.add_attention_bias is not None:
+        layer.submodules.self_attention.module = OwnBiasSelfAttention
+
+
+# What an architecture changes in a layer's specification, local or Transformer Engine's; each does nothing unless the
+# model has a key that asks for it.
+VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (_own_bias,)
+
+
+def block_spec(config: Config, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage."""
     with_te = config.transformer_impl == "transformer_engine"
     spec = get_gpt_decoder_block_spec(
         config,
@@ -44,10 +55,9 @@ def block_spec(
     for layer in layers:
         if not with_te:
             _use_own_modules(layer)
-        if add_attention_bias is not None:
-            attention = layer.submodules.self_attention
-            attention.module = OwnBiasSelfAttention
-            attention.params = {**attention.params, "add_bias": add_attention_bias}
+            _use_common_keys(layer)
+        for vary in VARIATIONS:
+            vary(layer, config)
     if not with_te:
         spec.layer_norm = Norm
     return spec
@@ -60,8 +70,20 @@ def _use_own_modules(layer: ModuleSpec) -> None:
     attention.core_attention = CoreAttention
     for holder, names in (
         (parts, ("input_layernorm", "pre_mlp_layernorm")),
-        (attention, ("q_layernorm", "k_layernorm")),
+        (attention, ("q_layernorm", "k_layernorm", "kv_layernorm")),
     ):
         for name in names:
-            if getattr(holder, name) is WrappedTorchNorm:
+            if getattr(holder, name, None) is WrappedTorchNorm:
                 setattr(holder, name, Norm)
+
+
+def _use_common_keys(layer: ModuleSpec) -> None:
+    """Checkpoint keys of the norms of a local layer as Transformer Engine has them, which fuses a norm into the linear
+    layer behind it, but has a router, or latent attention, behind a norm of its own."""
+    parts: Any = layer.submodules
+    keys = {}
+    if parts.self_attention.module is not MLASelfAttention:
+        keys["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+    if parts.mlp.module is not MoELayer:
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    parts.sharded_state_dict_keys_map = keys

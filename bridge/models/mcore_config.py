@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -9,14 +10,26 @@ import torch
 import torch.nn.functional as F
 from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.transformer.enums import AttnBackend
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from bridge import platform
+from bridge.config import mcore_fields
 from bridge.config.annotation import DTYPES
+from bridge.config.own_fields import OwnFields
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
 from bridge.models import rope
+
+
+@dataclass
+class Config(OwnFields, TransformerConfig):
+    """megatron-core's TransformerConfig with the keys of this project, for modules of both to read."""
+
+
+@dataclass
+class MLAConfig(OwnFields, MLATransformerConfig):
+    """The same for models with multi-latent attention."""
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -50,11 +63,13 @@ TYPED: dict[str, Callable[[Any], Any]] = {
 # For a build on the meta device: nothing to initialise, "CPU" initialisation because only that path lets torch.device
 # choose, and the local layers because Transformer Engine's allocate for themselves. Names and shapes are the same.
 WITHOUT_STORAGE = {"use_cpu_initialization": True, "perform_initialization": False, "transformer_impl": "local"}
+# megatron-core's own rotary embedding of latent attention is replaced (see `rope_parameters`).
+LATENT: dict[str, Any] = {"rope_type": "rope", "rotary_scaling_factor": 1.0}
 # Fields megatron-core itself rewrites into another form of the same value.
 REWRITTEN = frozenset({"pipeline_model_parallel_layout", "cuda_graph_scope", "no_rope_freq"})
 
 
-def transformer_config(routed: Routed, *, dtype: torch.dtype | None = None, meta: bool = False) -> TransformerConfig:
+def transformer_config(routed: Routed, *, dtype: torch.dtype | None = None, meta: bool = False) -> Config | MLAConfig:
     """megatron-core's config: the user's values over the platform's defaults over megatron-core's.
 
     `dtype` overrides params_dtype, bf16 and fp16. `meta` prepares for a build without storage. The attention factor of
@@ -67,8 +82,11 @@ def transformer_config(routed: Routed, *, dtype: torch.dtype | None = None, meta
     fields |= _precision(fields, dtype)
     fields |= _softmax_scale(routed, fields)
     fields |= WITHOUT_STORAGE if meta else {}
+    latent = fields.get("multi_latent_attention", False)
     try:
-        return TransformerConfig(**fields)
+        if latent:
+            return MLAConfig(**(fields | LATENT))
+        return Config(**{name: value for name, value in fields.items() if name not in mcore_fields.mla_only()})
     except (ValueError, AssertionError, ImportError) as error:
         raise ConfigError(f"{_keys_in(str(error), routed)}: megatron-core refuses it: {error}") from error
 
@@ -113,7 +131,7 @@ def _softmax_scale(routed: Routed, fields: Mapping[str, Any]) -> dict[str, Any]:
     softmax scale, which reaches every attention kernel, also those with fused or packed rotary embedding where
     megatron-core's own factor is dropped (rope_utils.py:265). The two differ only when some channels are not rotated.
     """
-    parameters = routed.gpt.get("rope_parameters")
+    parameters = routed.transformer.get("rope_parameters")
     if not parameters:
         return {}
     key = "model.rope_parameters"
@@ -142,7 +160,6 @@ MODEL_ATTRIBUTES = (
     "rotary_percent",
     "rotary_base",
     "share_embeddings_and_output_weights",
-    "rope_parameters",
 )
 ROTARY = ("rope",)
 # A key that does nothing unless another one has one of these values (empty: any but None and False).
@@ -166,6 +183,12 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
 def check_keys(routed: Routed) -> None:
     """Raise ConfigError for a key the user set that would have no effect, or asks for a part that is not built here."""
     values = routed.transformer | routed.gpt
+    latent = mcore_fields.mla_only() - routed.gpt.keys()
+    for name in latent & values.keys() if not values.get("multi_latent_attention") else ():
+        raise ConfigError(
+            f"{_key(routed, name)}: {values[name]!r} has no effect without latent attention; "
+            "set model.multi_latent_attention=true or leave it out"
+        )
     for name, harmless in NOT_BUILT.items():
         if name in values and values[name] not in harmless:
             raise ConfigError(f"{_key(routed, name)}: {values[name]!r} is not supported; set {harmless[0]}")
@@ -186,7 +209,7 @@ def check_live(routed: Routed, model: Any, *, dtype: torch.dtype | None = None, 
     overridden |= set(_precision({}, dtype)) if dtype is not None else set()
     overridden |= set(WITHOUT_STORAGE) if meta else set()
     for name, wanted in _typed(routed).items():
-        if name not in overridden:
+        if name not in overridden and hasattr(model.config, name):
             _same(getattr(model.config, name), wanted, key=_key(routed, name))
     for name, attribute in [(name, name) for name in MODEL_ATTRIBUTES] + [("vocab_size", "true_vocab_size")]:
         if name in routed.gpt:

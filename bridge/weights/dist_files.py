@@ -50,7 +50,7 @@ class Chunk(NamedTuple):
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     storage: Any  # torch's _StorageInfo: relative_path, offset, length
-    index: tuple[int, ...] = ()  # which entry of the saved piece this is, along its first dims
+    entry: tuple[int, ...] = ()  # which entry of the saved piece this is, along its first dims
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -109,9 +109,9 @@ class DistFiles:
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConversionError(f"{file}: tensor {key} cannot be read ({reason}); the file is damaged") from error
-        if not isinstance(tensor, Tensor) or tuple(tensor[chunk.index].shape) != chunk.sizes:
+        if not isinstance(tensor, Tensor) or tuple(tensor[chunk.entry].shape) != chunk.sizes:
             raise ConversionError(f"{file}: what is stored for {key} at {chunk.offsets} is not what .metadata promises")
-        return tensor[chunk.index]
+        return tensor[chunk.entry]
 
 
 def open_dist(directory: str | Path) -> DistFiles:
@@ -199,7 +199,7 @@ class DistWriter:
 def _entry(stored: Stored, number: int) -> Stored:
     """Entry `number` along dim 0 of a stored tensor, from the chunks that hold it."""
     chunks = tuple(
-        Chunk(chunk.offsets[1:], chunk.sizes[1:], chunk.storage, (*chunk.index, number - chunk.offsets[0]))
+        Chunk(chunk.offsets[1:], chunk.sizes[1:], chunk.storage, (*chunk.entry, number - chunk.offsets[0]))
         for chunk in stored.chunks
         if chunk.offsets[0] <= number < chunk.ends[0]
     )

@@ -16,13 +16,14 @@ def imported(part: str) -> dict[str, object]:
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
     from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
     if part == "gpt":
         arguments = inspect.signature(GPTModel.__init__).parameters.values()
         return {argument.name: argument.default for argument in arguments if argument.name != "self"}
     kinds = {"transformer": TransformerConfig, "ddp": DistributedDataParallelConfig, "optimizer": OptimizerConfig}
-    return {field.name: field.default for field in dataclasses.fields(kinds[part])}
+    latent = dataclasses.fields(MLATransformerConfig) if part == "transformer" else ()
+    return {field.name: field.default for field in (*latent, *dataclasses.fields(kinds[part]))}
 
 
 @pytest.mark.parametrize("part", ["transformer", "ddp", "optimizer", "gpt"])

@@ -41,6 +41,7 @@ def test_every_key_reaches_all_classes_that_have_it():
         "hidden_size": 64,
         "num_attention_heads": 4,
         "activation_func": "silu",
+        "rotary_base": 500_000,  # a field of MLATransformerConfig, too
         "bf16": True,
         "params_dtype": "bf16",
         "delay_wgrad_compute": False,
@@ -175,7 +176,7 @@ LLAMA3 = {
 
 
 def test_rope_parameters_pass_through():
-    assert route(model={"rope_parameters": LLAMA3}).gpt["rope_parameters"] == LLAMA3
+    assert route(model={"rope_parameters": LLAMA3}).transformer["rope_parameters"] == LLAMA3
     assert "rope_parameters" not in route(model={"rope_parameters": None}).gpt
 
 

@@ -10,7 +10,7 @@ from bridge.models import hf_config
 from tests.config.composing import composed
 
 
-@pytest.mark.parametrize("variant", ["llama_llama3", "llama_longrope", "mistral_window", "qwen2_tied", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama_llama3", "llama_longrope", "mistral", "qwen2_tied", "qwen3"])
 def test_printed_yaml_composes_to_the_same_model(tiny_hf, tmp_path, capsys, variant):
     source = tiny_hf(variant)
     assert run(ConvertConfig(mode="yaml", hf=str(source))) == 0

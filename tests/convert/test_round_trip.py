@@ -36,7 +36,7 @@ def round_trip(source, tmp_path, **options):
     return tmp_path / "back"
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama_tied", "llama_all_bias", "mistral_window", "qwen2", "qwen3_tied"])
+@pytest.mark.parametrize("variant", ["llama", "llama_tied", "llama_all_bias", "mistral", "qwen2", "qwen3_tied"])
 def test_bit_equal(variant, tiny_hf, tmp_path):
     source = tiny_hf(variant, dtype=torch.bfloat16)
     back = round_trip(source, tmp_path)

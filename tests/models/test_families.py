@@ -14,7 +14,7 @@ from bridge.errors import ConversionError
 from bridge.models import family, gpt, hf_config
 from bridge.weights import live
 from bridge.weights.hf_files import open_hf
-from tests import hf_models
+from tests import families, hf_models
 
 TOLERANCE = 1e-4  # fp32 noise of tiny models against fp64 is at most 2e-5
 
@@ -136,28 +136,27 @@ REFUSED = {"is_encoder_decoder": True}
 # Fields that change which tensors there are, or their shapes: the weights of the old config must then be refused.
 SHAPES = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
 attention_bias mlp_bias tie_word_embeddings""".split()  # noqa: SIM905
-# The window is off in the base config of the Qwen families; these fields matter only with it.
-WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2, "layer_types": None}
 
 
 @pytest.mark.parametrize("name", family.known_names())
 def test_every_field_of_the_config_class_reaches_our_logits_or_is_refused(name: str, tmp_path: Path):
     """Change one field at a time: our logits follow transformers' to the new ones."""
-    variant = "mistral_window" if name == "mistral" else name
+    variant, on = next(iter(families.facts(name).VARIANTS)), families.get(name, "ON")
+    changes, refused = CHANGES | families.get(name, "CHANGES"), REFUSED | families.get(name, "REFUSED")
+    shapes = {*SHAPES, *families.get(name, "SHAPES")}
     fields = {field.name for field in dataclasses.fields(type(hf_models.config(variant)))} - {"num_labels"}
-    assert fields <= CHANGES.keys() | REFUSED.keys(), f"say how to change {fields - CHANGES.keys() - REFUSED.keys()}"
+    assert fields <= changes.keys() | refused.keys(), f"say how to change {fields - changes.keys() - refused.keys()}"
     directory = hf_models.save(variant, tmp_path, tokenizer=False)
     hf, ids = hf_config.read(directory), hf_models.prompts()
-    for field in sorted(fields & CHANGES.keys()):
-        window = WINDOW if "layer_types" in fields else {}
-        changed = {**hf, **window, field: CHANGES[field]}
+    for field in sorted(fields & changes.keys() - refused.keys()):
+        changed = {**hf, **on, field: changes[field]}
         (directory / "config.json").write_text(json.dumps(changed))
-        if field in SHAPES:
+        if field in shapes:
             with pytest.raises(ConversionError):
                 mcore_logits(directory, ids)
         else:
             difference = (mcore_logits(directory, ids) - hf_models.logits(directory, ids)).abs().max()
             assert difference < TOLERANCE, f"{field} changes the logits of transformers but not ours"
-    for field, value in REFUSED.items():
+    for field, value in refused.items():
         with pytest.raises(ConversionError, match=field):
             hf_config.to_mcore({**hf, field: value})

@@ -1,0 +1,32 @@
+"""Model keys that megatron-core does not have: pieces of architectures it cannot build by itself.
+
+They join the fields of megatron-core's TransformerConfig (`bridge.models.mcore_config`), so every module of a model can
+read them from its `config`. Each one's default means "as megatron-core does it". Plain types: no torch here.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from bridge.config.annotation import of_dataclass_field
+
+
+@dataclass
+class OwnFields:
+    """Names are those of Hugging Face configs where these have one."""
+
+    # Biases on the four projections of attention; None: as add_bias_linear and add_qkv_bias say.
+    add_attention_bias: bool | None = None
+    # rope_type and the parameters of that type (bridge.models.rope); None: plain rotary embedding.
+    rope_parameters: dict[str, Any] | None = None
+    # Norm before each branch (attention, MLP), after it, or both; always inside the residual connection.
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+
+
+def annotations() -> dict[str, str]:
+    """Field -> the text of its type, as `bridge.config.annotation` reads it."""
+    return {field.name: of_dataclass_field(field.type) for field in fields(OwnFields)}
+
+
+def defaults() -> dict[str, Any]:
+    """Field -> its default."""
+    return {field.name: field.default for field in fields(OwnFields)}

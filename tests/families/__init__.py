@@ -1,0 +1,32 @@
+"""What each family's tests need to know of it: one file per family, named like the one in bridge/models/families.
+
+    MODEL_TYPE Hugging Face's model_type, where it is not the file's name
+    VARIANTS   tiny configs, `name: fields that differ from BASE`; the first is the plain model, the first key its name
+    CHANGES    another value for each field of the config class that tests/models/test_families.py does not know
+    SHAPES     those fields of CHANGES that change which tensors there are, or their shapes
+    ON         fields switched on while CHANGES are tried, because others matter only with them
+    REFUSED    fields and values that are refused by name
+    SIZES      parameters of each shipped conf/model/NAME.yaml, from model cards and published index files
+
+All but VARIANTS may be left out. Nothing is registered: a new file is found.
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+
+def names() -> list[str]:
+    """Families with a file here."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def facts(family: str) -> ModuleType:
+    """The file of one family."""
+    return importlib.import_module(f"{__name__}.{family}")
+
+
+def get(family: str, what: str) -> Any:
+    """CHANGES, SHAPES, ... of one family; empty when it has none."""
+    return getattr(facts(family), what, {})
