@@ -65,6 +65,8 @@ def known_names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(families.__path__)))
 
 
+# Keys for which null says something, although megatron-core's default is a number.
+NULLABLE = ("q_lora_rank",)
 # What the program does where megatron-core's own default is None or code.
 OWN_DEFAULTS = {"activation_func": "gelu", "make_vocab_size_divisible_by": 1, **own_fields.defaults()}
 
@@ -84,7 +86,7 @@ def mcore_defaults() -> dict[str, Any]:
 
 def complete(model: Mapping[str, Any]) -> dict[str, Any]:
     """`model` with every absent key filled as megatron-core would fill it."""
-    full = mcore_defaults() | {name: value for name, value in model.items() if value is not None}
+    full = mcore_defaults() | {name: value for name, value in model.items() if value is not None or name in NULLABLE}
     hidden, heads = full["hidden_size"], full["num_attention_heads"]
     derived = {"num_query_groups": heads, "kv_channels": hidden // heads, "ffn_hidden_size": 4 * hidden}
     return full | {name: value for name, value in derived.items() if full[name] is None}

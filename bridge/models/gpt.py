@@ -12,8 +12,9 @@ from bridge import parallel, platform
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
 from bridge.models import rope
+from bridge.models.latent_attention import LatentRotaryEmbedding, share_rotary_embedding
 from bridge.models.layer_spec import block_spec
-from bridge.models.mcore_config import Config, check_keys, check_live, transformer_config
+from bridge.models.mcore_config import Config, MLAConfig, check_keys, check_live, transformer_config
 
 __all__ = ["GPT", "build", "check_live", "padded_vocab_size", "transformer_config"]
 
@@ -31,18 +32,23 @@ class GPT(GPTModel):
 
     routed: Routed
 
-    def __init__(self, *, config: Config, true_vocab_size: int, rotary_base: float = 10000, **kwargs: Any) -> None:
+    def __init__(self, *, config: Config | MLAConfig, true_vocab_size: int, rotary_base: float = 10000, **kwargs: Any) -> None:
         super().__init__(config=config, rotary_base=rotary_base, **kwargs)
         self.true_vocab_size = true_vocab_size
-        if config.rope_parameters and self.position_embedding_type == "rope" and not config.multi_latent_attention:
+        shared = {
+            "rotary_percent": self.rotary_percent,
+            "rotary_interleaved": self.config.rotary_interleaved,
+            "rotary_base": rotary_base,
+            "max_sequence_length": self.max_sequence_length,
+            "cp_group": self.pg_collection.cp,
+        }
+        if isinstance(config, MLAConfig):
+            channels = config.qk_pos_emb_head_dim
+            embedding = LatentRotaryEmbedding(config.rope_parameters or {}, kv_channels=channels, **shared)
+            share_rotary_embedding(self, embedding)
+        elif config.rope_parameters and self.position_embedding_type == "rope":
             self.rotary_pos_emb = rope.ScaledRotaryEmbedding(
-                config.rope_parameters,
-                kv_channels=self.config.kv_channels,
-                rotary_percent=self.rotary_percent,
-                rotary_interleaved=self.config.rotary_interleaved,
-                rotary_base=rotary_base,
-                max_sequence_length=self.max_sequence_length,
-                cp_group=self.pg_collection.cp,
+                config.rope_parameters, kv_channels=config.kv_channels, **shared
             )
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -14,6 +15,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from bridge.models.core_attention import CoreAttention
+from bridge.models.latent_attention import LatentAttention
 from bridge.models.mcore_config import Config
 from bridge.models.norm import Norm
 
@@ -36,9 +38,14 @@ def _own_bias(layer: ModuleSpec, config: Config) -> None:
         layer.submodules.self_attention.module = OwnBiasSelfAttention
 
 
+def _latent_attention(layer: ModuleSpec, config: Config) -> None:
+    if config.multi_latent_attention:
+        layer.submodules.self_attention.module = LatentAttention
+
+
 # What an architecture changes in a layer's specification, local or Transformer Engine's; each does nothing unless the
 # model has a key that asks for it.
-VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (_own_bias,)
+VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (_own_bias, _latent_attention)
 
 
 def block_spec(config: Config, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -68,6 +75,10 @@ def _use_own_modules(layer: ModuleSpec) -> None:
     parts: Any = layer.submodules
     attention: Any = parts.self_attention.submodules
     attention.core_attention = CoreAttention
+    if parts.self_attention.module is MLASelfAttention:
+        # Replicated: divided over tensor ranks, as in megatron-core's local layers, the gradient of the keys' rotated
+        # channels would lack the other ranks' part, without an error.
+        attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
     for holder, names in (
         (parts, ("input_layernorm", "pre_mlp_layernorm")),
         (attention, ("q_layernorm", "k_layernorm", "kv_layernorm")),
@@ -82,7 +93,10 @@ def _use_common_keys(layer: ModuleSpec) -> None:
     layer behind it, but has a router, or latent attention, behind a norm of its own."""
     parts: Any = layer.submodules
     keys = {}
-    if parts.self_attention.module is not MLASelfAttention:
+    if parts.self_attention.module is MLASelfAttention:
+        for latent in ("q", "kv"):
+            keys[f"self_attention.{latent}_layernorm."] = f"self_attention.linear_{latent}_up_proj.layer_norm_"
+    else:
         keys["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
     if parts.mlp.module is not MoELayer:
         keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"

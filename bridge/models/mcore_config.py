@@ -63,8 +63,9 @@ TYPED: dict[str, Callable[[Any], Any]] = {
 # For a build on the meta device: nothing to initialise, "CPU" initialisation because only that path lets torch.device
 # choose, and the local layers because Transformer Engine's allocate for themselves. Names and shapes are the same.
 WITHOUT_STORAGE = {"use_cpu_initialization": True, "perform_initialization": False, "transformer_impl": "local"}
-# megatron-core's own rotary embedding of latent attention is replaced (see `rope_parameters`).
-LATENT: dict[str, Any] = {"rope_type": "rope", "rotary_scaling_factor": 1.0}
+# megatron-core's own rotary embedding of latent attention is replaced (bridge.models.latent_attention), and the fused
+# kernel that goes with it.
+LATENT: dict[str, Any] = {"rope_type": "rope", "rotary_scaling_factor": 1.0, "apply_rope_fusion": False}
 # Fields megatron-core itself rewrites into another form of the same value.
 REWRITTEN = frozenset({"pipeline_model_parallel_layout", "cuda_graph_scope", "no_rope_freq"})
 
@@ -173,7 +174,6 @@ PAIRS = (
 # Keys of parts of megatron-core that are not built here, or that it reads nowhere, and the values that ask for nothing.
 NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "mtp_num_layers": (None, 0),
-    "multi_latent_attention": (False,),
     "experimental_attention_variant": (None,),
     "fp16_lm_cross_entropy": (False,),
     "position_embedding_type": ("rope", "learned_absolute", "none"),
