@@ -1,6 +1,7 @@
 """The GPT model of one process: from routed config values to megatron-core model chunks."""
 
 import contextlib
+import copy
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from bridge.config.routing import Routed
 from bridge.errors import ConfigError
 from bridge.models import rope
 from bridge.models.latent_attention import LatentRotaryEmbedding, share_rotary_embedding
-from bridge.models.layer_spec import block_spec
+from bridge.models.layer_spec import block_spec, prediction_spec
 from bridge.models.mcore_config import Config, MLAConfig, check_keys, check_live, transformer_config
 
 __all__ = ["GPT", "build", "check_live", "padded_vocab_size", "transformer_config"]
@@ -50,6 +51,20 @@ class GPT(GPTModel):
             self.rotary_pos_emb = rope.ScaledRotaryEmbedding(
                 config.rope_parameters, kv_channels=config.kv_channels, **shared
             )
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits, or the loss when there are labels; multi-token prediction only where its own loss has a gradient.
+
+        megatron-core runs it whenever the model has it, and needs labels for that.
+        """
+        if self.config.mtp_num_layers is None or (kwargs["labels"] is not None and torch.is_grad_enabled()):
+            return super()._postprocess(hidden_states, *args, **kwargs)
+        whole, self.config = self.config, copy.copy(self.config)
+        try:
+            self.config.mtp_num_layers = None
+            return super()._postprocess(hidden_states, *args, **(kwargs | {"mtp_in_postprocess": False}))
+        finally:
+            self.config = whole
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy over the true vocabulary, float [batch, sequence], of logits [sequence, batch, padded / TP].
@@ -105,9 +120,16 @@ def build(
 
 def _chunk(routed: Routed, config: Config, *, vp_stage: int | None) -> GPT:
     stage = {"vp_stage": vp_stage, "vp_size": config.virtual_pipeline_model_parallel_size}
+    predictions = prediction_spec(config, vp_stage=vp_stage)
+    if predictions and not parallel.is_pipeline_last_stage(**stage):
+        raise ConfigError(
+            "parallelism.pipeline_model_parallel_layout: multi-token prediction (m) is not on the stage of the loss (L); "
+            "put them on one stage"
+        )
     return GPT(
         config=config,
         transformer_layer_spec=block_spec(config, vp_stage=vp_stage),
+        mtp_block_spec=predictions,
         true_vocab_size=_required(routed, "vocab_size"),
         vocab_size=padded_vocab_size(routed),
         pre_process=parallel.is_pipeline_first_stage(**stage),

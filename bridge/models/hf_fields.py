@@ -34,6 +34,17 @@ def same(hf_name: str, model_key: str, kind: Callable[[Any], Any] = int) -> Part
     )
 
 
+def only(hf_name: str, value: Any, *, written: bool = False) -> Part:
+    """A field with one value that is understood. `written`: other programs look for it."""
+
+    def read(hf: Values) -> dict[str, Any]:
+        if hf.get(hf_name) not in (None, value):
+            raise refused(hf_name, hf[hf_name], f"only {value!r} is supported")
+        return {}
+
+    return Part((hf_name,), (), read, lambda model: {hf_name: value} if written else {})
+
+
 # transformers' activation -> model.activation_func. The first name of a value is the one written back.
 ACTIVATIONS = {
     "silu": "silu",

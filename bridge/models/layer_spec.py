@@ -5,11 +5,16 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -50,24 +55,50 @@ VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (_own_bias, _latent_atte
 
 def block_spec(config: Config, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage."""
-    with_te = config.transformer_impl == "transformer_engine"
-    spec = get_gpt_decoder_block_spec(
-        config,
-        use_transformer_engine=with_te,
-        normalization=config.normalization,
-        qk_l2_norm=config.qk_l2_norm,
-        vp_stage=vp_stage,
-    )
-    layers = {id(layer): layer for layer in spec.layer_specs}.values()  # equal layers share one spec object
-    for layer in layers:
-        if not with_te:
-            _use_own_modules(layer)
-            _use_common_keys(layer)
-        for vary in VARIATIONS:
-            vary(layer, config)
-    if not with_te:
+    spec = get_gpt_decoder_block_spec(config, **_choices(config), vp_stage=vp_stage)
+    for layer in {id(layer): layer for layer in spec.layer_specs}.values():  # equal layers share one spec object
+        _adapt(layer, config)
+    if config.transformer_impl != "transformer_engine":
         spec.layer_norm = Norm
     return spec
+
+
+def prediction_spec(config: Config, *, vp_stage: int | None = None) -> MultiTokenPredictionBlockSubmodules | None:
+    """The multi-token prediction modules of this pipeline stage; None where there are none.
+
+    Their layer is like the last one of the model, with experts if the model has any.
+    """
+    if config.mtp_num_layers is None:
+        return None
+    with_experts = copy.copy(config)
+    with_experts.moe_layer_freq = 1
+    choices = _choices(config)
+    layer = get_gpt_decoder_layer_specs(with_experts, **choices)[-1]
+    with_te = choices["use_transformer_engine"]
+    spec = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=with_te, vp_stage=vp_stage)
+    _adapt(layer, config)
+    if spec is not None and not with_te:
+        for module in spec.layer_specs:
+            norms: Any = module.submodules
+            norms.enorm = norms.hnorm = norms.layer_norm = Norm
+    return spec
+
+
+def _choices(config: Config) -> dict[str, Any]:
+    """What megatron-core's functions for specifications want to be told besides the configuration."""
+    return {
+        "use_transformer_engine": config.transformer_impl == "transformer_engine",
+        "normalization": config.normalization,
+        "qk_l2_norm": config.qk_l2_norm,
+    }
+
+
+def _adapt(layer: ModuleSpec, config: Config) -> None:
+    if config.transformer_impl != "transformer_engine":
+        _use_own_modules(layer)
+        _use_common_keys(layer)
+    for vary in VARIATIONS:
+        vary(layer, config)
 
 
 def _use_own_modules(layer: ModuleSpec) -> None:

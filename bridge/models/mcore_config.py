@@ -133,7 +133,7 @@ def _softmax_scale(routed: Routed, fields: Mapping[str, Any]) -> dict[str, Any]:
     megatron-core's own factor is dropped (rope_utils.py:265). The two differ only when some channels are not rotated.
     """
     parameters = routed.transformer.get("rope_parameters")
-    if not parameters:
+    if not parameters or routed.transformer.get("multi_latent_attention"):
         return {}
     key = "model.rope_parameters"
     if routed.gpt.get("position_embedding_type") != "rope":
@@ -173,10 +173,22 @@ PAIRS = (
 )
 # Keys of parts of megatron-core that are not built here, or that it reads nowhere, and the values that ask for nothing.
 NOT_BUILT: dict[str, tuple[Any, ...]] = {
-    "mtp_num_layers": (None, 0),
     "experimental_attention_variant": (None,),
     "fp16_lm_cross_entropy": (False,),
     "position_embedding_type": ("rope", "learned_absolute", "none"),
+}
+
+
+# What megatron-core's latent attention would ignore, and the values that ask for nothing.
+NOT_IN_LATENT_ATTENTION: dict[str, tuple[Any, ...]] = {
+    "add_attention_bias": (None,),
+    "add_qkv_bias": (False,),
+    "apply_rope_fusion": (False,),
+    "kv_channels": (None,),
+    "num_query_groups": (None,),
+    "position_embedding_type": ("rope",),
+    "rotary_percent": (1.0,),
+    "softmax_scale": (None,),
 }
 
 
@@ -192,6 +204,14 @@ def check_keys(routed: Routed) -> None:
     for name, harmless in NOT_BUILT.items():
         if name in values and values[name] not in harmless:
             raise ConfigError(f"{_key(routed, name)}: {values[name]!r} is not supported; set {harmless[0]}")
+    for name, harmless in NOT_IN_LATENT_ATTENTION.items() if values.get("multi_latent_attention") else ():
+        if name in values and values[name] not in harmless:
+            raise ConfigError(
+                f"{_key(routed, name)}: {values[name]!r} is not supported with model.multi_latent_attention; "
+                f"set {harmless[0]}"
+            )
+    if values.get("mtp_num_layers", 1) < 1:
+        raise ConfigError(f"{_key(routed, 'mtp_num_layers')}: {values['mtp_num_layers']} is not positive; set null")
     for name, other, enough in PAIRS:
         if values.get(name) and not (values.get(other) in enough if enough else values.get(other)):
             raise ConfigError(
