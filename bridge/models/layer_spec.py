@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from bridge.models.core_attention import CoreAttention
 from bridge.models.mcore_config import Config
 from bridge.models.norm import Norm
+from bridge.models.router import Router, is_needed
 
 
 class OwnBiasSelfAttention(SelfAttention):
@@ -36,9 +37,15 @@ def _own_bias(layer: ModuleSpec, config: Config) -> None:
         layer.submodules.self_attention.module = OwnBiasSelfAttention
 
 
+def _own_router(layer: ModuleSpec, config: Config) -> None:
+    feed_forward: Any = layer.submodules.mlp
+    if feed_forward.module is MoELayer and is_needed(config):
+        feed_forward.submodules.router = Router
+
+
 # What an architecture changes in a layer's specification, local or Transformer Engine's; each does nothing unless the
 # model has a key that asks for it.
-VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (_own_bias,)
+VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (_own_bias, _own_router)
 
 
 def block_spec(config: Config, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:
