@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from bridge.models.core_attention import CoreAttention
 from bridge.models.mcore_config import Config
 from bridge.models.norm import Norm
+from bridge.models.output_norm import place_norms
 
 
 class OwnBiasSelfAttention(SelfAttention):
@@ -38,7 +39,7 @@ def _own_bias(layer: ModuleSpec, config: Config) -> None:
 
 # What an architecture changes in a layer's specification, local or Transformer Engine's; each does nothing unless the
 # model has a key that asks for it.
-VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (_own_bias,)
+VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (_own_bias, place_norms)
 
 
 def block_spec(config: Config, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:
