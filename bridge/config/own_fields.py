@@ -20,6 +20,8 @@ class OwnFields:
     rope_parameters: dict[str, Any] | None = None
     # Norm before each branch (attention, MLP), after it, or both; always inside the residual connection.
     norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    # RMSNorm of queries and of keys over all heads together, instead of qk_layernorm, which is for each head.
+    qk_layernorm_full_width: bool = False
 
 
 def annotations() -> dict[str, str]:

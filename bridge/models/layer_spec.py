@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from bridge.models import full_width_norm
 from bridge.models.core_attention import CoreAttention
 from bridge.models.mcore_config import Config
 from bridge.models.norm import Norm
@@ -39,7 +40,11 @@ def _own_bias(layer: ModuleSpec, config: Config) -> None:
 
 # What an architecture changes in a layer's specification, local or Transformer Engine's; each does nothing unless the
 # model has a key that asks for it.
-VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (_own_bias, place_norms)
+VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (
+    _own_bias,
+    place_norms,
+    full_width_norm.use,
+)
 
 
 def block_spec(config: Config, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:
