@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from bridge.models.core_attention import CoreAttention
 from bridge.models.mcore_config import Config
 from bridge.models.norm import Norm
+from bridge.models.output_norm import place_norms
 
 
 class OwnBiasSelfAttention(SelfAttention):
@@ -58,7 +59,7 @@ def _scaled_rotation(layer: ModuleSpec, config: Config) -> None:
 
 # What an architecture changes in a layer's specification, local or Transformer Engine's; each does nothing unless the
 # model has a key that asks for it.
-VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (_own_bias, _scaled_rotation)
+VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (_own_bias, _scaled_rotation, place_norms)
 
 
 def block_spec(config: Config, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:
