@@ -27,6 +27,8 @@ class OwnFields:
     norm_topk_prob: bool | None = None
     # Least sum to divide them by; None: 1e-20 is added to the sum.
     moe_norm_min: float | None = None
+    # RMSNorm of queries and of keys over all heads together, instead of qk_layernorm, which is for each head.
+    qk_layernorm_full_width: bool = False
 
 
 def annotations() -> dict[str, str]:

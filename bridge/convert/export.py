@@ -13,6 +13,7 @@ from bridge.models import hf_config
 from bridge.weights import locate
 from bridge.weights.dist_files import open_dist
 from bridge.weights.hf_files import copy_assets, main_dtype, parse_size
+from bridge.weights.hf_form import read_form
 from bridge.weights.output import new_directory
 from bridge.weights.spec import TensorSpec
 from bridge.weights.transfer import export_specs, export_tensors
@@ -47,9 +48,11 @@ def export_hf(
     size = parse_size(max_shard_size)
     found = locate.locate(megatron)
     with new_directory(hf, overwrite=overwrite, key="hf") as directory:
-        bones = skeleton(locate.read_model_section(found.root))
+        bones = skeleton(locate.read_model_section(found.root), spelling=read_form(found.directory).spelling)
         dist = open_dist(found.directory)
-        summary = export_tensors(dist, directory, moves=bones.moves, dtype=dtype, max_shard_size=size)
+        summary = export_tensors(
+            dist, directory, moves=bones.moves, table=bones.table, dtype=dtype, max_shard_size=size
+        )
         specs = export_specs(dist, moves=bones.moves, dtype=dtype)
         write_assets(directory, section=bones.section, assets=found.root / locate.HF_ASSETS, specs=specs.values())
     return summary

@@ -30,11 +30,19 @@ def import_hf(
     a tensor is missing, left over or damaged, or the output exists: then nothing was written.
     """
     with new_directory(megatron, overwrite=overwrite, key="megatron") as root:
-        bones = skeleton(hf_config.to_mcore(hf_config.read(hf)))
+        section = hf_config.to_mcore(hf_config.read(hf))
+        files = open_hf(hf)
+        bones = skeleton(section, hf_names=files.tensors)
         directory = locate.iteration_directory(root, iteration=0)
         directory.mkdir()
         summary = import_tensors(
-            open_hf(hf), directory, moves=bones.moves, table=bones.table, dtype=dtype, object_keys=bones.object_keys
+            files,
+            directory,
+            moves=bones.moves,
+            table=bones.table,
+            dtype=dtype,
+            spelling=bones.spelling,
+            object_keys=bones.object_keys,
         )
         locate.write_model_section(root, bones.section)
         (root / locate.HF_ASSETS).mkdir()

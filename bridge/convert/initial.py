@@ -29,13 +29,15 @@ def load_initial(model: Sequence[torch.nn.Module], path: str | Path, routed: Rou
     path = Path(path).expanduser().absolute()
     section = read_section(path, key=key)
     check_same_model(section, routed, path=path)
-    table = family.by_name(routed.family).table(section)
+    facts = family.by_name(routed.family)
     vocab_size = routed.gpt["vocab_size"]
     if locate.is_megatron(path):
         dist = open_dist(locate.locate(path, key=key).directory)
-        live.load_megatron(model, dist, table=table, vocab_size=vocab_size)
+        live.load_megatron(model, dist, table=facts.table(section), vocab_size=vocab_size)
     else:
-        live.load_hf(model, open_hf(path), table=table, vocab_size=vocab_size)
+        hf = open_hf(path)
+        table = facts.table(section, spelling=facts.spelling(section, hf.tensors))
+        live.load_hf(model, hf, table=table, vocab_size=vocab_size)
 
 
 def read_section(path: Path, *, key: str) -> dict[str, Any]:

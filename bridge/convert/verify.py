@@ -47,9 +47,10 @@ def verify(
     tokenizer, else token ids. Both models are held in fp32, one after the other. Raises ConversionError, ConfigError.
     """
     found = locate.locate(megatron)
-    bones = skeleton(locate.read_model_section(found.root))
+    files = open_hf(hf)
+    bones = skeleton(locate.read_model_section(found.root), hf_names=files.tensors)
     dist = open_dist(found.directory)
-    tensors = compare.compare_tensors(open_hf(hf), dist, moves=bones.moves, table=bones.table)
+    tensors = compare.compare_tensors(files, dist, moves=bones.moves, table=bones.table)
     ids = token_ids(hf, bones.routed, prompts=prompts)
     theirs = _transformers_logits(hf, ids)
     logits = compare.compare_logits(_megatron_logits(bones, dist, ids), theirs)

@@ -48,8 +48,10 @@ def norms(
 
 def qk_norms(model: Model, *, query: str = "self_attn.q_norm", key: str = "self_attn.k_norm", prefix: str = HF) -> Rows:
     """The norms of queries and keys, where the model has them."""
+    if not model["qk_layernorm"] and not model["qk_layernorm_full_width"]:
+        return []
     names = {"self_attention.q_layernorm.weight": query, "self_attention.k_layernorm.weight": key}
-    return [Row(MCORE + ours, f"{prefix}{theirs}.weight") for ours, theirs in names.items() if model["qk_layernorm"]]
+    return [Row(MCORE + ours, f"{prefix}{theirs}.weight") for ours, theirs in names.items()]
 
 
 def attention(

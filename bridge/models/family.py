@@ -3,7 +3,7 @@
 import ast
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -25,10 +25,20 @@ class Family:
     parts: tuple[Part, ...]  # the fields that shape the model
     constants: Mapping[str, Any]  # model keys with one value for every model of the family
     rows: Callable[[Mapping[str, Any]], Table] = field(repr=False)  # complete model keys -> weight table
+    # Further ways in which files name or stack the same tensors, such as all experts in one tensor.
+    spellings: Mapping[str, Callable[[Mapping[str, Any]], Table]] = field(repr=False, default_factory=dict)
 
-    def table(self, model: Mapping[str, Any]) -> Table:
+    def table(self, model: Mapping[str, Any], *, spelling: str = "") -> Table:
         """The weight table of a model with these `model` keys (absent ones have megatron-core's defaults)."""
-        return self.rows(complete(model))
+        return (self.spellings[spelling] if spelling else self.rows)(complete(model))
+
+    def spelling(self, model: Mapping[str, Any], hf_names: Collection[str]) -> str:
+        """The spelling that knows all of these Hugging Face tensors; "", the usual one, when none does."""
+        for spelling in ("", *self.spellings):
+            table = self.table(model, spelling=spelling)
+            if all(map(table.knows, hf_names)):
+                return spelling
+        return ""
 
 
 def by_name(name: str) -> Family:

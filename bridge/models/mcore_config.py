@@ -25,7 +25,13 @@ from bridge.models import rope
 
 @dataclass
 class Config(OwnFields, TransformerConfig):
-    """megatron-core's TransformerConfig with the keys of this project, for modules of both to read."""
+    """megatron-core's TransformerConfig with the keys of this project, for modules of both to read.
+
+    `rotated_query_scale` is no key: it follows from rope_parameters and rotary_percent (`_attention_factor`).
+    """
+
+    # (channels of a head that are rotated, what they are multiplied by in queries); None: nothing is multiplied.
+    rotated_query_scale: tuple[int, float] | None = None
 
     def __post_init__(self) -> None:
         with _bias_on_any_score(self):
@@ -92,14 +98,14 @@ def transformer_config(routed: Routed, *, dtype: torch.dtype | None = None, meta
     """megatron-core's config: the user's values over the platform's defaults over megatron-core's.
 
     `dtype` overrides params_dtype, bf16 and fp16. `meta` prepares for a build without storage. The attention factor of
-    rope_parameters becomes part of softmax_scale. Raises ConfigError for a value that this platform or megatron-core
-    refuses.
+    rope_parameters becomes part of softmax_scale, or of the queries. Raises ConfigError for a value that this platform
+    or megatron-core refuses.
     """
     platform.check(routed.transformer, routed.origin)
     user = _typed(routed)
     fields = _defaults(user) | user
     fields |= _precision(fields, dtype)
-    fields |= _softmax_scale(routed, fields)
+    fields |= _attention_factor(routed, fields)
     fields |= WITHOUT_STORAGE if meta else {}
     latent = fields.get("multi_latent_attention", False)
     try:
@@ -151,12 +157,13 @@ def _precision(fields: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str
     return {"params_dtype": params, "pipeline_dtype": fields.get("pipeline_dtype") or params}
 
 
-def _softmax_scale(routed: Routed, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The attention factor of YaRN and LongRoPE, as part of the softmax scale.
+def _attention_factor(routed: Routed, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The attention factor of YaRN and LongRoPE, as part of the softmax scale or of the queries.
 
     Hugging Face multiplies cos and sin of queries and of keys by it, so every logit by its square: the same as a larger
     softmax scale, which reaches every attention kernel, also those with fused or packed rotary embedding where
-    megatron-core's own factor is dropped (rope_utils.py:265). The two differ only when some channels are not rotated.
+    megatron-core's own factor is dropped (rope_utils.py:265). Where some channels are not rotated their share of a
+    logit keeps its size: the rotated channels of the queries alone take the square, before any kernel sees them.
     """
     parameters = routed.transformer.get("rope_parameters")
     if not parameters:
@@ -167,9 +174,15 @@ def _softmax_scale(routed: Routed, fields: Mapping[str, Any]) -> dict[str, Any]:
     factor = rope.attention_factor(parameters, max_sequence_length=routed.gpt["max_sequence_length"])
     if factor == 1.0:
         return {}
-    if routed.gpt.get("rotary_percent", 1.0) != 1.0:
-        raise ConfigError(f"{key}: an attention factor of {factor:g} needs model.rotary_percent=1.0")
     channels = fields.get("kv_channels") or fields["hidden_size"] // fields["num_attention_heads"]
+    share = routed.gpt.get("rotary_percent", 1.0)
+    if share != 1.0:
+        if fields.get("fused_single_qkv_rope") or fields.get("multi_latent_attention"):
+            raise ConfigError(
+                f"{key}: an attention factor of {factor:g} needs model.rotary_percent=1.0 with fused_single_qkv_rope "
+                "or multi_latent_attention"
+            )
+        return {"rotated_query_scale": (int(channels * share), factor**2)}
     plain = fields.get("softmax_scale") or 1 / math.sqrt(channels)
     return {"softmax_scale": plain * factor**2}
 
@@ -235,7 +248,7 @@ def check_live(routed: Routed, model: Any, *, dtype: torch.dtype | None = None, 
 
     `dtype` and `meta` are those the model was built with: they override values on purpose.
     """
-    overridden = set(REWRITTEN) | set(_softmax_scale(routed, routed.transformer))
+    overridden = set(REWRITTEN) | set(_attention_factor(routed, routed.transformer))
     overridden |= set(_precision({}, dtype)) if dtype is not None else set()
     overridden |= set(WITHOUT_STORAGE) if meta else set()
     for name, wanted in _typed(routed).items():

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping, compute_routing_scores_for_aux_loss
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
@@ -37,6 +38,13 @@ def _normed_by_megatron(config: Any) -> bool:
     if config.moe_router_score_function == "softmax":
         return not config.moe_router_pre_softmax
     return config.moe_router_topk > 1
+
+
+def use(layer: Any, config: Any) -> None:
+    """Put `Router` into the specification of a layer with experts, where it is needed."""
+    feed_forward = layer.submodules.mlp
+    if feed_forward.module is MoELayer and is_needed(config):
+        feed_forward.submodules.router = Router
 
 
 class Router(TopKRouter):

@@ -43,5 +43,5 @@ FAMILY = Family(
     ),
     constants={**CONSTANTS, "qk_layernorm": True, "moe_router_dtype": "fp32"},
     rows=moe_table,
+    spellings={"fused_experts": partial(moe_table, fused_experts=True)},
 )
-fused_experts = partial(moe_table, fused_experts=True)
