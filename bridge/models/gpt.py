@@ -33,7 +33,9 @@ class GPT(GPTModel):
 
     routed: Routed
 
-    def __init__(self, *, config: Config | MLAConfig, true_vocab_size: int, rotary_base: float = 10000, **kwargs: Any) -> None:
+    def __init__(
+        self, *, config: Config | MLAConfig, true_vocab_size: int, rotary_base: float = 10000, **kwargs: Any
+    ) -> None:
         super().__init__(config=config, rotary_base=rotary_base, **kwargs)
         self.true_vocab_size = true_vocab_size
         shared = {
@@ -111,7 +113,7 @@ def build(
     for chunk in chunks:
         chunk.routed = routed
         check_live(routed, chunk, dtype=dtype, meta=meta)
-        if not meta and config.use_cpu_initialization:
+        if not meta:  # routers and shared-expert gates are built on the CPU whatever use_cpu_initialization says
             chunk.to(platform.device())
     if wrap and (config.bf16 or config.fp16):
         return [Float16Module(config, chunk) for chunk in chunks]

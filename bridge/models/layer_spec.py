@@ -5,6 +5,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_decoder_layer_specs,
@@ -19,10 +20,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from bridge.models import full_width_norm, router
 from bridge.models.core_attention import CoreAttention
 from bridge.models.latent_attention import LatentAttention
 from bridge.models.mcore_config import Config
 from bridge.models.norm import Norm
+from bridge.models.output_norm import place_norms
 
 
 class OwnBiasSelfAttention(SelfAttention):
@@ -48,9 +51,35 @@ def _latent_attention(layer: ModuleSpec, config: Config) -> None:
         layer.submodules.self_attention.module = LatentAttention
 
 
+class ScaledRotation:
+    """Mixed into a class of self-attention: multiplies the rotated channels of queries (Config.rotated_query_scale).
+
+    Rotating is linear and mixes rotated channels only, so this is the same as larger cos and sin, in every kernel.
+    """
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        query, *others = super().get_query_key_value_tensors(*args, **kwargs)  # type: ignore[misc]
+        channels, scale = self.config.rotated_query_scale  # type: ignore[attr-defined]
+        query = torch.cat([query[..., :channels] * scale, query[..., channels:]], dim=-1)
+        return (query, *others)
+
+
+def _scaled_rotation(layer: ModuleSpec, config: Config) -> None:
+    if getattr(config, "rotated_query_scale", None) is not None:
+        attention = layer.submodules.self_attention
+        attention.module = type("ScaledRotationSelfAttention", (ScaledRotation, attention.module), {})
+
+
 # What an architecture changes in a layer's specification, local or Transformer Engine's; each does nothing unless the
 # model has a key that asks for it.
-VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (_own_bias, _latent_attention)
+VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (
+    _own_bias,
+    _latent_attention,
+    place_norms,
+    full_width_norm.use,
+    _scaled_rotation,
+    router.use,
+)
 
 
 def block_spec(config: Config, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:

@@ -1,7 +1,8 @@
 """From the plain values of a configuration to megatron-core's TransformerConfig, and the check that none got lost."""
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -24,12 +25,36 @@ from bridge.models import rope
 
 @dataclass
 class Config(OwnFields, TransformerConfig):
-    """megatron-core's TransformerConfig with the keys of this project, for modules of both to read."""
+    """megatron-core's TransformerConfig with the keys of this project, for modules of both to read.
+
+    `rotated_query_scale` is no key: it follows from rope_parameters and rotary_percent (`_attention_factor`).
+    """
+
+    # (channels of a head that are rotated, what they are multiplied by in queries); None: nothing is multiplied.
+    rotated_query_scale: tuple[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        with _bias_on_any_score(self):
+            super().__post_init__()
 
 
 @dataclass
 class MLAConfig(OwnFields, MLATransformerConfig):
     """The same for models with multi-latent attention."""
+
+    def __post_init__(self) -> None:
+        with _bias_on_any_score(self):
+            super().__post_init__()
+
+
+@contextlib.contextmanager
+def _bias_on_any_score(config: TransformerConfig) -> Iterator[None]:
+    """megatron-core refuses an expert bias on softmax scores, which its own router lacks and ours has."""
+    score = config.moe_router_score_function
+    if config.moe_router_enable_expert_bias:
+        config.moe_router_score_function = "sigmoid"
+    yield
+    config.moe_router_score_function = score
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -74,14 +99,14 @@ def transformer_config(routed: Routed, *, dtype: torch.dtype | None = None, meta
     """megatron-core's config: the user's values over the platform's defaults over megatron-core's.
 
     `dtype` overrides params_dtype, bf16 and fp16. `meta` prepares for a build without storage. The attention factor of
-    rope_parameters becomes part of softmax_scale. Raises ConfigError for a value that this platform or megatron-core
-    refuses.
+    rope_parameters becomes part of softmax_scale, or of the queries. Raises ConfigError for a value that this platform
+    or megatron-core refuses.
     """
     platform.check(routed.transformer, routed.origin)
     user = _typed(routed)
     fields = _defaults(user) | user
     fields |= _precision(fields, dtype)
-    fields |= _softmax_scale(routed, fields)
+    fields |= _attention_factor(routed, fields)
     fields |= WITHOUT_STORAGE if meta else {}
     latent = fields.get("multi_latent_attention", False)
     try:
@@ -104,9 +129,17 @@ def _typed(routed: Routed) -> dict[str, Any]:
     return fields
 
 
+FOR_EXPERTS = frozenset({"moe_grouped_gemm", "moe_permute_fusion"})
+
+
 def _defaults(user: Mapping[str, Any]) -> dict[str, Any]:
     """The platform's defaults without those that this model cannot use."""
     defaults = platform.default_fields()
+    if user.get("num_moe_experts") is None:
+        defaults = {name: value for name, value in defaults.items() if name not in FOR_EXPERTS or not value}
+    else:
+        # megatron-core's own default, allgather, moves every token to every rank.
+        defaults["moe_token_dispatcher_type"] = "alltoall"
     swiglu = user.get("activation_func") is F.silu and user.get("gated_linear_unit", False)
     # The fused SwiGLU knows neither clamping nor an offset, and megatron-core does not say so.
     more = ("use_te_activation_func", "activation_func_clamp_value", "glu_linear_offset")
@@ -125,12 +158,13 @@ def _precision(fields: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str
     return {"params_dtype": params, "pipeline_dtype": fields.get("pipeline_dtype") or params}
 
 
-def _softmax_scale(routed: Routed, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The attention factor of YaRN and LongRoPE, as part of the softmax scale.
+def _attention_factor(routed: Routed, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The attention factor of YaRN and LongRoPE, as part of the softmax scale or of the queries.
 
     Hugging Face multiplies cos and sin of queries and of keys by it, so every logit by its square: the same as a larger
     softmax scale, which reaches every attention kernel, also those with fused or packed rotary embedding where
-    megatron-core's own factor is dropped (rope_utils.py:265). The two differ only when some channels are not rotated.
+    megatron-core's own factor is dropped (rope_utils.py:265). Where some channels are not rotated their share of a
+    logit keeps its size: the rotated channels of the queries alone take the square, before any kernel sees them.
     """
     parameters = routed.transformer.get("rope_parameters")
     if not parameters or routed.transformer.get("multi_latent_attention"):
@@ -141,9 +175,14 @@ def _softmax_scale(routed: Routed, fields: Mapping[str, Any]) -> dict[str, Any]:
     factor = rope.attention_factor(parameters, max_sequence_length=routed.gpt["max_sequence_length"])
     if factor == 1.0:
         return {}
-    if routed.gpt.get("rotary_percent", 1.0) != 1.0:
-        raise ConfigError(f"{key}: an attention factor of {factor:g} needs model.rotary_percent=1.0")
     channels = fields.get("kv_channels") or fields["hidden_size"] // fields["num_attention_heads"]
+    share = routed.gpt.get("rotary_percent", 1.0)
+    if share != 1.0:
+        if fields.get("fused_single_qkv_rope"):
+            raise ConfigError(
+                f"{key}: an attention factor of {factor:g} needs model.rotary_percent=1.0 with fused_single_qkv_rope"
+            )
+        return {"rotated_query_scale": (int(channels * share), factor**2)}
     plain = fields.get("softmax_scale") or 1 / math.sqrt(channels)
     return {"softmax_scale": plain * factor**2}
 
@@ -170,6 +209,9 @@ PAIRS = (
     ("glu_linear_offset", "gated_linear_unit", ()),
     ("rotary_base", "position_embedding_type", ROTARY),
     ("rotary_percent", "position_embedding_type", ROTARY),
+    ("moe_router_group_score_topk", "moe_router_group_topk", ()),
+    ("norm_topk_prob", "num_moe_experts", ()),
+    ("moe_norm_min", "num_moe_experts", ()),
 )
 # Keys of parts of megatron-core that are not built here, or that it reads nowhere, and the values that ask for nothing.
 NOT_BUILT: dict[str, tuple[Any, ...]] = {
@@ -185,6 +227,7 @@ NOT_IN_LATENT_ATTENTION: dict[str, tuple[Any, ...]] = {
     "add_qkv_bias": (False,),
     "apply_rope_fusion": (False,),
     "kv_channels": (None,),
+    "norm_placement": ("pre",),
     "num_query_groups": (None,),
     "position_embedding_type": ("rope",),
     "rotary_percent": (1.0,),
@@ -225,7 +268,7 @@ def check_live(routed: Routed, model: Any, *, dtype: torch.dtype | None = None, 
 
     `dtype` and `meta` are those the model was built with: they override values on purpose.
     """
-    overridden = set(REWRITTEN) | set(_softmax_scale(routed, routed.transformer))
+    overridden = set(REWRITTEN) | set(_attention_factor(routed, routed.transformer))
     overridden |= set(_precision({}, dtype)) if dtype is not None else set()
     overridden |= set(WITHOUT_STORAGE) if meta else set()
     for name, wanted in _typed(routed).items():

@@ -198,8 +198,8 @@ def _scaling(parameters: Mapping[str, Any]) -> Scaling:
 class ScaledRotaryEmbedding(RotaryEmbedding):
     """megatron-core's RotaryEmbedding with the frequencies of `rope_parameters`.
 
-    Angles only: the attention factor is a matter of the softmax scale (see `gpt.transformer_config`). Frequencies are
-    asked for at each sequence length, because dynamic and longrope depend on it; megatron-core caches the result.
+    Angles only: the attention factor goes elsewhere (`mcore_config._attention_factor`). Frequencies are asked for at
+    each sequence length, because dynamic and longrope depend on it; megatron-core caches the result.
     """
 
     def __init__(

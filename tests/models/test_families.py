@@ -52,6 +52,7 @@ def hub_style(hf: dict[str, Any]) -> dict[str, Any]:
     rope = dict(hf["rope_parameters"])
     old = {name: value for name, value in hf.items() if name not in ("rope_parameters", "dtype", "layer_types")}
     old |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": hf.get("dtype")}
+    old |= {"partial_rotary_factor": rope.pop("partial_rotary_factor")} if "partial_rotary_factor" in rope else {}
     kind = rope.pop("rope_type")
     return old | ({"rope_scaling": {"type": kind, **rope}} if kind != "default" else {})
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bridge import parallel
+from bridge import parallel, platform
 from bridge.config.routing import Routed, route
 from bridge.errors import ConfigError
 from bridge.models import gpt
@@ -114,15 +114,19 @@ def test_padded_size_is_a_multiple_of_tensor_ranks_too():
         ({"mtp_num_layers": 1}, "model.mtp_num_layers: 1 is not supported"),
         ({"recompute_granularity": "full"}, "model.recompute_granularity.*: megatron-core refuses it"),
         ({"attention_softmax_in_fp32": False}, "attention_softmax_in_fp32: False needs Transformer Engine"),
-        (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "rotary_percent": 0.5},
-            "attention factor of 1.1386.*rotary_percent=1.0",
-        ),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         gpt.build(routed(**settings))
+
+
+def test_a_kernel_that_splits_queries_off_late_cannot_have_an_attention_factor(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(platform, "check", lambda *_: None)  # as where Transformer Engine is
+    partial = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "rotary_percent": 0.5}
+    assert gpt.transformer_config(routed(**partial)).rotated_query_scale == (4, pytest.approx(1.1386**2, rel=1e-4))
+    with pytest.raises(ConfigError, match=r"attention factor of 1.1386.*rotary_percent=1.0 with fused_single_qkv_rope"):
+        gpt.transformer_config(routed(**partial, fused_single_qkv_rope=True))
 
 
 @pytest.mark.usefixtures("one_process")
