@@ -125,8 +125,8 @@ def _chunk(routed: Routed, config: Config, *, vp_stage: int | None) -> GPT:
     predictions = prediction_spec(config, vp_stage=vp_stage)
     if predictions and not parallel.is_pipeline_last_stage(**stage):
         raise ConfigError(
-            "parallelism.pipeline_model_parallel_layout: multi-token prediction (m) is not on the stage of the loss (L); "
-            "put them on one stage"
+            "parallelism.pipeline_model_parallel_layout: multi-token prediction (m) is not on the stage of the loss; "
+            "put m before L there"
         )
     return GPT(
         config=config,

@@ -1,5 +1,6 @@
 """Multi-latent attention and multi-token prediction in the configs and files of the DeepSeek line."""
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -110,13 +111,17 @@ def multi_token_prediction() -> Part:
 
 
 def without_missing_predictions(hf: Values, names: Collection[str]) -> Mapping[str, Any]:
-    """`hf` without prediction modules if the files (tensors `names`) hold none.
+    """`hf` without prediction modules if the files (tensors `names`) hold none, and a warning that it is so.
 
     transformers reads and saves such models without them, but its config.json goes on to count them.
     """
-    first = f"model.layers.{hf.get('num_hidden_layers')}."
-    if not names or any(name.startswith(first) for name in names):
+    count, first = _mtp_layers(hf), f"model.layers.{hf.get('num_hidden_layers')}."
+    if not count or not names or any(name.startswith(first) for name in names):
         return hf
+    warnings.warn(
+        f"config.json: {MTP_NAMES[0]}: {count}, but the files have no such layers ({first}*); going on without them",
+        stacklevel=3,
+    )
     return {**hf, MTP_NAMES[0]: 0}
 
 

@@ -62,7 +62,7 @@ class LatentRotaryEmbedding(ScaledRotaryEmbedding):
 
     # Returns a pair, which megatron-core's annotation of the base class does not foresee.
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:  # type: ignore[override]
-        """(angles in radians, float32 [sequence, 1, 1, channels], factor) for megatron-core's `apply_rotary_pos_emb`."""
+        """(angles in radians, float32 [sequence, 1, 1, channels], factor), for megatron-core to rotate with."""
         factor = rope.attention_factor(self.rope_parameters, max_sequence_length=self.max_sequence_length)
         return super().forward(*args, **kwargs), factor
 

@@ -1,0 +1,58 @@
+"""Multi-token prediction modules in Hugging Face files, which transformers' model classes neither build nor save."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Name in the files -> whether it is [hidden, 2 * hidden] or a norm's weight.
+OF_A_MODULE = {"enorm": False, "hnorm": False, "eh_proj": True, "shared_head.norm": False}
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def add(directory: Path, config: Any, *, draw: Callable[[str, torch.Tensor], None], max_shard_size: str) -> None:
+    """Rewrite a model's files with `config.num_mtp_layers` modules as DeepSeek-V3's have them: each is a layer behind
+    the last, like it, with copies of the embedding and the output layer. `draw(name, tensor)` fills a tensor."""
+    from huggingface_hub import save_torch_state_dict
+    from safetensors.torch import load_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(file)
+        file.unlink()
+    (directory / "model.safetensors.index.json").unlink(missing_ok=True)
+    count, hidden = config.num_hidden_layers, config.hidden_size
+    like = {name: tensor for name, tensor in tensors.items() if name.startswith(f"model.layers.{count - 1}.")}
+    embedding = tensors[EMBEDDING]
+    for module in range(count, count + config.num_mtp_layers):
+        prefix = f"model.layers.{module}."
+        new = {name.replace(f"model.layers.{count - 1}.", prefix): tensor.clone() for name, tensor in like.items()}
+        for name, is_matrix in OF_A_MODULE.items():
+            new[f"{prefix}{name}.weight"] = embedding.new_empty((hidden, 2 * hidden) if is_matrix else (hidden,))
+        for name in sorted(new):
+            draw(name, new[name])
+        tensors |= new
+        tensors[f"{prefix}embed_tokens.weight"] = embedding.clone()
+        tensors[f"{prefix}shared_head.head.weight"] = tensors.get("lm_head.weight", embedding).clone()
+    save_torch_state_dict(tensors, directory, max_shard_size=max_shard_size, metadata={"format": "pt"})
+
+
+def transformers_logits(directory: Path, ids: torch.Tensor) -> list[torch.Tensor]:
+    """What transformers' MtpModel answers, one [batch, length, vocab] per module: module k reads the k + 1 tokens
+    further, 0 where there is none."""
+    from transformers import AutoModelForCausalLM
+    from transformers.cache_utils import MtpCache
+    from transformers.modeling_layers import MtpModel
+
+    main = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa").eval()
+    modules = MtpModel.from_pretrained(main).eval()
+    cache = MtpCache(config=main.config.get_mtp_config())
+    hidden = main.model(ids).last_hidden_state
+    positions = torch.arange(ids.size(1)).expand_as(ids)
+    logits = []
+    for number in range(main.config.num_mtp_layers):
+        ids = torch.nn.functional.pad(ids[:, 1:], (0, 1))
+        hidden = modules.forward_layer(number, hidden, positions + number + 1, cache, input_ids=ids)
+        logits.append(modules.shared_head(hidden))
+    return logits
