@@ -13,9 +13,9 @@ INTRO = """# Models
 Written by `python -m tests.models.table`; do not edit.
 
 The last column is the largest difference between megatron-core's logits and transformers', in float32, over the small
-random models of `tests/families/`: how many there are, and the largest logit beside it for scale. Every parameter of these
-models is drawn away from its default, so that a swapped norm or a dropped bias shows. `tests/models/test_families.py`
-requires 1e-4. A size in the second column is an option, `model=NAME`.
+random models of `tests/families/`: how many there are, and the largest logit beside it for scale. Every parameter of
+these models is drawn away from its default, so that a swapped norm or a dropped bias shows.
+`tests/models/test_families.py` requires 1e-4. A size in the second column is an option, `model=NAME`.
 
 | Family (`model.family`) | Sizes | Hugging Face class | What it is | Logit difference |
 |---|---|---|---|---|
