@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,21 +38,46 @@ def add(directory: Path, config: Any, *, draw: Callable[[str, torch.Tensor], Non
     save_torch_state_dict(tensors, directory, max_shard_size=max_shard_size, metadata={"format": "pt"})
 
 
-def transformers_logits(directory: Path, ids: torch.Tensor) -> list[torch.Tensor]:
-    """What transformers' MtpModel answers, one [batch, length, vocab] per module: module k reads the k + 1 tokens
-    further, 0 where there is none."""
+class Reference(NamedTuple):
+    """transformers' model and its MtpModel, which share embedding and output layer."""
+
+    main: Any
+    modules: Any
+
+    def logits(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The model's and each module's, [batch, length, vocab]. Module k reads the token k + 1 places further, or 0
+        where there is none, as megatron-core does; transformers would draft one."""
+        from transformers.cache_utils import MtpCache
+
+        cache = MtpCache(config=self.main.config.get_mtp_config())
+        hidden = self.main.model(ids).last_hidden_state
+        main, predicted = self.main.lm_head(hidden), []
+        for number in range(self.main.config.num_mtp_layers):
+            ids = torch.nn.functional.pad(ids[:, 1:], (0, 1))
+            positions = torch.arange(number + 1, number + 1 + ids.size(1)).expand_as(ids)
+            hidden = self.modules.forward_layer(number, hidden, positions, cache, input_ids=ids)
+            predicted.append(self.modules.shared_head(hidden))
+        return main, predicted
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Of some weights before, in and behind the modules."""
+        last = self.modules.layers[-1]
+        return {
+            "embed": self.main.model.embed_tokens.weight.grad,
+            "norm": self.main.model.norm.weight.grad,
+            "eh_proj": last.eh_proj.weight.grad,
+            "kv_a": last.mtp_block.self_attn.kv_a_proj_with_mqa.weight.grad,
+        }
+
+
+def transformers_models(directory: Path) -> Reference:
+    """Both, read from the files of `directory` by transformers itself."""
     from transformers import AutoModelForCausalLM
-    from transformers.cache_utils import MtpCache
     from transformers.modeling_layers import MtpModel
 
     main = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa").eval()
-    modules = MtpModel.from_pretrained(main).eval()
-    cache = MtpCache(config=main.config.get_mtp_config())
-    hidden = main.model(ids).last_hidden_state
-    positions = torch.arange(ids.size(1)).expand_as(ids)
-    logits = []
-    for number in range(main.config.num_mtp_layers):
-        ids = torch.nn.functional.pad(ids[:, 1:], (0, 1))
-        hidden = modules.forward_layer(number, hidden, positions + number + 1, cache, input_ids=ids)
-        logits.append(modules.shared_head(hidden))
-    return logits
+    # Which tensors are the modules': the class says it of a model with 61 layers only.
+    main._keys_to_ignore_on_load_unexpected = [
+        rf"model\.layers\.{main.config.num_hidden_layers + module}\." for module in range(main.config.num_mtp_layers)
+    ]
+    return Reference(main, MtpModel.from_pretrained(main).eval())

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import Tensor
 
 from bridge import parallel, platform
@@ -38,6 +39,7 @@ class GPT(GPTModel):
     ) -> None:
         super().__init__(config=config, rotary_base=rotary_base, **kwargs)
         self.true_vocab_size = true_vocab_size
+        MTPLossLoggingHelper.tracker.clear()  # its size is that of the process's last model with prediction modules
         shared = {
             "rotary_percent": self.rotary_percent,
             "rotary_interleaved": self.config.rotary_interleaved,

@@ -49,7 +49,9 @@ def read(directory: Path | str) -> dict[str, Any]:
         raise ConversionError(f"{path}: cannot be read: {error}") from error
     if not isinstance(hf, dict):
         raise ConversionError(f"{path}: holds {type(hf).__name__}, not an object")
-    stored = next((facts.stored for facts in map(by_name, known_names()) if facts.model_type == hf.get("model_type")), None)
+    stored = next(
+        (facts.stored for facts in map(by_name, known_names()) if facts.model_type == hf.get("model_type")), None
+    )
     return dict(stored(hf, _tensor_names(path.parent))) if stored else hf
 
 

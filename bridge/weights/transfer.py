@@ -174,9 +174,7 @@ def check_ignored(hf: HfFiles, table: Table) -> Ignored:
         if row.same_as and not bit_equal(hf.read(name), hf.read(row.same_as)):
             cure = "it has to be a copy" if row.always else "set tie_word_embeddings to false in config.json"
             why = row.reason if row.always else "the config ties them"
-            raise ConversionError(
-                f"{hf.tensors[name].file}: {name} differs from {row.same_as}, although {why}; {cure}"
-            )
+            raise ConversionError(f"{hf.tensors[name].file}: {name} differs from {row.same_as}, although {why}; {cure}")
         ignored.names.append(name)
         if row.same_as:
             ignored.copies[name] = row.same_as
