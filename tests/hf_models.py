@@ -95,11 +95,12 @@ def save(
     seed: int = 0,
     tokenizer: bool = True,
     max_shard_size: str = "5GB",
+    save_original_format: bool = True,
     **overrides: Any,
 ) -> Path:
     """`model(...)` saved by transformers into `directory`, beside a byte-level tokenizer. Returns `directory`."""
     built = model(variant, dtype=dtype, seed=seed, **overrides)
-    built.save_pretrained(directory, max_shard_size=max_shard_size)
+    built.save_pretrained(directory, max_shard_size=max_shard_size, save_original_format=save_original_format)
     if getattr(built.config, "num_mtp_layers", 0):
         generator = torch.Generator().manual_seed(seed + 1)
         fill = partial(draw, generator=generator)
