@@ -58,6 +58,12 @@ def _scaled_rotation(layer: ModuleSpec, config: Config) -> None:
         attention.module = type("ScaledRotationSelfAttention", (ScaledRotation, attention.module), {})
 
 
+def _capped_attention(layer: ModuleSpec, config: Config) -> None:
+    """Transformer Engine's attention has no cap on the scores."""
+    if config.attn_logit_softcapping is not None:
+        layer.submodules.self_attention.submodules.core_attention = CoreAttention
+
+
 # What an architecture changes in a layer's specification, local or Transformer Engine's; each does nothing unless the
 # model has a key that asks for it.
 VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (
@@ -65,6 +71,7 @@ VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (
     place_norms,
     full_width_norm.use,
     _scaled_rotation,
+    _capped_attention,
 )
 
 
