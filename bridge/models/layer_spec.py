@@ -14,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from bridge.models import full_width_norm
+from bridge.models import full_width_norm, local_rope
 from bridge.models.core_attention import CoreAttention
 from bridge.models.mcore_config import Config
 from bridge.models.norm import Norm
@@ -72,6 +72,7 @@ VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (
     full_width_norm.use,
     _scaled_rotation,
     _capped_attention,
+    local_rope.use,
 )
 
 
