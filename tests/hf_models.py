@@ -65,15 +65,15 @@ def model(variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **
     """The transformers model of a variant in eval mode, every parameter and stored buffer drawn anew from `seed`."""
     from transformers import AutoModelForCausalLM
 
-    built = AutoModelForCausalLM.from_config(config(variant, **overrides), attn_implementation="sdpa")
+    built = AutoModelForCausalLM.from_config(config(variant, **overrides))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         stored = set(built.state_dict())
         buffers = [(name, buffer) for name, buffer in built.named_buffers() if name in stored]
         for name, parameter in sorted([*built.named_parameters(), *buffers], key=lambda named: named[0]):
             draw = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
-                parameter.copy_(1 + 0.3 * draw)
+            if "norm" in name:  # around 1, or around 0 where the weight is stored less one
+                parameter.add_(0.3 * draw)
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * draw)
             else:  # a gain over 1 keeps attention and logits far from uniform
@@ -120,6 +120,6 @@ def logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
     """What transformers answers for `ids` in float32: [batch, length, vocab]."""
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():
         return loaded.eval()(ids).logits

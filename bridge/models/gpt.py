@@ -32,6 +32,7 @@ class GPT(GPTModel):
     """
 
     routed: Routed
+    rotary_pos_emb: torch.nn.Module
 
     def __init__(self, *, config: Config, true_vocab_size: int, rotary_base: float = 10000, **kwargs: Any) -> None:
         super().__init__(config=config, rotary_base=rotary_base, **kwargs)

@@ -13,6 +13,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from bridge.errors import ConfigError
+
 GLOBAL, LOCAL = 0, 1
 
 
@@ -45,7 +47,13 @@ class OwnRotary:
 
 
 def use(layer: ModuleSpec, config: Any) -> None:
-    """Change a layer's specification where `rope_local_base_freq` is set."""
-    if config.rope_local_base_freq is not None:
-        attention: Any = layer.submodules.self_attention  # type: ignore[union-attr]
-        attention.module = type("OwnRotarySelfAttention", (OwnRotary, attention.module), {})
+    """Change a layer's specification where `rope_local_base_freq` is set. Raises ConfigError for latent attention."""
+    if config.rope_local_base_freq is None:
+        return
+    if config.multi_latent_attention:
+        raise ConfigError(
+            f"model.rope_local_base_freq: {config.rope_local_base_freq} has no effect with multi_latent_attention; "
+            "leave it out"
+        )
+    attention: Any = layer.submodules.self_attention
+    attention.module = type("OwnRotarySelfAttention", (OwnRotary, attention.module), {})
