@@ -79,8 +79,8 @@ def model(variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **
 def draw(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
     """Fill a parameter away from its default."""
     noise = torch.randn(tensor.shape, generator=generator)
-    if "norm" in name:
-        tensor.copy_(1 + 0.3 * noise)
+    if "norm" in name:  # around 1, or around 0 where the weight is stored less one
+        tensor.add_(0.3 * noise)
     elif name.endswith("bias"):
         tensor.copy_(0.3 * noise)
     else:  # a gain over 1 keeps attention and logits far from uniform

@@ -31,7 +31,7 @@ def add(directory: Path, config: Any, *, draw: Callable[[str, torch.Tensor], Non
         smaller = 0.75 - 0.125 * number  # the same however the files stack tensors
         new = {name.replace(f"model.layers.{count - 1}.", prefix): tensor * smaller for name, tensor in like.items()}
         for name, is_matrix in OF_A_MODULE.items():
-            own = embedding.new_empty((hidden, 2 * hidden) if is_matrix else (hidden,))
+            own = embedding.new_ones((hidden, 2 * hidden) if is_matrix else (hidden,))
             draw(name, own)
             new[f"{prefix}{name}.weight"] = own
         tensors |= new

@@ -5,6 +5,7 @@ import copy
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
@@ -13,9 +14,10 @@ from torch import Tensor
 from bridge import parallel, platform
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
-from bridge.models import rope
+from bridge.models import rope, scales
 from bridge.models.latent_attention import LatentRotaryEmbedding, share_rotary_embedding
 from bridge.models.layer_spec import block_spec, prediction_spec
+from bridge.models.local_rope import GlobalAndLocalRotary
 from bridge.models.mcore_config import Config, MLAConfig, check_keys, check_live, transformer_config
 
 __all__ = ["GPT", "build", "check_live", "padded_vocab_size", "transformer_config"]
@@ -33,6 +35,7 @@ class GPT(GPTModel):
     """
 
     routed: Routed
+    rotary_pos_emb: torch.nn.Module
 
     def __init__(
         self, *, config: Config | MLAConfig, true_vocab_size: int, rotary_base: float = 10000, **kwargs: Any
@@ -59,6 +62,20 @@ class GPT(GPTModel):
             self.rotary_pos_emb = rope.ScaledRotaryEmbedding(
                 config.rope_parameters, kv_channels=config.kv_channels, **shared
             )
+        if config.rope_local_base_freq is not None:
+            local = RotaryEmbedding(
+                kv_channels=config.kv_channels,
+                rotary_percent=self.rotary_percent,
+                rotary_interleaved=config.rotary_interleaved,
+                rotary_base=config.rope_local_base_freq,
+                use_cpu_initialization=True,
+                cp_group=self.pg_collection.cp,
+            )
+            self.rotary_pos_emb = GlobalAndLocalRotary(self.rotary_pos_emb, local)
+        if self.pre_process and config.embedding_multiplier != 1.0:
+            scales.scale_embeddings(self.embedding.word_embeddings, config.embedding_multiplier)
+        if self.post_process and config.final_logit_softcapping is not None:
+            scales.cap_logits(self.output_layer, config.final_logit_softcapping)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Logits, or the loss when there are labels; multi-token prediction only where its own loss has a gradient.

@@ -34,15 +34,31 @@ def same(hf_name: str, model_key: str, kind: Callable[[Any], Any] = int) -> Part
     )
 
 
-def only(hf_name: str, value: Any, *, written: bool = False) -> Part:
-    """A field with one value that is understood. `written`: other programs look for it."""
+def optional(hf_name: str, model_key: str, kind: Callable[[Any], Any] = float) -> Part:
+    """One field, one key, one value, or null where the model does without."""
+    return Part(
+        (hf_name,),
+        (model_key,),
+        lambda hf: {} if hf[hf_name] is None else {model_key: kind(hf[hf_name])},
+        lambda model: {hf_name: None if model[model_key] is None else kind(model[model_key])},
+    )
+
+
+def only(hf_name: str, *values: Any, written: bool = False) -> Part:
+    """A field of which only these values are supported, the default among them. `written`: other programs look for it,
+    and find the first."""
 
     def read(hf: Values) -> dict[str, Any]:
-        if hf.get(hf_name) not in (None, value):
-            raise refused(hf_name, hf[hf_name], f"only {value!r} is supported")
+        if hf_name in hf and hf[hf_name] not in values:
+            raise refused(hf_name, hf[hf_name], f"only {' or '.join(map(repr, values))} is supported")
         return {}
 
-    return Part((hf_name,), (), read, lambda model: {hf_name: value} if written else {})
+    return Part((hf_name,), (), read, lambda model: {hf_name: values[0]} if written else {})
+
+
+def unread(*hf_names: str) -> Part:
+    """Fields that files have though transformers' class does not read them."""
+    return Part(hf_names, (), lambda hf: {}, lambda model: {})
 
 
 # transformers' activation -> model.activation_func. The first name of a value is the one written back.
@@ -151,18 +167,13 @@ def window_by_layer() -> Part:
     def read(hf: Values) -> dict[str, Any]:
         width = hf["sliding_window"] if hf["use_sliding_window"] else None
         count = hf["num_hidden_layers"]
-        types = hf.get("layer_types")
-        if types is None:
-            sliding = [width is not None and layer >= hf["max_window_layers"] for layer in range(count)]
-        else:
-            unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
-            if unknown or len(types) != count:
-                raise refused("layer_types", types, f"it needs {count} of full_attention and sliding_attention")
-            sliding = [kind == "sliding_attention" for kind in types]
+        sliding = _sliding_layers(hf, [width is not None and n >= hf["max_window_layers"] for n in range(count)])
         if not any(sliding):
             return {}
         if width is None:
-            raise refused("layer_types", types, "sliding_attention needs use_sliding_window and sliding_window")
+            raise refused(
+                "layer_types", hf["layer_types"], "sliding_attention needs use_sliding_window and sliding_window"
+            )
         pattern = {} if all(sliding) else {"window_attn_skip_freq": [int(layer) for layer in sliding]}
         return {"window_size": _window(width), **pattern}
 
@@ -174,6 +185,43 @@ def window_by_layer() -> Part:
         return dict(zip(hf_names, (any(sliding), width, first, types), strict=True))
 
     return Part(hf_names, WINDOW_KEYS, read, write)
+
+
+def window_by_pattern(every: int, *, field: str | None = None, unused: int) -> Part:
+    """`sliding_window` in the layers that `layer_types` names, or in all but each `every`-th one.
+
+    `field` may hold another number than `every`; `unused` is written as the width where no layer has the window.
+    """
+    hf_names = ("sliding_window", "layer_types", *([field] if field else []))
+
+    def read(hf: Values) -> dict[str, Any]:
+        period = hf.get(field, every) if field else every
+        sliding = _sliding_layers(hf, [(layer + 1) % period != 0 for layer in range(hf["num_hidden_layers"])])
+        if not any(sliding):
+            return {}
+        regular = [n for n in range(2, len(sliding) + 1) if sliding == [bool((i + 1) % n) for i in range(len(sliding))]]
+        pattern = regular[0] if regular else [int(layer) for layer in sliding]
+        return {"window_size": _window(hf["sliding_window"])} | (
+            {} if all(sliding) else {"window_attn_skip_freq": pattern}
+        )
+
+    def write(model: Values) -> dict[str, Any]:
+        sliding = _windowed_layers(model)
+        types = ["sliding_attention" if layer else "full_attention" for layer in sliding]
+        return {"sliding_window": _width(model) if any(sliding) else unused, "layer_types": types}
+
+    return Part(hf_names, WINDOW_KEYS, read, write)
+
+
+def _sliding_layers(hf: Values, unless_named: list[bool]) -> list[bool]:
+    """Which layers have the window by `layer_types`, or `unless_named` where the config does not say."""
+    types, count = hf.get("layer_types"), hf["num_hidden_layers"]
+    if types is None:
+        return unless_named
+    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if unknown or len(types) != count:
+        raise refused("layer_types", types, f"it needs {count} of full_attention and sliding_attention")
+    return [kind == "sliding_attention" for kind in types]
 
 
 def _window(width: Any) -> list[int]:

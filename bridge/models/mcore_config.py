@@ -175,6 +175,11 @@ def _attention_factor(routed: Routed, fields: Mapping[str, Any]) -> dict[str, An
     factor = rope.attention_factor(parameters, max_sequence_length=routed.gpt["max_sequence_length"])
     if factor == 1.0:
         return {}
+    if fields.get("rope_local_base_freq"):
+        raise ConfigError(
+            f"{key}: an attention factor of {factor:g} would also reach the layers with a window, whose rotary "
+            "embedding has no scaling; leave model.rope_local_base_freq out or set another rope_type"
+        )
     channels = fields.get("kv_channels") or fields["hidden_size"] // fields["num_attention_heads"]
     share = routed.gpt.get("rotary_percent", 1.0)
     if share != 1.0:
@@ -212,6 +217,8 @@ PAIRS = (
     ("moe_router_group_score_topk", "moe_router_group_topk", ()),
     ("norm_topk_prob", "num_moe_experts", ()),
     ("moe_norm_min", "num_moe_experts", ()),
+    ("rope_local_base_freq", "position_embedding_type", ROTARY),
+    ("rope_local_base_freq", "window_size", ()),
 )
 # Keys of parts of megatron-core that are not built here, or that it reads nowhere, and the values that ask for nothing.
 NOT_BUILT: dict[str, tuple[Any, ...]] = {
