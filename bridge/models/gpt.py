@@ -43,8 +43,8 @@ class GPT(GPTModel):
         super().__init__(config=config, rotary_base=rotary_base, **kwargs)
         self.true_vocab_size = true_vocab_size
         if self.mtp_process and self.post_process and self.share_embeddings_and_output_weights:
-            # The prediction modules' copy of the embedding is the output layer's weight, on a later pipeline stage, too,
-            # where megatron-core makes another one that it neither uses nor lets into a checkpoint.
+            # The output layer uses the prediction modules' copy of the embedding. On a later pipeline stage
+            # megatron-core makes a weight of its own for it, which it neither uses nor lets into a checkpoint.
             self.output_layer.weight = None
         MTPLossLoggingHelper.tracker.clear()  # its size is that of the process's last model with prediction modules
         shared = {
