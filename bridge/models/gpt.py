@@ -35,6 +35,7 @@ class GPT(GPTModel):
     """
 
     routed: Routed
+    config: Config | MLAConfig
     rotary_pos_emb: torch.nn.Module
 
     def __init__(
