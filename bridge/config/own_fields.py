@@ -22,6 +22,10 @@ class OwnFields:
     norm_placement: Literal["pre", "post", "sandwich"] = "pre"
     # RMSNorm of queries and of keys over all heads together, instead of qk_layernorm, which is for each head.
     qk_layernorm_full_width: bool = False
+    # What the output of attention and of the MLP is multiplied by before it is added to the residual stream.
+    residual_multiplier: float = 1.0
+    # What the logits are divided by.
+    logits_scaling: float = 1.0
 
 
 def annotations() -> dict[str, str]:

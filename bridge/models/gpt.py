@@ -11,7 +11,7 @@ from torch import Tensor
 from bridge import parallel, platform
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
-from bridge.models import rope
+from bridge.models import multipliers, rope
 from bridge.models.layer_spec import block_spec
 from bridge.models.mcore_config import Config, check_keys, check_live, transformer_config
 
@@ -44,6 +44,8 @@ class GPT(GPTModel):
                 max_sequence_length=self.max_sequence_length,
                 cp_group=self.pg_collection.cp,
             )
+        if self.post_process and config.logits_scaling != 1.0:
+            multipliers.divide_logits(self.output_layer, config.logits_scaling)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy over the true vocabulary, float [batch, sequence], of logits [sequence, batch, padded / TP].
