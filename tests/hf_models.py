@@ -65,7 +65,7 @@ def model(variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **
     """The transformers model of a variant in eval mode, every parameter and stored buffer drawn anew from `seed`."""
     from transformers import AutoModelForCausalLM
 
-    built = AutoModelForCausalLM.from_config(config(variant, **overrides), attn_implementation="sdpa")
+    built = AutoModelForCausalLM.from_config(config(variant, **overrides), attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         stored = set(built.state_dict())
@@ -120,6 +120,6 @@ def logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
     """What transformers answers for `ids` in float32: [batch, length, vocab]."""
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         return loaded.eval()(ids).logits

@@ -20,6 +20,13 @@ class OwnFields:
     rope_parameters: dict[str, Any] | None = None
     # Norm before each branch (attention, MLP), after it, or both; always inside the residual connection.
     norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    # Best experts of a group whose scores add up to the group's; None: moe_router_topk // moe_router_group_topk.
+    moe_router_group_score_topk: int | None = None
+    # Weights of a token's experts are divided by their sum; None: softmax does unless moe_router_pre_softmax, sigmoid
+    # does unless moe_router_topk is 1.
+    norm_topk_prob: bool | None = None
+    # Least sum to divide them by; None: 1e-20 is added to the sum.
+    moe_norm_min: float | None = None
     # RMSNorm of queries and of keys over all heads together, instead of qk_layernorm, which is for each head.
     qk_layernorm_full_width: bool = False
     # What the output of attention and of the MLP is multiplied by before it is added to the residual stream.

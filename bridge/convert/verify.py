@@ -103,7 +103,7 @@ def _transformers_logits(hf: str | Path, prompts: Sequence[Tensor]) -> list[Tens
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
     return [model(ids[None]).logits[0] for ids in prompts]
 
 

@@ -33,18 +33,17 @@ def embedding(model: Model, *, name: str = EMBEDDING, output: str = "lm_head.wei
 def norms(
     model: Model,
     *,
-    attention: str = "input_layernorm",
-    mlp: str = "post_attention_layernorm",
+    attention: str | None = "input_layernorm",
+    mlp: str | None = "post_attention_layernorm",
     prefix: str = HF,
     mcore: str = MCORE,
 ) -> Rows:
-    """The norms before attention and before a dense MLP, by the names Transformer Engine gives them."""
+    """The norms before attention and before a dense MLP, by the names Transformer Engine gives them; None: no row."""
     kinds = BOTH if model["normalization"] == "LayerNorm" else WEIGHT
-    places = {
-        "self_attention.linear_qkv.layer_norm_{0}": f"{attention}.{{0}}",
-        "mlp.linear_fc1.layer_norm_{0}": f"{mlp}.{{0}}",
-    }
-    return [Row(mcore + key.format(kind), prefix + name.format(kind)) for key, name in places.items() for kind in kinds]
+    places = {"self_attention.linear_qkv.layer_norm_": attention, "mlp.linear_fc1.layer_norm_": mlp}
+    return [
+        Row(f"{mcore}{key}{kind}", f"{prefix}{name}.{kind}") for key, name in places.items() if name for kind in kinds
+    ]
 
 
 def qk_norms(model: Model, *, query: str = "self_attn.q_norm", key: str = "self_attn.k_norm", prefix: str = HF) -> Rows:

@@ -66,7 +66,9 @@ def name_of_hf_config(hf: Mapping[str, Any]) -> str:
     types = {by_name(name).model_type: name for name in known_names()}
     if kind not in types:
         hint = did_you_mean(str(kind), types)
-        raise ConversionError(f"config.json: model_type: {kind!r} is not supported; known are {', '.join(types)}{hint}")
+        raise ConversionError(
+            f"config.json: model_type: {kind!r} is not supported; known are {', '.join(types)}{hint or '; set family'}"
+        )
     return types[kind]
 
 

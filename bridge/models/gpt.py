@@ -92,7 +92,7 @@ def build(
     for chunk in chunks:
         chunk.routed = routed
         check_live(routed, chunk, dtype=dtype, meta=meta)
-        if not meta and config.use_cpu_initialization:
+        if not meta:  # routers and shared-expert gates are built on the CPU whatever use_cpu_initialization says
             chunk.to(platform.device())
     if wrap and (config.bf16 or config.fp16):
         return [Float16Module(config, chunk) for chunk in chunks]

@@ -18,10 +18,10 @@ decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_
 exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label is_decoder
 keys_to_ignore_at_inference label2id length_penalty max_length max_new_tokens min_length model_type
 no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions output_hidden_states
-output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values repetition_penalty return_dict
-return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tie_encoder_decoder
-tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p unk_token_id unsloth_fixed
-unsloth_version use_bfloat16 use_cache
+output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values
+repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p unk_token_id
+unsloth_fixed unsloth_version use_bfloat16 use_cache
 """
 IRRELEVANT = frozenset(IRRELEVANT_NAMES.split())
 # Fields every config may have, with the only value that changes nothing.

@@ -117,11 +117,15 @@ def attention_and_mlp_bias(*, mlp_field: str | None, output_field: str | None = 
 WINDOW_KEYS = ("window_size", "window_attn_skip_freq")
 
 
-def window_everywhere() -> Part:
-    """`sliding_window` tokens seen in every layer, the query's own included, which megatron-core does not count."""
+def window_everywhere(*, switch: str | None = None, unread: str | None = None) -> Part:
+    """`sliding_window` tokens seen in every layer, the query's own included, which megatron-core does not count.
+
+    `switch`: the field that turns it on. `unread`: a field of other families that files have and transformers ignores.
+    """
+    hf_names = tuple(name for name in ("sliding_window", switch, unread) if name)
 
     def read(hf: Values) -> dict[str, Any]:
-        width = hf["sliding_window"]
+        width = hf["sliding_window"] if switch is None or hf[switch] else None
         return {} if width is None else {"window_size": _window(width)}
 
     def write(model: Values) -> dict[str, Any]:
@@ -130,9 +134,9 @@ def window_everywhere() -> Part:
             raise refused(
                 "model.window_attn_skip_freq", model["window_attn_skip_freq"], "every layer has the window here"
             )
-        return {"sliding_window": _width(model) if any(layers) else None}
+        return {"sliding_window": _width(model) if any(layers) else None} | ({switch: any(layers)} if switch else {})
 
-    return Part(("sliding_window",), WINDOW_KEYS, read, write)
+    return Part(hf_names, WINDOW_KEYS, read, write)
 
 
 def window_by_layer(*, by_default: Callable[[Values], list[bool]] | None = None) -> Part:

@@ -14,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from bridge.models import full_width_norm, multipliers
+from bridge.models import full_width_norm, multipliers, router
 from bridge.models.core_attention import CoreAttention
 from bridge.models.mcore_config import Config
 from bridge.models.norm import Norm
@@ -69,6 +69,7 @@ VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (
     full_width_norm.use,
     multipliers.scale_branches,
     _scaled_rotation,
+    router.use,
 )
 
 

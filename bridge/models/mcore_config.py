@@ -1,7 +1,8 @@
 """From the plain values of a configuration to megatron-core's TransformerConfig, and the check that none got lost."""
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -32,10 +33,28 @@ class Config(OwnFields, TransformerConfig):
     # (channels of a head that are rotated, what they are multiplied by in queries); None: nothing is multiplied.
     rotated_query_scale: tuple[int, float] | None = None
 
+    def __post_init__(self) -> None:
+        with _bias_on_any_score(self):
+            super().__post_init__()
+
 
 @dataclass
 class MLAConfig(OwnFields, MLATransformerConfig):
     """The same for models with multi-latent attention."""
+
+    def __post_init__(self) -> None:
+        with _bias_on_any_score(self):
+            super().__post_init__()
+
+
+@contextlib.contextmanager
+def _bias_on_any_score(config: TransformerConfig) -> Iterator[None]:
+    """megatron-core refuses an expert bias on softmax scores, which its own router lacks and ours has."""
+    score = config.moe_router_score_function
+    if config.moe_router_enable_expert_bias:
+        config.moe_router_score_function = "sigmoid"
+    yield
+    config.moe_router_score_function = score
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -109,9 +128,17 @@ def _typed(routed: Routed) -> dict[str, Any]:
     return fields
 
 
+FOR_EXPERTS = frozenset({"moe_grouped_gemm", "moe_permute_fusion"})
+
+
 def _defaults(user: Mapping[str, Any]) -> dict[str, Any]:
     """The platform's defaults without those that this model cannot use."""
     defaults = platform.default_fields()
+    if user.get("num_moe_experts") is None:
+        defaults = {name: value for name, value in defaults.items() if name not in FOR_EXPERTS or not value}
+    else:
+        # megatron-core's own default, allgather, moves every token to every rank.
+        defaults["moe_token_dispatcher_type"] = "alltoall"
     swiglu = user.get("activation_func") is F.silu and user.get("gated_linear_unit", False)
     # The fused SwiGLU knows neither clamping nor an offset, and megatron-core does not say so.
     more = ("use_te_activation_func", "activation_func_clamp_value", "glu_linear_offset")
@@ -182,6 +209,9 @@ PAIRS = (
     ("glu_linear_offset", "gated_linear_unit", ()),
     ("rotary_base", "position_embedding_type", ROTARY),
     ("rotary_percent", "position_embedding_type", ROTARY),
+    ("moe_router_group_score_topk", "moe_router_group_topk", ()),
+    ("norm_topk_prob", "num_moe_experts", ()),
+    ("moe_norm_min", "num_moe_experts", ()),
 )
 # Keys of parts of megatron-core that are not built here, or that it reads nowhere, and the values that ask for nothing.
 NOT_BUILT: dict[str, tuple[Any, ...]] = {

@@ -30,6 +30,8 @@ WITH_TRANSFORMER_ENGINE = {
     "cross_entropy_loss_fusion": True,
     "cross_entropy_fusion_impl": "te",
     "persist_layer_norm": True,
+    "moe_grouped_gemm": True,
+    "moe_permute_fusion": True,
 }
 
 
