@@ -25,6 +25,7 @@ class Family:
     parts: tuple[Part, ...]  # the fields that shape the model
     constants: Mapping[str, Any]  # model keys with one value for every model of the family
     rows: Callable[[Mapping[str, Any]], Table] = field(repr=False)  # complete model keys -> weight table
+    aliases: tuple[str, ...] = ()  # other names of the same class in files, older ones that shipped their own code
     # Further ways in which files name or stack the same tensors, such as all experts in one tensor.
     spellings: Mapping[str, Callable[[Mapping[str, Any]], Table]] = field(repr=False, default_factory=dict)
 

@@ -61,6 +61,8 @@ class GPT(GPTModel):
             scales.scale_embeddings(self.embedding.word_embeddings, config.embedding_multiplier)
         if self.post_process and config.final_logit_softcapping is not None:
             scales.cap_logits(self.output_layer, config.final_logit_softcapping)
+        if self.post_process and config.logits_scaling != 1.0:
+            scales.divide_logits(self.output_layer, config.logits_scaling)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy over the true vocabulary, float [batch, sequence], of logits [sequence, batch, padded / TP].
