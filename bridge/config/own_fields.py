@@ -18,6 +18,8 @@ class OwnFields:
     add_attention_bias: bool | None = None
     # rope_type and the parameters of that type (bridge.models.rope); None: plain rotary embedding.
     rope_parameters: dict[str, Any] | None = None
+    # Added to the mean square in the norms of the latents (multi_latent_attention); None: layernorm_epsilon.
+    latent_layernorm_epsilon: float | None = None
     # Norm before each branch (attention, MLP), after it, or both; always inside the residual connection.
     norm_placement: Literal["pre", "post", "sandwich"] = "pre"
     # Best experts of a group whose scores add up to the group's; None: moe_router_topk // moe_router_group_topk.
