@@ -38,6 +38,10 @@ class OwnFields:
     final_logit_softcapping: float | None = None
     # Base of the rotary embedding, without scaling, of the layers that have the window; None: that of all layers.
     rope_local_base_freq: int | None = None
+    # What the output of attention and of the MLP is multiplied by before it is added to the residual stream.
+    residual_multiplier: float = 1.0
+    # What the logits are divided by.
+    logits_scaling: float = 1.0
 
 
 def annotations() -> dict[str, str]:

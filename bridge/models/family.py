@@ -27,6 +27,7 @@ class Family:
     rows: Callable[[Mapping[str, Any]], Table] = field(repr=False)  # complete model keys -> weight table
     # The model_type whose class in transformers computes this model, where transformers does not know its own.
     class_of: str = ""
+    aliases: tuple[str, ...] = ()  # other names of the same class in files, older ones that shipped their own code
     # The config fields of a directory, given its tensors' names, where files may lack parts that their config counts.
     stored: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Any]] | None = field(repr=False, default=None)
     # Further ways in which files name or stack the same tensors, such as all experts in one tensor.

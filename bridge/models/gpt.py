@@ -35,7 +35,7 @@ class GPT(GPTModel):
     """
 
     routed: Routed
-    config: Config | MLAConfig
+    config: Any  # Config or MLAConfig
     rotary_pos_emb: torch.nn.Module
 
     def __init__(
@@ -44,8 +44,8 @@ class GPT(GPTModel):
         super().__init__(config=config, rotary_base=rotary_base, **kwargs)
         self.true_vocab_size = true_vocab_size
         if self.mtp_process and self.post_process and self.share_embeddings_and_output_weights:
-            # The output layer uses the prediction modules' copy of the embedding. On a later pipeline stage
-            # megatron-core makes a weight of its own for it, which it neither uses nor lets into a checkpoint.
+            # The prediction modules' copy of the embedding is the output layer's weight, also on a later pipeline
+            # stage, where megatron-core makes another one that it neither uses nor lets into a checkpoint.
             self.output_layer.weight = None
         MTPLossLoggingHelper.tracker.clear()  # its size is that of the process's last model with prediction modules
         shared = {
@@ -77,6 +77,8 @@ class GPT(GPTModel):
             scales.scale_embeddings(self.embedding.word_embeddings, config.embedding_multiplier)
         if self.post_process and config.final_logit_softcapping is not None:
             scales.cap_logits(self.output_layer, config.final_logit_softcapping)
+        if self.post_process and config.logits_scaling != 1.0:
+            scales.divide_logits(self.output_layer, config.logits_scaling)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Logits, or the loss when there are labels; multi-token prediction only where its own loss has a gradient.

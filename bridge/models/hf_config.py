@@ -94,7 +94,7 @@ def _account_for(hf: Mapping[str, Any], facts: Family) -> None:
                 "remove it if it has no effect"
             )
     names = hf.get("architectures") or [facts.architecture]
-    if list(names) != [facts.architecture]:
+    if len(names) != 1 or names[0] not in (facts.architecture, *facts.aliases):
         raise ConversionError(f"config.json: architectures: {names!r} is not supported; only {facts.architecture} is")
     missing = [name for part in facts.parts for name in part.hf_names if name in REQUIRED and name not in hf]
     if missing:

@@ -109,29 +109,35 @@ def attention_shape(*, has_head_dim: bool = True) -> Part:
     return Part(hf_names, ("num_attention_heads", "num_query_groups", "kv_channels"), read, write)
 
 
-def attention_and_mlp_bias(*, mlp_field: str | None) -> Part:
+def attention_and_mlp_bias(*, mlp_field: str | None, output_field: str | None = None) -> Part:
     """`attention_bias` (query, key, value, output) and, where a family has it, `mlp_bias`.
 
-    megatron-core's add_bias_linear is for both; add_attention_bias, which is ours, is written only where they differ.
+    With `output_field` the output projection has a field of its own. megatron-core's add_bias_linear is for attention
+    and MLP; add_attention_bias, which is ours, is written only where they differ.
     """
+    hf_names = tuple(name for name in ("attention_bias", output_field, mlp_field) if name)
 
     def read(hf: Values) -> dict[str, Any]:
-        attention, mlp = bool(hf["attention_bias"]), bool(mlp_field and hf[mlp_field])
-        own = {} if attention == mlp else {"add_attention_bias": attention}
-        return {"add_bias_linear": mlp, "add_qkv_bias": False, **own}
+        qkv, mlp = bool(hf["attention_bias"]), bool(mlp_field and hf[mlp_field])
+        output = bool(hf[output_field]) if output_field else qkv
+        if output and not qkv:
+            raise refused(str(output_field), True, "a bias on the output projection needs attention_bias")
+        own = {} if output == mlp else {"add_attention_bias": output}
+        return {"add_bias_linear": mlp, "add_qkv_bias": qkv and not output, **own}
 
     def write(model: Values) -> dict[str, Any]:
-        mlp, attention = model["add_bias_linear"], model["add_attention_bias"]
-        attention = mlp if attention is None else attention
-        if model["add_qkv_bias"] and not attention:
+        mlp, output = model["add_bias_linear"], model["add_attention_bias"]
+        output = mlp if output is None else output
+        qkv = output or model["add_qkv_bias"]
+        if qkv and not output and not output_field:
             raise refused(
                 "model.add_qkv_bias", True, "this family has biases on all four attention projections or none"
             )
         if mlp and not mlp_field:
             raise refused("model.add_bias_linear", True, "this family has no biases in the MLP")
-        return {"attention_bias": attention} | ({mlp_field: mlp} if mlp_field else {})
+        values = {"attention_bias": qkv, output_field: output, mlp_field: mlp}
+        return {name: values[name] for name in hf_names}
 
-    hf_names = ("attention_bias", mlp_field) if mlp_field else ("attention_bias",)
     return Part(hf_names, ("add_bias_linear", "add_qkv_bias", "add_attention_bias"), read, write)
 
 
@@ -160,14 +166,18 @@ def window_everywhere(*, switch: str | None = None, unread: str | None = None) -
     return Part(hf_names, WINDOW_KEYS, read, write)
 
 
-def window_by_layer() -> Part:
-    """`sliding_window` in some layers: those `layer_types` names, or from `max_window_layers` on."""
+def window_by_layer(*, by_default: Callable[[Values], list[bool]] | None = None) -> Part:
+    """`sliding_window` in some layers: those `layer_types` names.
+
+    Without it, those that `by_default` picks, or if that is None those from `max_window_layers` on.
+    """
     hf_names = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
     def read(hf: Values) -> dict[str, Any]:
         width = hf["sliding_window"] if hf["use_sliding_window"] else None
         count = hf["num_hidden_layers"]
-        sliding = _sliding_layers(hf, [width is not None and n >= hf["max_window_layers"] for n in range(count)])
+        pick = by_default or (lambda hf: [layer >= hf["max_window_layers"] for layer in range(count)])
+        sliding = _sliding_layers(hf, [width is not None and layer for layer in pick(hf)])
         if not any(sliding):
             return {}
         if width is None:
@@ -182,7 +192,8 @@ def window_by_layer() -> Part:
         width = _width(model) if any(sliding) else None
         first = sliding.index(True) if any(sliding) else len(sliding)
         types = ["sliding_attention" if layer else "full_attention" for layer in sliding]
-        return dict(zip(hf_names, (any(sliding), width, first, types), strict=True))
+        fields = dict(zip(hf_names, (any(sliding), width, first, types), strict=True))
+        return {name: value for name, value in fields.items() if name != "max_window_layers" or by_default is None}
 
     return Part(hf_names, WINDOW_KEYS, read, write)
 

@@ -20,7 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from bridge.models import full_width_norm, local_rope, router
+from bridge.models import full_width_norm, local_rope, router, scales
 from bridge.models.core_attention import CoreAttention
 from bridge.models.latent_attention import LatentAttention
 from bridge.models.mcore_config import Config
@@ -29,15 +29,15 @@ from bridge.models.output_norm import place_norms
 
 
 class OwnBiasSelfAttention(SelfAttention):
-    """Self-attention whose four projections have biases, or none, whatever `add_bias_linear` says of the MLP.
+    """Self-attention whose output projection has a bias, or none, whatever `add_bias_linear` says of the MLP.
 
-    megatron-core has one switch for all linear layers and one more for query, key and value; Hugging Face families have
-    one for attention and one for the MLP.
+    Query, key and value have theirs with it, or without it by add_qkv_bias. megatron-core has one switch for all linear
+    layers and one more for query, key and value; Hugging Face families have one for attention and one for the MLP.
     """
 
     def __init__(self, config: Config, *args: Any, **kwargs: Any) -> None:
         own = copy.copy(config)
-        own.add_bias_linear = own.add_qkv_bias = config.add_attention_bias
+        own.add_bias_linear = bool(config.add_attention_bias)
         super().__init__(own, *args, **kwargs)
 
 
@@ -59,6 +59,9 @@ class ScaledRotation:
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         query, *others = super().get_query_key_value_tensors(*args, **kwargs)  # type: ignore[misc]
+        without_rope = self.config.no_rope_freq  # type: ignore[attr-defined]
+        if without_rope and without_rope[self.layer_number - 1]:  # type: ignore[attr-defined]
+            return (query, *others)
         channels, scale = self.config.rotated_query_scale  # type: ignore[attr-defined]
         query = torch.cat([query[..., :channels] * scale, query[..., channels:]], dim=-1)
         return (query, *others)
@@ -83,6 +86,7 @@ VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (
     _latent_attention,
     place_norms,
     full_width_norm.use,
+    scales.scale_branches,
     _scaled_rotation,
     router.use,
     _capped_attention,

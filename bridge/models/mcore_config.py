@@ -163,8 +163,8 @@ def _attention_factor(routed: Routed, fields: Mapping[str, Any]) -> dict[str, An
 
     Hugging Face multiplies cos and sin of queries and of keys by it, so every logit by its square: the same as a larger
     softmax scale, which reaches every attention kernel, also those with fused or packed rotary embedding where
-    megatron-core's own factor is dropped (rope_utils.py:265). Where some channels are not rotated their share of a
-    logit keeps its size: the rotated channels of the queries alone take the square, before any kernel sees them.
+    megatron-core's own factor is dropped (rope_utils.py:265). Where some channels, or some layers, are not rotated
+    their logits keep their size: the rotated channels of the queries take the square, before any kernel sees them.
     """
     parameters = routed.transformer.get("rope_parameters")
     if not parameters or routed.transformer.get("multi_latent_attention"):
@@ -182,10 +182,11 @@ def _attention_factor(routed: Routed, fields: Mapping[str, Any]) -> dict[str, An
         )
     channels = fields.get("kv_channels") or fields["hidden_size"] // fields["num_attention_heads"]
     share = routed.gpt.get("rotary_percent", 1.0)
-    if share != 1.0:
+    if share != 1.0 or fields.get("no_rope_freq"):
         if fields.get("fused_single_qkv_rope"):
             raise ConfigError(
-                f"{key}: an attention factor of {factor:g} needs model.rotary_percent=1.0 with fused_single_qkv_rope"
+                f"{key}: an attention factor of {factor:g} with fused_single_qkv_rope needs model.rotary_percent=1.0 "
+                "and no model.no_rope_freq"
             )
         return {"rotated_query_scale": (int(channels * share), factor**2)}
     plain = fields.get("softmax_scale") or 1 / math.sqrt(channels)

@@ -5,6 +5,7 @@
     CHANGES    another value for each field of the config class that tests/models/test_families.py does not know
     SHAPES     those fields of CHANGES that change which tensors there are, or their shapes
     ON         fields switched on while CHANGES are tried, because others matter only with them
+    UNREAD     fields that transformers writes into a config.json but does not read from a complete one
     REFUSED    fields and values that are refused by name
     HUB        a config's form on the hub, where it is not as tests/models/test_families.py has it: a function
     SIZES      parameters of each shipped conf/model/NAME.yaml, from model cards and published index files
