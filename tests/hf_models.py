@@ -72,8 +72,8 @@ def model(variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **
         buffers = [(name, buffer) for name, buffer in built.named_buffers() if name in stored]
         for name, parameter in sorted([*built.named_parameters(), *buffers], key=lambda named: named[0]):
             draw = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
-                parameter.copy_(1 + 0.3 * draw)
+            if "norm" in name:  # around 1, or around 0 where the weight is stored less one
+                parameter.add_(0.3 * draw)
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * draw)
             else:  # a gain over 1 keeps attention and logits far from uniform

@@ -33,6 +33,13 @@ class OwnFields:
     residual_multiplier: float = 1.0
     # What the logits are divided by.
     logits_scaling: float = 1.0
+    # What the embedding of a token is multiplied by; the output layer is not, though it may share the weight.
+    embedding_multiplier: float = 1.0
+    # Attention scores and logits are bent into (-cap, cap) by cap * tanh(x / cap); None: not at all.
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    # Base of the rotary embedding, without scaling, of the layers that have the window; None: that of all layers.
+    rope_local_base_freq: int | None = None
 
 
 def annotations() -> dict[str, str]:

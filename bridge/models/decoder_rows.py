@@ -46,6 +46,17 @@ def norms(
     ]
 
 
+def output_norms(model: Model, *, attention: str, mlp: str, prefix: str = HF) -> Rows:
+    """The norms behind attention and behind a dense MLP (`norm_placement` post or sandwich)."""
+    kinds = BOTH if model["normalization"] == "LayerNorm" else WEIGHT
+    places = {"self_attention.linear_proj": attention, "mlp.linear_fc2": mlp}
+    return [
+        Row(f"{MCORE}{key}.post_layernorm.{kind}", f"{prefix}{name}.{kind}")
+        for key, name in places.items()
+        for kind in kinds
+    ]
+
+
 def qk_norms(model: Model, *, query: str = "self_attn.q_norm", key: str = "self_attn.k_norm", prefix: str = HF) -> Rows:
     """The norms of queries and keys, where the model has them."""
     if not model["qk_layernorm"] and not model["qk_layernorm_full_width"]:

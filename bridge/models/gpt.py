@@ -4,6 +4,7 @@ import contextlib
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch import Tensor
 from bridge import parallel, platform
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
-from bridge.models import multipliers, rope
+from bridge.models import rope, scales
 from bridge.models.layer_spec import block_spec
+from bridge.models.local_rope import GlobalAndLocalRotary
 from bridge.models.mcore_config import Config, check_keys, check_live, transformer_config
 
 __all__ = ["GPT", "build", "check_live", "padded_vocab_size", "transformer_config"]
@@ -30,6 +32,7 @@ class GPT(GPTModel):
     """
 
     routed: Routed
+    rotary_pos_emb: torch.nn.Module
 
     def __init__(self, *, config: Config, true_vocab_size: int, rotary_base: float = 10000, **kwargs: Any) -> None:
         super().__init__(config=config, rotary_base=rotary_base, **kwargs)
@@ -44,8 +47,22 @@ class GPT(GPTModel):
                 max_sequence_length=self.max_sequence_length,
                 cp_group=self.pg_collection.cp,
             )
+        if config.rope_local_base_freq is not None:
+            local = RotaryEmbedding(
+                kv_channels=config.kv_channels,
+                rotary_percent=self.rotary_percent,
+                rotary_interleaved=config.rotary_interleaved,
+                rotary_base=config.rope_local_base_freq,
+                use_cpu_initialization=True,
+                cp_group=self.pg_collection.cp,
+            )
+            self.rotary_pos_emb = GlobalAndLocalRotary(self.rotary_pos_emb, local)
+        if self.pre_process and config.embedding_multiplier != 1.0:
+            scales.scale_embeddings(self.embedding.word_embeddings, config.embedding_multiplier)
         if self.post_process and config.logits_scaling != 1.0:
-            multipliers.divide_logits(self.output_layer, config.logits_scaling)
+            scales.divide_logits(self.output_layer, config.logits_scaling)
+        if self.post_process and config.final_logit_softcapping is not None:
+            scales.cap_logits(self.output_layer, config.final_logit_softcapping)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy over the true vocabulary, float [batch, sequence], of logits [sequence, batch, padded / TP].

@@ -34,6 +34,32 @@ def same(hf_name: str, model_key: str, kind: Callable[[Any], Any] = int) -> Part
     )
 
 
+def optional(hf_name: str, model_key: str, kind: Callable[[Any], Any] = float) -> Part:
+    """One field, one key, one value, or null where the model does without."""
+    return Part(
+        (hf_name,),
+        (model_key,),
+        lambda hf: {} if hf[hf_name] is None else {model_key: kind(hf[hf_name])},
+        lambda model: {hf_name: None if model[model_key] is None else kind(model[model_key])},
+    )
+
+
+def only(hf_name: str, *values: Any) -> Part:
+    """A field of which only these values are supported, the default among them."""
+
+    def read(hf: Values) -> dict[str, Any]:
+        if hf_name in hf and hf[hf_name] not in values:
+            raise refused(hf_name, hf[hf_name], f"only {' or '.join(map(repr, values))} is supported")
+        return {}
+
+    return Part((hf_name,), (), read, lambda model: {})
+
+
+def unread(*hf_names: str) -> Part:
+    """Fields that files have though transformers' class does not read them."""
+    return Part(hf_names, (), lambda hf: {}, lambda model: {})
+
+
 # transformers' activation -> model.activation_func. The first name of a value is the one written back.
 ACTIVATIONS = {
     "silu": "silu",
@@ -149,19 +175,14 @@ def window_by_layer(*, by_default: Callable[[Values], list[bool]] | None = None)
     def read(hf: Values) -> dict[str, Any]:
         width = hf["sliding_window"] if hf["use_sliding_window"] else None
         count = hf["num_hidden_layers"]
-        types = hf.get("layer_types")
-        if types is None:
-            pick = by_default or (lambda hf: [layer >= hf["max_window_layers"] for layer in range(count)])
-            sliding = [width is not None and layer for layer in pick(hf)]
-        else:
-            unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
-            if unknown or len(types) != count:
-                raise refused("layer_types", types, f"it needs {count} of full_attention and sliding_attention")
-            sliding = [kind == "sliding_attention" for kind in types]
+        pick = by_default or (lambda hf: [layer >= hf["max_window_layers"] for layer in range(count)])
+        sliding = _sliding_layers(hf, [width is not None and layer for layer in pick(hf)])
         if not any(sliding):
             return {}
         if width is None:
-            raise refused("layer_types", types, "sliding_attention needs use_sliding_window and sliding_window")
+            raise refused(
+                "layer_types", hf["layer_types"], "sliding_attention needs use_sliding_window and sliding_window"
+            )
         pattern = {} if all(sliding) else {"window_attn_skip_freq": [int(layer) for layer in sliding]}
         return {"window_size": _window(width), **pattern}
 
@@ -174,6 +195,43 @@ def window_by_layer(*, by_default: Callable[[Values], list[bool]] | None = None)
         return {name: value for name, value in fields.items() if name != "max_window_layers" or by_default is None}
 
     return Part(hf_names, WINDOW_KEYS, read, write)
+
+
+def window_by_pattern(every: int, *, field: str | None = None, unused: int) -> Part:
+    """`sliding_window` in the layers that `layer_types` names, or in all but each `every`-th one.
+
+    `field` may hold another number than `every`; `unused` is written as the width where no layer has the window.
+    """
+    hf_names = ("sliding_window", "layer_types", *([field] if field else []))
+
+    def read(hf: Values) -> dict[str, Any]:
+        period = hf.get(field, every) if field else every
+        sliding = _sliding_layers(hf, [(layer + 1) % period != 0 for layer in range(hf["num_hidden_layers"])])
+        if not any(sliding):
+            return {}
+        regular = [n for n in range(2, len(sliding) + 1) if sliding == [bool((i + 1) % n) for i in range(len(sliding))]]
+        pattern = regular[0] if regular else [int(layer) for layer in sliding]
+        return {"window_size": _window(hf["sliding_window"])} | (
+            {} if all(sliding) else {"window_attn_skip_freq": pattern}
+        )
+
+    def write(model: Values) -> dict[str, Any]:
+        sliding = _windowed_layers(model)
+        types = ["sliding_attention" if layer else "full_attention" for layer in sliding]
+        return {"sliding_window": _width(model) if any(sliding) else unused, "layer_types": types}
+
+    return Part(hf_names, WINDOW_KEYS, read, write)
+
+
+def _sliding_layers(hf: Values, unless_named: list[bool]) -> list[bool]:
+    """Which layers have the window by `layer_types`, or `unless_named` where the config does not say."""
+    types, count = hf.get("layer_types"), hf["num_hidden_layers"]
+    if types is None:
+        return unless_named
+    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if unknown or len(types) != count:
+        raise refused("layer_types", types, f"it needs {count} of full_attention and sliding_attention")
+    return [kind == "sliding_attention" for kind in types]
 
 
 def _window(width: Any) -> list[int]:

@@ -19,14 +19,57 @@ DEFAULT_THETA = 10000.0
 def rope(*, partial: float | None = None, theta: float = DEFAULT_THETA) -> Part:
     """Base and scaling of the rotary embedding, and the share of each head's channels that it rotates.
 
-    `theta` is the base in a config that does not say (`default_theta` of the class in transformers). `partial` is the share in a config that does not say (transformers' default for the class); None: the family rotates
-    every channel, and a config that asks for less is refused. Pairs of neighbouring channels (GLM-4, Ernie) are the
+    `theta` is the base in a config that does not say (`default_theta` of the class in transformers). `partial` is the
+    share in one that does not say; None: the family rotates every channel, and a config that asks for less is refused.
+    Pairs of neighbouring channels (GLM-4, Ernie) are the
     constant `rotary_interleaved: True` of a family.
     """
     return Part(HF_NAMES, MODEL_KEYS, lambda hf: _read(hf, partial, theta), lambda model: _write(model, partial))
 
 
-def _read(hf: Values, partial: float | None, default_theta: float) -> dict[str, Any]:
+LOCAL = "rope_local_base_freq"
+# Their angles depend neither on the length nor on a factor, so that one scaling for some layers alone is exact.
+FOR_SOME_LAYERS = ("default", "linear", "llama3")
+
+
+def rope_and_local_rope(window: Part, *, theta: float, local_theta: float) -> Part:
+    """`window` and two rotary embeddings: one without scaling for the layers with the window, one for the others.
+
+    transformers 5 has rope_parameters for each of layer_types; on the hub rope_theta and rope_scaling are for layers
+    without the window, rope_local_base_freq for those with it. The thetas given here hold where a config has none.
+    """
+
+    def read(hf: Values) -> dict[str, Any]:
+        given = hf.get("rope_parameters") or {}
+        if not given.keys() <= {"full_attention", "sliding_attention"}:
+            raise refused("rope_parameters", given, "this family has parameters of full_ and sliding_attention each")
+        scaling = hf.get("rope_scaling") or {}
+        if scaling and "rope_type" not in scaling:
+            raise refused("rope_scaling", scaling, "transformers reads rope_type in it for this family, not type")
+        own = {"rope_theta": hf.get("rope_theta", theta)} | (given.get("full_attention") or {}) | scaling
+        keys = window.read(hf) | _read({**hf, "rope_parameters": own, "rope_scaling": None}, None)
+        kind = keys.get("rope_parameters", {}).get("rope_type", "default")
+        if kind not in FOR_SOME_LAYERS:
+            raise refused("rope_type", kind, f"for some layers alone only {', '.join(FOR_SOME_LAYERS)} are supported")
+        local = {"rope_theta": hf.get(LOCAL, local_theta)} | (given.get("sliding_attention") or {})
+        base, kind = local.pop("rope_theta"), local.pop("rope_type", "default")
+        if local or kind != "default" or base != int(base):
+            raise refused("rope_parameters.sliding_attention", given, "it needs rope_type default and a whole theta")
+        return keys | ({LOCAL: int(base)} if "window_size" in keys else {})
+
+    def write(model: Values) -> dict[str, Any]:
+        base = model[LOCAL]
+        if base is None:
+            if model["window_size"] is not None and model["rope_parameters"]:
+                raise refused(f"model.{LOCAL}", None, "layers with a window have no scaling here; set their base")
+            base = local_theta if model["window_size"] is None else model["rotary_base"]
+        return window.write(model) | _write(model, None) | {LOCAL: float(base)}
+
+    hf_names = (*HF_NAMES, LOCAL, *window.hf_names)
+    return Part(hf_names, (*MODEL_KEYS, LOCAL, *window.model_keys), read, write)
+
+
+def _read(hf: Values, partial: float | None, default_theta: float = DEFAULT_THETA) -> dict[str, Any]:
     given = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     nested = [name for name, value in given.items() if isinstance(value, dict)]
     if nested:

@@ -14,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from bridge.models import full_width_norm, multipliers, router
+from bridge.models import branch_scale, full_width_norm, local_rope, router
 from bridge.models.core_attention import CoreAttention
 from bridge.models.mcore_config import Config
 from bridge.models.norm import Norm
@@ -61,15 +61,23 @@ def _scaled_rotation(layer: ModuleSpec, config: Config) -> None:
         attention.module = type("ScaledRotationSelfAttention", (ScaledRotation, attention.module), {})
 
 
+def _capped_attention(layer: ModuleSpec, config: Config) -> None:
+    """Transformer Engine's attention has no cap on the scores."""
+    if config.attn_logit_softcapping is not None:
+        layer.submodules.self_attention.submodules.core_attention = CoreAttention
+
+
 # What an architecture changes in a layer's specification, local or Transformer Engine's; each does nothing unless the
 # model has a key that asks for it.
 VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (
     _own_bias,
     place_norms,
     full_width_norm.use,
-    multipliers.scale_branches,
+    branch_scale.use,
     _scaled_rotation,
     router.use,
+    _capped_attention,
+    local_rope.use,
 )
 
 

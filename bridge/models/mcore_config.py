@@ -162,8 +162,8 @@ def _attention_factor(routed: Routed, fields: Mapping[str, Any]) -> dict[str, An
 
     Hugging Face multiplies cos and sin of queries and of keys by it, so every logit by its square: the same as a larger
     softmax scale, which reaches every attention kernel, also those with fused or packed rotary embedding where
-    megatron-core's own factor is dropped (rope_utils.py:265). Where some channels, or some layers, are not rotated their
-    logits keep their size: the rotated channels of the queries alone take the square, before any kernel sees them.
+    megatron-core's own factor is dropped (rope_utils.py:265). Where some channels or layers are not rotated their logits
+    keep their size: the rotated channels of the queries alone take the square, before any kernel sees them.
     """
     parameters = routed.transformer.get("rope_parameters")
     if not parameters:
@@ -174,6 +174,11 @@ def _attention_factor(routed: Routed, fields: Mapping[str, Any]) -> dict[str, An
     factor = rope.attention_factor(parameters, max_sequence_length=routed.gpt["max_sequence_length"])
     if factor == 1.0:
         return {}
+    if fields.get("rope_local_base_freq"):
+        raise ConfigError(
+            f"{key}: an attention factor of {factor:g} would also reach the layers with a window, whose rotary "
+            "embedding has no scaling; leave model.rope_local_base_freq out or set another rope_type"
+        )
     channels = fields.get("kv_channels") or fields["hidden_size"] // fields["num_attention_heads"]
     share = routed.gpt.get("rotary_percent", 1.0)
     if share != 1.0 or fields.get("no_rope_freq"):
@@ -212,6 +217,8 @@ PAIRS = (
     ("moe_router_group_score_topk", "moe_router_group_topk", ()),
     ("norm_topk_prob", "num_moe_experts", ()),
     ("moe_norm_min", "num_moe_experts", ()),
+    ("rope_local_base_freq", "position_embedding_type", ROTARY),
+    ("rope_local_base_freq", "window_size", ()),
 )
 # Keys of parts of megatron-core that are not built here, or that it reads nowhere, and the values that ask for nothing.
 NOT_BUILT: dict[str, tuple[Any, ...]] = {

@@ -7,6 +7,7 @@
     ON         fields switched on while CHANGES are tried, because others matter only with them
     UNREAD     fields that transformers writes into a config.json but does not read from a complete one
     REFUSED    fields and values that are refused by name
+    HUB        a config's form on the hub, where it is not as tests/models/test_families.py has it: a function
     SIZES      parameters of each shipped conf/model/NAME.yaml, from model cards and published index files
 
 All but VARIANTS may be left out. Nothing is registered: a new file is found.

@@ -96,6 +96,46 @@ def test_experts_all_alike_are_one_mlp():
     torch.testing.assert_close(loss_and_gradients(mixture)[0], loss_and_gradients(dense)[0])
 
 
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_multiplier_is_as_good_as_larger_embeddings_of_tokens_alone(tied: bool):
+    """Neither learned positions nor the output layer are multiplied, the latter even where it shares the weight."""
+    settings = {"position_embedding_type": "learned_absolute", "share_embeddings_and_output_weights": tied}
+    (scaled,), (plain,) = gpt.build(routed(embedding_multiplier=4.0, **settings)), gpt.build(routed(**settings))
+    plain.load_state_dict(scaled.state_dict())
+    ids = torch.arange(16)[None]
+    embedded, output = (model.embedding(ids, ids) for model in (plain, scaled))
+    words = plain.embedding.word_embeddings(ids).transpose(0, 1)
+    torch.testing.assert_close(output, embedded + 3 * words)
+    hidden = torch.randn(16, 1, 32)
+    weights = [model.shared_embedding_or_output_weight() if tied else None for model in (plain, scaled)]
+    logits, same = (
+        model.output_layer(hidden, weight)[0] for model, weight in zip((plain, scaled), weights, strict=True)
+    )
+    assert torch.equal(logits, same)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_embedding_multiplier_is_rounded_to_the_dtype_of_the_weight():
+    (model,) = gpt.build(routed(embedding_multiplier=3072**0.5), dtype=torch.bfloat16)
+    words = model.embedding.word_embeddings
+    ids = torch.arange(16)[None]
+    assert torch.equal(words(ids), 55.5 * words.weight[ids])
+
+
+@pytest.mark.usefixtures("one_process")
+def test_capped_logits_reach_the_loss_too():
+    padding = {"make_vocab_size_divisible_by": 64}
+    (capped,), (plain,) = gpt.build(routed(final_logit_softcapping=0.1, **padding)), gpt.build(routed(**padding))
+    plain.load_state_dict(capped.state_dict())
+    ids = torch.arange(16)[None]
+    labels = ids.roll(-1, 1)
+    logits = 0.1 * torch.tanh(plain(ids, ids, None) / 0.1)
+    torch.testing.assert_close(capped(ids, ids, None), logits)
+    expected = torch.nn.functional.cross_entropy(logits[0, :, :131], labels[0], reduction="none")
+    torch.testing.assert_close(capped(ids, ids, None, labels=labels)[0], expected)
+
+
 def test_padded_size_is_a_multiple_of_tensor_ranks_too():
     parallelism = {"tensor_model_parallel_size": 4}
     assert gpt.padded_vocab_size(routed()) == 131

@@ -1,13 +1,12 @@
-"""Constant factors on what a branch adds to the residual stream and on the logits (Granite, IBM 2024)."""
+"""A constant factor on what each branch adds to the residual stream (Granite, IBM 2024)."""
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
-def scale_branches(layer: Any, config: Any) -> None:
+def use(layer: Any, config: Any) -> None:
     """`residual_multiplier`: residual + multiplier * dropout(output + bias), behind attention and behind the MLP.
 
     Every rank scales its own part of the residual stream, so no layout changes it.
@@ -33,13 +32,3 @@ def _scaled(bias_dropout_add: Callable[..., Any], multiplier: float) -> Callable
         return scaled
 
     return get_scaled_bias_dropout_add
-
-
-def divide_logits(output_layer: torch.nn.Module, divisor: float) -> None:
-    """`logits_scaling`: a forward hook divides what the output layer returns, on every path that asks for logits."""
-
-    def divided(module: Any, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-        logits, bias = output
-        return logits / divisor, bias
-
-    output_layer.register_forward_hook(divided)
