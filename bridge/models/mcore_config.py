@@ -162,8 +162,8 @@ def _attention_factor(routed: Routed, fields: Mapping[str, Any]) -> dict[str, An
 
     Hugging Face multiplies cos and sin of queries and of keys by it, so every logit by its square: the same as a larger
     softmax scale, which reaches every attention kernel, also those with fused or packed rotary embedding where
-    megatron-core's own factor is dropped (rope_utils.py:265). Where some channels or layers are not rotated their logits
-    keep their size: the rotated channels of the queries alone take the square, before any kernel sees them.
+    megatron-core's own factor is dropped (rope_utils.py:265). Where some channels or layers are not rotated, their
+    logits keep their size: the rotated channels of the queries alone take the square, before any kernel sees them.
     """
     parameters = routed.transformer.get("rope_parameters")
     if not parameters:

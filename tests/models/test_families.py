@@ -72,8 +72,8 @@ def test_config_means_the_same_after_a_round_trip(variant: str, tmp_path: Path):
     hf_models.config(variant).save_pretrained(tmp_path)
     hf = hf_config.read(tmp_path)
     section = hf_config.to_mcore(hf)
-    tests = hf_models.VARIANTS[variant]
-    hub = families.get(tests.family, "HUB") or functools.partial(hub_style, given=tests.config)
+    kind, given = hf_models.VARIANTS[variant]
+    hub = families.get(kind, "HUB") or functools.partial(hub_style, given=given)
     assert hf_config.to_mcore(hub(hf)) == section
     unchanged = hf_config.to_hf(section, dtype="float32", source=hf)
     assert {name: value for name, value in unchanged.items() if name != "dtype"} == {
@@ -86,7 +86,7 @@ def test_config_means_the_same_after_a_round_trip(variant: str, tmp_path: Path):
     tokens = {"bos_token_id", "eos_token_id", "pad_token_id", "architectures", "dtype", "_name_or_path", "model_type"}
     # Without a window transformers keeps a number that it does not read.
     unread = set() if original.get("use_sliding_window") else {"max_window_layers"}
-    unread |= set(families.get(hf_models.VARIANTS[variant].family, "UNREAD"))
+    unread |= set(families.get(kind, "UNREAD"))
     assert {k: v for k, v in loaded.items() if k not in tokens | unread} == {
         k: v for k, v in original.items() if k not in tokens | unread
     }
