@@ -29,6 +29,9 @@ class OwnFields:
     moe_norm_min: float | None = None
     # RMSNorm of queries and of keys over all heads together, instead of qk_layernorm, which is for each head.
     qk_layernorm_full_width: bool = False
+    # num_query_groups and ffn_hidden_size of each layer where they differ; 0: no attention, no MLP. None: all equal.
+    num_query_groups_by_layer: list[int] | None = None
+    ffn_hidden_size_by_layer: list[int] | None = None
     # What the output of attention and of the MLP is multiplied by before it is added to the residual stream.
     residual_multiplier: float = 1.0
     # What the logits are divided by.

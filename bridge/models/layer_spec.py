@@ -14,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from bridge.models import branch_scale, full_width_norm, local_rope, router
+from bridge.models import branch_scale, full_width_norm, local_rope, router, unequal_layers
 from bridge.models.core_attention import CoreAttention
 from bridge.models.mcore_config import Config
 from bridge.models.norm import Norm
@@ -98,6 +98,7 @@ def block_spec(config: Config, *, vp_stage: int | None = None) -> TransformerBlo
             _use_common_keys(layer)
         for vary in VARIATIONS:
             vary(layer, config)
+    spec.layer_specs = unequal_layers.leave_branches_out(spec.layer_specs, config, vp_stage=vp_stage)
     if not with_te:
         spec.layer_norm = Norm
     return spec

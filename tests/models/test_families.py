@@ -67,7 +67,7 @@ def hub_style(hf: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("variant", hf_models.variants())
 def test_config_means_the_same_after_a_round_trip(variant: str, tmp_path: Path):
-    from transformers import AutoConfig
+    from tests.auto import AutoConfig
 
     hf_models.config(variant).save_pretrained(tmp_path)
     hf = hf_config.read(tmp_path)
@@ -94,7 +94,7 @@ def test_config_means_the_same_after_a_round_trip(variant: str, tmp_path: Path):
 
 @pytest.mark.parametrize("name", family.known_names())
 def test_defaults_are_those_of_the_transformers_class(name: str):
-    from transformers import AutoConfig
+    from tests.auto import AutoConfig
 
     facts = family.by_name(name)
     kind = type(AutoConfig.for_model(facts.model_type))

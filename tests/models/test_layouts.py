@@ -27,8 +27,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "cp2": {"context_parallel_size": 2},
 }
-# Between them: biases everywhere, tied weights, a window in half of the layers, qk-norm, an attention factor, factors on
-# embedding, branches and logits, layers without rope, an output projection alone without bias.
+# Between them: biases everywhere, tied weights, a window in half of the layers, qk-norm, an attention factor, factors
+# on embedding, branches and logits, layers without rope, an output projection alone without bias, unequal layers.
 VARIANTS = (
     "llama_all_bias",
     "llama_yarn_options",
@@ -40,6 +40,8 @@ VARIANTS = (
     "smollm3_window",
     "smollm3_yarn",
     "seed_oss_tied",
+    "llama_nemotron_all_bias",
+    "llama_nemotron_empty",
 )
 
 
