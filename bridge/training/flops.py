@@ -11,17 +11,20 @@ def per_token(config: TransformerConfig, *, vocab_size: int, sequence_length: in
     half of a sequence of s tokens, for L layers of n_h heads of size d_h. This is megatron-core's
     num_floating_point_operations for dense and MoE GPT models; recomputation is never counted.
     """
-    hidden, layers = config.hidden_size, config.num_layers
-    query = config.num_attention_heads * config.kv_channels
-    key_value = config.num_query_groups * config.kv_channels
-    attention = hidden * (query + 2 * key_value) + query * hidden
-    weights = layers * attention + _mlp_weights(config) + hidden * vocab_size
-    return 6.0 * weights + 6.0 * layers * query * sequence_length
+    hidden, query = config.hidden_size, config.num_attention_heads * config.kv_channels
+    by_layer = getattr(config, "num_query_groups_by_layer", None) or [config.num_query_groups] * config.num_layers
+    groups = [number for number in by_layer if number]  # 0: a layer without attention
+    attention = sum(2 * hidden * (query + number * config.kv_channels) for number in groups)
+    weights = attention + _mlp_weights(config) + hidden * vocab_size
+    return 6.0 * weights + 6.0 * len(groups) * query * sequence_length
 
 
 def _mlp_weights(config: TransformerConfig) -> float:
     matrices = 3 if config.gated_linear_unit else 2
     dense = matrices * config.hidden_size * config.ffn_hidden_size
+    by_layer = getattr(config, "ffn_hidden_size_by_layer", None)
+    if by_layer:
+        return matrices * config.hidden_size * sum(by_layer)
     if config.num_moe_experts is None:
         return config.num_layers * dense
     expert = matrices * config.hidden_size * (config.moe_ffn_hidden_size or config.ffn_hidden_size)

@@ -31,3 +31,4 @@ VARIANTS = {
 CHANGES = {"block_configs": [block(2, 8.0), block(2, 16.0), block(1, None), block(4, 8.0)]}
 SHAPES = ["block_configs"]
 REFUSED = {"num_key_value_heads": 2, "intermediate_size": 88}
+SIZES = {"llama3_3_nemotron_super_49b": 49_867_145_216}
