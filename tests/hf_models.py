@@ -7,12 +7,13 @@ max_position_embeddings (64) to differ from the default.
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from tests import families
+from tests import families, hf_predictions
 
 
 class Variant(NamedTuple):
@@ -71,14 +72,19 @@ def model(variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **
         stored = set(built.state_dict())
         buffers = [(name, buffer) for name, buffer in built.named_buffers() if name in stored]
         for name, parameter in sorted([*built.named_parameters(), *buffers], key=lambda named: named[0]):
-            draw = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:  # around 1, or around 0 where the weight is stored less one
-                parameter.add_(0.3 * draw)
-            elif name.endswith("bias"):
-                parameter.copy_(0.3 * draw)
-            else:  # a gain over 1 keeps attention and logits far from uniform
-                parameter.copy_(1.5 * draw / parameter.shape[-1] ** 0.5)
+            draw(name, parameter, generator)
     return built.to(dtype).eval()
+
+
+def draw(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
+    """Fill a parameter away from its default."""
+    noise = torch.randn(tensor.shape, generator=generator)
+    if "norm" in name:  # around 1, or around 0 where the weight is stored less one
+        tensor.add_(0.3 * noise)
+    elif name.endswith("bias"):
+        tensor.copy_(0.3 * noise)
+    else:  # a gain over 1 keeps attention and logits far from uniform
+        tensor.copy_(1.5 * noise / tensor.shape[-1] ** 0.5)
 
 
 def save(
@@ -89,11 +95,16 @@ def save(
     seed: int = 0,
     tokenizer: bool = True,
     max_shard_size: str = "5GB",
+    save_original_format: bool = True,
     **overrides: Any,
 ) -> Path:
     """`model(...)` saved by transformers into `directory`, beside a byte-level tokenizer. Returns `directory`."""
     built = model(variant, dtype=dtype, seed=seed, **overrides)
-    built.save_pretrained(directory, max_shard_size=max_shard_size)
+    built.save_pretrained(directory, max_shard_size=max_shard_size, save_original_format=save_original_format)
+    if getattr(built.config, "num_mtp_layers", 0):
+        generator = torch.Generator().manual_seed(seed + 1)
+        fill = partial(draw, generator=generator)
+        hf_predictions.add(directory, built.config, draw=fill, max_shard_size=max_shard_size)
     if tokenizer:
         byte_tokenizer().save_pretrained(directory)
     return directory

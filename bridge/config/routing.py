@@ -26,6 +26,7 @@ _POSITIVE = (*_REQUIRED[1:], "make_vocab_size_divisible_by")
 _NARROWED = {
     "activation_func": f"Literal{list(ACTIVATIONS)}",
     "optimizer": f"Literal{list(OPTIMIZERS)}",
+    "q_lora_rank": "Optional[int]",  # null: queries without a latent
     # fp8 is a format of optimizer states only.
     "params_dtype": "Literal['fp32', 'bf16', 'fp16']",
     "pipeline_dtype": "Literal['fp32', 'bf16', 'fp16', None]",

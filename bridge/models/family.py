@@ -26,6 +26,8 @@ class Family:
     constants: Mapping[str, Any]  # model keys with one value for every model of the family
     rows: Callable[[Mapping[str, Any]], Table] = field(repr=False)  # complete model keys -> weight table
     aliases: tuple[str, ...] = ()  # other names of the same class in files, older ones that shipped their own code
+    # The config fields of a directory, given its tensors' names, where files may lack parts that their config counts.
+    stored: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Any]] | None = field(repr=False, default=None)
     # Further ways in which files name or stack the same tensors, such as all experts in one tensor.
     spellings: Mapping[str, Callable[[Mapping[str, Any]], Table]] = field(repr=False, default_factory=dict)
 
@@ -78,6 +80,8 @@ def known_names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(families.__path__)))
 
 
+# Keys for which null says something, although megatron-core's default is a number.
+NULLABLE = ("q_lora_rank",)
 # What the program does where megatron-core's own default is None or code.
 OWN_DEFAULTS = {"activation_func": "gelu", "make_vocab_size_divisible_by": 1, **own_fields.defaults()}
 
@@ -97,7 +101,7 @@ def mcore_defaults() -> dict[str, Any]:
 
 def complete(model: Mapping[str, Any]) -> dict[str, Any]:
     """`model` with every absent key filled as megatron-core would fill it."""
-    full = mcore_defaults() | {name: value for name, value in model.items() if value is not None}
+    full = mcore_defaults() | {name: value for name, value in model.items() if value is not None or name in NULLABLE}
     hidden, heads = full["hidden_size"], full["num_attention_heads"]
     derived = {"num_query_groups": heads, "kv_channels": hidden // heads, "ffn_hidden_size": 4 * hidden}
     return full | {name: value for name, value in derived.items() if full[name] is None}

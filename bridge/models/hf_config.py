@@ -1,14 +1,15 @@
 """A Hugging Face config.json and the `model` section of a run, each from the other, with every field accounted for."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.errors import ConversionError
-from bridge.models.family import Family, by_name, complete, mcore_defaults, name_of_hf_config
+from bridge.models.family import Family, by_name, complete, known_names, mcore_defaults, name_of_hf_config
 from bridge.models.hf_fields import Part
+from bridge.weights.hf_files import INDEX, open_hf
 
 # Fields that cannot change the logits of a decoder: bookkeeping, tokens, generation, what forward() returns.
 IRRELEVANT_NAMES = """
@@ -35,7 +36,10 @@ NEUTRAL: dict[str, Any] = {
 
 
 def read(directory: Path | str) -> dict[str, Any]:
-    """The content of DIRECTORY/config.json as it is. Raises ConversionError when it is missing or not a JSON object."""
+    """The content of DIRECTORY/config.json as it is, but for parts it counts that the files beside it do not have.
+
+    Raises ConversionError when it is missing or not a JSON object.
+    """
     path = Path(directory) / "config.json"
     try:
         hf = json.loads(path.read_text(encoding="utf-8"))
@@ -45,7 +49,21 @@ def read(directory: Path | str) -> dict[str, Any]:
         raise ConversionError(f"{path}: cannot be read: {error}") from error
     if not isinstance(hf, dict):
         raise ConversionError(f"{path}: holds {type(hf).__name__}, not an object")
-    return hf
+    stored = next(
+        (facts.stored for facts in map(by_name, known_names()) if facts.model_type == hf.get("model_type")), None
+    )
+    return dict(stored(hf, _tensor_names(path.parent))) if stored else hf
+
+
+def _tensor_names(directory: Path) -> Collection[str]:
+    """The tensors of a directory, empty when it has none or they cannot be read, which is for others to report."""
+    index, single = directory / INDEX, directory / "model.safetensors"
+    try:
+        if index.is_file():
+            return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        return open_hf(directory).tensors if single.is_file() else ()
+    except (OSError, ValueError, LookupError, TypeError, ConversionError):
+        return ()
 
 
 def to_mcore(hf: Mapping[str, Any], *, family: str | None = None) -> dict[str, Any]:

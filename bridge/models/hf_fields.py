@@ -44,15 +44,16 @@ def optional(hf_name: str, model_key: str, kind: Callable[[Any], Any] = float) -
     )
 
 
-def only(hf_name: str, *values: Any) -> Part:
-    """A field of which only these values are supported, the default among them."""
+def only(hf_name: str, *values: Any, written: bool = False) -> Part:
+    """A field of which only these values are supported, the default among them. `written`: other programs look for it,
+    and find the first."""
 
     def read(hf: Values) -> dict[str, Any]:
         if hf_name in hf and hf[hf_name] not in values:
             raise refused(hf_name, hf[hf_name], f"only {' or '.join(map(repr, values))} is supported")
         return {}
 
-    return Part((hf_name,), (), read, lambda model: {})
+    return Part((hf_name,), (), read, lambda model: {hf_name: values[0]} if written else {})
 
 
 def unread(*hf_names: str) -> Part:

@@ -19,10 +19,9 @@ DEFAULT_THETA = 10000.0
 def rope(*, partial: float | None = None, theta: float = DEFAULT_THETA) -> Part:
     """Base and scaling of the rotary embedding, and the share of each head's channels that it rotates.
 
-    `theta` is the base in a config that does not say (`default_theta` of the class in transformers). `partial` is the
-    share in one that does not say; None: the family rotates every channel, and a config that asks for less is refused.
-    Pairs of neighbouring channels (GLM-4, Ernie) are the
-    constant `rotary_interleaved: True` of a family.
+    `theta` is the base in a config that does not say (`default_theta` of the class in transformers), `partial` the
+    share; None: the family rotates every channel, and a config that asks for less is refused. Pairs of neighbouring
+    channels (GLM-4, Ernie) are the constant `rotary_interleaved: True` of a family.
     """
     return Part(HF_NAMES, MODEL_KEYS, lambda hf: _read(hf, partial, theta), lambda model: _write(model, partial))
 
@@ -47,7 +46,7 @@ def rope_and_local_rope(window: Part, *, theta: float, local_theta: float) -> Pa
         if scaling and "rope_type" not in scaling:
             raise refused("rope_scaling", scaling, "transformers reads rope_type in it for this family, not type")
         own = {"rope_theta": hf.get("rope_theta", theta)} | (given.get("full_attention") or {}) | scaling
-        keys = window.read(hf) | _read({**hf, "rope_parameters": own, "rope_scaling": None}, None)
+        keys = window.read(hf) | _read({**hf, "rope_parameters": own, "rope_scaling": None}, None, theta)
         kind = keys.get("rope_parameters", {}).get("rope_type", "default")
         if kind not in FOR_SOME_LAYERS:
             raise refused("rope_type", kind, f"for some layers alone only {', '.join(FOR_SOME_LAYERS)} are supported")
@@ -69,7 +68,7 @@ def rope_and_local_rope(window: Part, *, theta: float, local_theta: float) -> Pa
     return Part(hf_names, (*MODEL_KEYS, LOCAL, *window.model_keys), read, write)
 
 
-def _read(hf: Values, partial: float | None, default_theta: float = DEFAULT_THETA) -> dict[str, Any]:
+def _read(hf: Values, partial: float | None, default_theta: float) -> dict[str, Any]:
     given = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     nested = [name for name, value in given.items() if isinstance(value, dict)]
     if nested:

@@ -89,8 +89,9 @@ TYPED: dict[str, Callable[[Any], Any]] = {
 # For a build on the meta device: nothing to initialise, "CPU" initialisation because only that path lets torch.device
 # choose, and the local layers because Transformer Engine's allocate for themselves. Names and shapes are the same.
 WITHOUT_STORAGE = {"use_cpu_initialization": True, "perform_initialization": False, "transformer_impl": "local"}
-# megatron-core's own rotary embedding of latent attention is replaced (see `rope_parameters`).
-LATENT: dict[str, Any] = {"rope_type": "rope", "rotary_scaling_factor": 1.0}
+# megatron-core's own rotary embedding of latent attention is replaced (bridge.models.latent_attention), and the fused
+# kernel that goes with it.
+LATENT: dict[str, Any] = {"rope_type": "rope", "rotary_scaling_factor": 1.0, "apply_rope_fusion": False}
 # Fields megatron-core itself rewrites into another form of the same value.
 REWRITTEN = frozenset({"pipeline_model_parallel_layout", "cuda_graph_scope", "no_rope_freq"})
 
@@ -164,11 +165,11 @@ def _attention_factor(routed: Routed, fields: Mapping[str, Any]) -> dict[str, An
 
     Hugging Face multiplies cos and sin of queries and of keys by it, so every logit by its square: the same as a larger
     softmax scale, which reaches every attention kernel, also those with fused or packed rotary embedding where
-    megatron-core's own factor is dropped (rope_utils.py:265). Where some channels or layers are not rotated, their
-    logits keep their size: the rotated channels of the queries alone take the square, before any kernel sees them.
+    megatron-core's own factor is dropped (rope_utils.py:265). Where some channels, or some layers, are not rotated
+    their logits keep their size: the rotated channels of the queries take the square, before any kernel sees them.
     """
     parameters = routed.transformer.get("rope_parameters")
-    if not parameters:
+    if not parameters or routed.transformer.get("multi_latent_attention"):
         return {}
     key = "model.rope_parameters"
     if routed.gpt.get("position_embedding_type") != "rope":
@@ -184,10 +185,10 @@ def _attention_factor(routed: Routed, fields: Mapping[str, Any]) -> dict[str, An
     channels = fields.get("kv_channels") or fields["hidden_size"] // fields["num_attention_heads"]
     share = routed.gpt.get("rotary_percent", 1.0)
     if share != 1.0 or fields.get("no_rope_freq"):
-        if fields.get("fused_single_qkv_rope") or fields.get("multi_latent_attention"):
+        if fields.get("fused_single_qkv_rope"):
             raise ConfigError(
-                f"{key}: an attention factor of {factor:g} with fused_single_qkv_rope or multi_latent_attention needs "
-                "model.rotary_percent=1.0 and no model.no_rope_freq"
+                f"{key}: an attention factor of {factor:g} with fused_single_qkv_rope needs model.rotary_percent=1.0 "
+                "and no model.no_rope_freq"
             )
         return {"rotated_query_scale": (int(channels * share), factor**2)}
     plain = fields.get("softmax_scale") or 1 / math.sqrt(channels)
@@ -224,11 +225,23 @@ PAIRS = (
 )
 # Keys of parts of megatron-core that are not built here, or that it reads nowhere, and the values that ask for nothing.
 NOT_BUILT: dict[str, tuple[Any, ...]] = {
-    "mtp_num_layers": (None, 0),
-    "multi_latent_attention": (False,),
     "experimental_attention_variant": (None,),
     "fp16_lm_cross_entropy": (False,),
     "position_embedding_type": ("rope", "learned_absolute", "none"),
+}
+
+
+# What megatron-core's latent attention would ignore, and the values that ask for nothing.
+NOT_IN_LATENT_ATTENTION: dict[str, tuple[Any, ...]] = {
+    "add_attention_bias": (None,),
+    "add_qkv_bias": (False,),
+    "apply_rope_fusion": (False,),
+    "kv_channels": (None,),
+    "norm_placement": ("pre",),
+    "num_query_groups": (None,),
+    "position_embedding_type": ("rope",),
+    "rotary_percent": (1.0,),
+    "softmax_scale": (None,),
 }
 
 
@@ -244,6 +257,14 @@ def check_keys(routed: Routed) -> None:
     for name, harmless in NOT_BUILT.items():
         if name in values and values[name] not in harmless:
             raise ConfigError(f"{_key(routed, name)}: {values[name]!r} is not supported; set {harmless[0]}")
+    for name, harmless in NOT_IN_LATENT_ATTENTION.items() if values.get("multi_latent_attention") else ():
+        if name in values and values[name] not in harmless:
+            raise ConfigError(
+                f"{_key(routed, name)}: {values[name]!r} is not supported with model.multi_latent_attention; "
+                f"set {harmless[0]}"
+            )
+    if values.get("mtp_num_layers", 1) < 1:
+        raise ConfigError(f"{_key(routed, 'mtp_num_layers')}: {values['mtp_num_layers']} is not positive; set null")
     for name, other, enough in PAIRS:
         if values.get(name) and not (values.get(other) in enough if enough else values.get(other)):
             raise ConfigError(

@@ -172,10 +172,9 @@ def check_ignored(hf: HfFiles, table: Table) -> Ignored:
         if row is None:
             continue
         if row.same_as and not bit_equal(hf.read(name), hf.read(row.same_as)):
-            raise ConversionError(
-                f"{hf.tensors[name].file}: {name} differs from {row.same_as}, although the config ties them; "
-                "set tie_word_embeddings to false in config.json"
-            )
+            cure = "it has to be a copy" if row.always else "set tie_word_embeddings to false in config.json"
+            why = row.reason if row.always else "the config ties them"
+            raise ConversionError(f"{hf.tensors[name].file}: {name} differs from {row.same_as}, although {why}; {cure}")
         ignored.names.append(name)
         if row.same_as:
             ignored.copies[name] = row.same_as

@@ -1,7 +1,6 @@
 """The contract every family keeps: the logits of transformers, and a config that means the same after a round trip."""
 
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,8 +53,8 @@ WORKED_OUT = {"layer_types", "no_rope_layers"}
 
 
 def hub_style(hf: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The same config as files on the hub have it: rope_theta, rope_scaling with `type`, torch_dtype, and
-    lists by layer only where they are `given`."""
+    """The same config as files on the hub have it: rope_theta, rope_scaling with `type`, torch_dtype, and lists by
+    layer only where they are `given`."""
     rope = dict(hf["rope_parameters"])
     gone = {"rope_parameters", "dtype"} | (WORKED_OUT - given.keys())
     old = {name: value for name, value in hf.items() if name not in gone}
@@ -72,9 +71,9 @@ def test_config_means_the_same_after_a_round_trip(variant: str, tmp_path: Path):
     hf_models.config(variant).save_pretrained(tmp_path)
     hf = hf_config.read(tmp_path)
     section = hf_config.to_mcore(hf)
-    kind, given = hf_models.VARIANTS[variant]
-    hub = families.get(kind, "HUB") or functools.partial(hub_style, given=given)
-    assert hf_config.to_mcore(hub(hf)) == section
+    name, given = hf_models.VARIANTS[variant]
+    hub = families.get(name, "HUB")
+    assert hf_config.to_mcore(hub(hf) if hub else hub_style(hf, given)) == section
     unchanged = hf_config.to_hf(section, dtype="float32", source=hf)
     assert {name: value for name, value in unchanged.items() if name != "dtype"} == {
         name: value for name, value in hf.items() if name != "dtype"
@@ -86,7 +85,7 @@ def test_config_means_the_same_after_a_round_trip(variant: str, tmp_path: Path):
     tokens = {"bos_token_id", "eos_token_id", "pad_token_id", "architectures", "dtype", "_name_or_path", "model_type"}
     # Without a window transformers keeps a number that it does not read.
     unread = set() if original.get("use_sliding_window") else {"max_window_layers"}
-    unread |= set(families.get(kind, "UNREAD"))
+    unread |= set(families.get(name, "UNREAD"))
     assert {k: v for k, v in loaded.items() if k not in tokens | unread} == {
         k: v for k, v in original.items() if k not in tokens | unread
     }

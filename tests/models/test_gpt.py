@@ -165,7 +165,7 @@ def test_a_kernel_that_splits_queries_off_late_cannot_have_an_attention_factor(m
     monkeypatch.setattr(platform, "check", lambda *_: None)  # as where Transformer Engine is
     partial = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "rotary_percent": 0.5}
     assert gpt.transformer_config(routed(**partial)).rotated_query_scale == (4, pytest.approx(1.1386**2, rel=1e-4))
-    with pytest.raises(ConfigError, match=r"attention factor of 1.1386.*rotary_percent=1.0 with fused_single_qkv_rope"):
+    with pytest.raises(ConfigError, match=r"factor of 1.1386.*fused_single_qkv_rope needs model.rotary_percent=1.0"):
         gpt.transformer_config(routed(**partial, fused_single_qkv_rope=True))
 
 
