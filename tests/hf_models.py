@@ -57,7 +57,7 @@ def variants(family: str | None = None) -> list[str]:
 
 def config(variant: str, **overrides: Any) -> Any:
     """The transformers config of a variant; `overrides` in HF's field names win."""
-    from transformers import AutoConfig
+    from tests.auto import AutoConfig
 
     family, fields = VARIANTS[variant]
     kind = families.get(family, "MODEL_TYPE") or family
@@ -67,7 +67,7 @@ def config(variant: str, **overrides: Any) -> Any:
 
 def model(variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
     """The transformers model of a variant in eval mode, every parameter and stored buffer drawn anew from `seed`."""
-    from transformers import AutoModelForCausalLM
+    from tests.auto import AutoModelForCausalLM
 
     built = AutoModelForCausalLM.from_config(config(variant, **overrides), attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
@@ -137,5 +137,7 @@ def prompts(*, batch: int = 2, length: int = 24, vocab_size: int = BASE["vocab_s
 
 def logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
     """What transformers answers for `ids` in float32: [batch, length, vocab]."""
+    import tests.auto  # noqa: F401
+
     with torch.no_grad():
         return reference.load(directory)(ids).logits

@@ -72,16 +72,22 @@ def attention(
     output: str = "self_attn.o_proj",
     prefix: str = HF,
 ) -> Rows:
-    """The four projections of attention with grouped queries; their biases where the model has them."""
-    op = Qkv(model["num_attention_heads"], model["num_query_groups"], model["kv_channels"])
+    """The four projections of attention with grouped queries; their biases where the model has them.
+
+    Layers with unequal numbers of groups have rows of their own.
+    """
     own = model["add_attention_bias"]
     bias = bool(model["add_bias_linear"] if own is None else own)
-    names = tuple(f"{prefix}{name}.{{0}}" for name in qkv)
-    return [
-        *linear(MCORE + "self_attention.linear_qkv.{0}", names, op, bias=bias or model["add_qkv_bias"]),
-        *linear(MCORE + "self_attention.linear_proj.{0}", f"{prefix}{output}.{{0}}", bias=bias),
-        Ignore(prefix + "self_attn.rotary_emb.inv_freq", "a buffer old files hold; computed from the config"),
-    ]
+    by_layer = model["num_query_groups_by_layer"]
+    rows: Rows = []
+    for layer, groups in enumerate(by_layer) if by_layer else [("{layer}", model["num_query_groups"])]:
+        if groups:
+            op = Qkv(model["num_attention_heads"], groups, model["kv_channels"])
+            hf, mcore = (name.replace("{layer}", str(layer)) for name in (prefix, MCORE + "self_attention."))
+            names = tuple(f"{hf}{name}.{{0}}" for name in qkv)
+            rows += linear(mcore + "linear_qkv.{0}", names, op, bias=bias or model["add_qkv_bias"])
+            rows += linear(mcore + "linear_proj.{0}", f"{hf}{output}.{{0}}", bias=bias)
+    return [*rows, Ignore(prefix + "self_attn.rotary_emb.inv_freq", "a buffer of old files; computed from the config")]
 
 
 def mlp(
