@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bridge.convert import reference
+
 # Name in the files -> whether it is [hidden, 2 * hidden] or a norm's weight.
 OF_A_MODULE = {"enorm": False, "hnorm": False, "eh_proj": True, "shared_head.norm": False}
 EMBEDDING = "model.embed_tokens.weight"
@@ -74,10 +76,9 @@ class Reference(NamedTuple):
 
 def transformers_models(directory: Path) -> Reference:
     """Both, read from the files of `directory` by transformers itself."""
-    from transformers import AutoModelForCausalLM
     from transformers.modeling_layers import MtpModel
 
-    main = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa").eval()
+    main = reference.load(directory)
     # Which tensors are the modules': the class says it of a model with 61 layers only.
     main._keys_to_ignore_on_load_unexpected = [
         rf"model\.layers\.{main.config.num_hidden_layers + module}\." for module in range(main.config.num_mtp_layers)

@@ -11,6 +11,7 @@ from torch import Tensor
 from bridge import parallel, platform
 from bridge.config.routing import Routed
 from bridge.config.schema import ConvertConfig
+from bridge.convert import reference
 from bridge.convert.skeleton import Skeleton, skeleton
 from bridge.errors import ConversionError
 from bridge.models import gpt
@@ -99,11 +100,10 @@ def token_ids(hf: str | Path, routed: Routed, *, prompts: Sequence[str] | None) 
 
 @torch.no_grad()
 def _transformers_logits(hf: str | Path, prompts: Sequence[Tensor]) -> list[Tensor]:
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
+    model = reference.load(hf)
     return [model(ids[None]).logits[0] for ids in prompts]
 
 

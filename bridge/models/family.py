@@ -25,6 +25,8 @@ class Family:
     parts: tuple[Part, ...]  # the fields that shape the model
     constants: Mapping[str, Any]  # model keys with one value for every model of the family
     rows: Callable[[Mapping[str, Any]], Table] = field(repr=False)  # complete model keys -> weight table
+    # The model_type whose class in transformers computes this model, where transformers does not know its own.
+    class_of: str = ""
     aliases: tuple[str, ...] = ()  # other names of the same class in files, older ones that shipped their own code
     # The config fields of a directory, given its tensors' names, where files may lack parts that their config counts.
     stored: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Any]] | None = field(repr=False, default=None)

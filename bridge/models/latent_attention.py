@@ -60,8 +60,7 @@ class LatentRotaryEmbedding(ScaledRotaryEmbedding):
     """Angles, and what cos and sin are multiplied by. Only some channels of a head are rotated here, so the factor
     cannot move into the softmax scale, where all other models have it."""
 
-    # Returns a pair, which megatron-core's annotation of the base class does not foresee.
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:  # type: ignore[override]
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
         """(angles in radians, float32 [sequence, 1, 1, channels], factor), for megatron-core to rotate with."""
         factor = rope.attention_factor(self.rope_parameters, max_sequence_length=self.max_sequence_length)
         return super().forward(*args, **kwargs), factor

@@ -18,4 +18,4 @@ VARIANTS = {
 }
 CHANGES = {**LATENT_CHANGES, "norm_topk_prob": False, "num_mtp_layers": 2}
 REFUSED = {**LATENT_REFUSED, "rope_interleave": False}
-SIZES = {"deepseek_v3": 684_489_845_504, "moonlight_16b_a3b": 15_960_111_936}
+SIZES = {"deepseek_v3": 682_636_472_320, "moonlight_16b_a3b": 15_960_108_544}

@@ -96,7 +96,7 @@ def test_defaults_are_those_of_the_transformers_class(name: str):
     from tests.auto import AutoConfig
 
     facts = family.by_name(name)
-    kind = type(AutoConfig.for_model(facts.model_type))
+    kind = type(AutoConfig.for_model(facts.class_of or facts.model_type))
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     for field, value in facts.hf_defaults.items():
         assert defaults[field] == value, field

@@ -4,4 +4,4 @@ from dataclasses import replace
 
 from bridge.models.families import deepseek_v3
 
-FAMILY = replace(deepseek_v3.FAMILY, model_type="kimi_k2")
+FAMILY = replace(deepseek_v3.FAMILY, model_type="kimi_k2", class_of="deepseek_v3")
