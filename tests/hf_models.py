@@ -137,5 +137,7 @@ def prompts(*, batch: int = 2, length: int = 24, vocab_size: int = BASE["vocab_s
 
 def logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
     """What transformers answers for `ids` in float32: [batch, length, vocab]."""
+    import tests.auto  # noqa: F401
+
     with torch.no_grad():
         return reference.load(directory)(ids).logits

@@ -151,7 +151,6 @@ def test_padded_size_is_a_multiple_of_tensor_ranks_too():
         ({"fp8": "hybrid"}, "model.fp8: 'hybrid' needs Transformer Engine"),
         ({"window_attn_skip_freq": 2}, "model.window_attn_skip_freq: 2 has no effect while window_size is None"),
         ({"position_embedding_type": "yarn"}, "model.position_embedding_type: 'yarn' is not supported; set rope"),
-        ({"mtp_num_layers": 1}, "model.mtp_num_layers: 1 is not supported"),
         ({"recompute_granularity": "full"}, "model.recompute_granularity.*: megatron-core refuses it"),
         ({"attention_softmax_in_fp32": False}, "attention_softmax_in_fp32: False needs Transformer Engine"),
     ],
