@@ -21,9 +21,7 @@ def load(directory: Path | str, *, attn_implementation: str = "eager") -> Any:
     families = map(family.by_name, family.known_names())
     class_of = next((facts.class_of for facts in families if facts.model_type == kind), None)
     if not class_of and kind not in CONFIG_MAPPING:
-        raise ConversionError(
-            f"{directory}: model_type {kind!r} is not in transformers, so there is no logit to compare"
-        )
+        raise ConversionError(f"{directory}: model_type {kind!r} is not in transformers, so no logits can be compared")
     config = {"config": _config(directory, class_of)} if class_of else {}
     options = {"dtype": torch.float32, "attn_implementation": attn_implementation}
     return AutoModelForCausalLM.from_pretrained(directory, **options, **config).eval()
