@@ -6,6 +6,7 @@ max_position_embeddings (64) to differ from the default.
 """
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,8 +58,11 @@ def config(variant: str, **overrides: Any) -> Any:
 
     family, fields = VARIANTS[variant]
     kind = families.get(family, "MODEL_TYPE") or family
+    # transformers keeps a field that the class does not have, and passes it on to config.json.
+    known = {field.name for field in dataclasses.fields(type(AutoConfig.for_model(kind)))}
+    base = {name: value for name, value in BASE.items() if name in known} | families.get(family, "BASE")
     # Deep copy: transformers normalises rope_parameters in place.
-    return AutoConfig.for_model(kind, **copy.deepcopy({**BASE, **fields, **overrides}))
+    return AutoConfig.for_model(kind, **copy.deepcopy({**base, **fields, **overrides}))
 
 
 def model(variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
@@ -72,7 +76,7 @@ def model(variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **
         buffers = [(name, buffer) for name, buffer in built.named_buffers() if name in stored]
         for name, parameter in sorted([*built.named_parameters(), *buffers], key=lambda named: named[0]):
             draw = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
+            if "norm" in name or ".ln_" in name:
                 parameter.copy_(1 + 0.3 * draw)
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * draw)

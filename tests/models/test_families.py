@@ -49,9 +49,12 @@ def test_logits_equal_transformers(variant: str, tmp_path: Path):
 
 def hub_style(hf: dict[str, Any]) -> dict[str, Any]:
     """The same config as files on the hub have it: rope_theta, rope_scaling with `type`, torch_dtype."""
-    rope = dict(hf["rope_parameters"])
     old = {name: value for name, value in hf.items() if name not in ("rope_parameters", "dtype", "layer_types")}
-    old |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": hf.get("dtype")}
+    old |= {"torch_dtype": hf.get("dtype")}
+    if "rope_parameters" not in hf:
+        return old
+    rope = dict(hf["rope_parameters"])
+    old |= {"rope_theta": rope.pop("rope_theta")}
     old |= {"partial_rotary_factor": rope.pop("partial_rotary_factor")} if "partial_rotary_factor" in rope else {}
     kind = rope.pop("rope_type")
     return old | ({"rope_scaling": {"type": kind, **rope}} if kind != "default" else {})
