@@ -6,6 +6,7 @@ max_position_embeddings (64) to differ from the default.
 """
 
 import copy
+import dataclasses
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -61,8 +62,11 @@ def config(variant: str, **overrides: Any) -> Any:
 
     family, fields = VARIANTS[variant]
     kind = families.get(family, "MODEL_TYPE") or family
+    # transformers keeps a field that the class does not have, and passes it on to config.json.
+    known = {field.name for field in dataclasses.fields(type(AutoConfig.for_model(kind)))}
+    base = {name: value for name, value in BASE.items() if name in known} | families.get(family, "BASE")
     # Deep copy: transformers normalises rope_parameters in place.
-    return AutoConfig.for_model(kind, **copy.deepcopy({**BASE, **fields, **overrides}))
+    return AutoConfig.for_model(kind, **copy.deepcopy({**base, **fields, **overrides}))
 
 
 def model(variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
@@ -82,7 +86,7 @@ def model(variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **
 def draw(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
     """Fill a parameter away from its default."""
     noise = torch.randn(tensor.shape, generator=generator)
-    if "norm" in name:  # around 1, or around 0 where the weight is stored less one
+    if "norm" in name or ".ln_" in name:  # around 1, or around 0 where the weight is stored less one
         tensor.add_(0.3 * noise)
     elif name.endswith("bias"):
         tensor.copy_(0.3 * noise)

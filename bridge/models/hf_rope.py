@@ -92,9 +92,8 @@ def _read(hf: Values, partial: float | None, default_theta: float) -> dict[str, 
     shares = (given.pop(SHARE, None), hf.get(SHARE), partial, 1.0)
     share = float(next(value for value in shares if value is not None))
     dim = _rotated_channels(hf, share, partial)
-    if theta != int(theta):
-        raise refused("rope_theta", theta, "megatron-core's rotary_base is a whole number")
-    keys: dict[str, Any] = {"position_embedding_type": "rope", "rotary_base": int(theta)}
+    theta = int(theta) if theta == int(theta) else float(theta)
+    keys: dict[str, Any] = {"position_embedding_type": "rope", "rotary_base": theta}
     keys |= {} if share == 1.0 else {"rotary_percent": share}
     if kind == "default":
         if given:

@@ -55,10 +55,12 @@ WORKED_OUT = {"layer_types", "no_rope_layers"}
 def hub_style(hf: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The same config as files on the hub have it: rope_theta, rope_scaling with `type`, torch_dtype, and lists by
     layer only where they are `given`."""
-    rope = dict(hf["rope_parameters"])
     gone = {"rope_parameters", "dtype"} | (WORKED_OUT - given.keys())
-    old = {name: value for name, value in hf.items() if name not in gone}
-    old |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": hf.get("dtype")}
+    old = {name: value for name, value in hf.items() if name not in gone} | {"torch_dtype": hf.get("dtype")}
+    if "rope_parameters" not in hf:
+        return old
+    rope = dict(hf["rope_parameters"])
+    old |= {"rope_theta": rope.pop("rope_theta")}
     old |= {"partial_rotary_factor": rope.pop("partial_rotary_factor")} if "partial_rotary_factor" in rope else {}
     kind = rope.pop("rope_type")
     return old | ({"rope_scaling": {"type": kind, **rope}} if kind != "default" else {})
