@@ -14,7 +14,10 @@ def load(directory: Path | str, *, attn_implementation: str = "eager") -> Any:
     A model_type that transformers does not know is loaded as the one whose class it shares (`Family.class_of`).
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its list of tensors it has no place for: the conversion accounts for every one
     kind = hf_config.read(directory).get("model_type")
     families = map(family.by_name, family.known_names())
     class_of = next((facts.class_of for facts in families if facts.model_type == kind), None)
