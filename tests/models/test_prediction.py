@@ -131,6 +131,17 @@ def test_a_live_model_gives_the_same_files(tmp_path: Path):
     assert all(torch.equal(saved[name], stored[name]) for name in stored)
 
 
+def test_a_config_that_does_not_count_them_is_as_its_files_are(tmp_path: Path):
+    source = hf_models.save("deepseek_v3", tmp_path, tokenizer=False)
+    config = hf_config.read(source)
+    del config["num_nextn_predict_layers"]
+    (source / "config.json").write_text(json.dumps(config))
+    assert hf_config.to_mcore(hf_config.read(source))["mtp_num_layers"] == 1
+    kept = {name: tensor for name, tensor in tensors(source).items() if ".layers.4." not in name}
+    save_file(kept, source / "model.safetensors", metadata={"format": "pt"})
+    assert "mtp_num_layers" not in hf_config.to_mcore(hf_config.read(source))
+
+
 @pytest.mark.parametrize("copy", ["embed_tokens", "shared_head.head"])
 def test_a_copy_that_is_none_is_refused(copy: str, tmp_path: Path):
     source = hf_models.save("deepseek_v3", tmp_path / "hf", tokenizer=False)
