@@ -152,6 +152,11 @@ def test_padded_size_is_a_multiple_of_tensor_ranks_too():
         ({"window_attn_skip_freq": 2}, "model.window_attn_skip_freq: 2 has no effect while window_size is None"),
         ({"position_embedding_type": "yarn"}, "model.position_embedding_type: 'yarn' is not supported; set rope"),
         ({"mtp_num_layers": 0}, "model.mtp_num_layers: 0 is not positive; set null"),
+        (
+            {"mtp_num_layers": 1, "recompute_granularity": "full", "recompute_method": "uniform"}
+            | {"recompute_num_layers": 2},
+            "model.recompute_num_layers: 2 does not go with model.mtp_num_layers; set 1",
+        ),
         ({"kv_lora_rank": 8}, "model.kv_lora_rank: 8 has no effect without latent attention"),
         *(
             (
