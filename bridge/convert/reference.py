@@ -16,7 +16,10 @@ def load(directory: Path | str, *, attn_implementation: str = "eager") -> Any:
     one, ConversionError: code that ships with a model is not run.
     """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its list of tensors it has no place for: the conversion accounts for every one
     kind = hf_config.read(directory).get("model_type")
     families = map(family.by_name, family.known_names())
     class_of = next((facts.class_of for facts in families if facts.model_type == kind), None)

@@ -100,9 +100,6 @@ def token_ids(hf: str | Path, routed: Routed, *, prompts: Sequence[str] | None) 
 
 @torch.no_grad()
 def _transformers_logits(hf: str | Path, prompts: Sequence[Tensor]) -> list[Tensor]:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     model = reference.load(hf)
     return [model(ids[None]).logits[0] for ids in prompts]
 

@@ -263,6 +263,11 @@ def check_keys(routed: Routed) -> None:
                 f"{_key(routed, name)}: {values[name]!r} is not supported with model.multi_latent_attention; "
                 f"set {harmless[0]}"
             )
+    together, modules = values.get("recompute_num_layers"), values.get("mtp_num_layers")
+    if modules and values.get("recompute_method") == "uniform" and together != 1:
+        raise ConfigError(
+            f"{_key(routed, 'recompute_num_layers')}: {together} does not go with model.mtp_num_layers; set 1"
+        )
     if values.get("mtp_num_layers", 1) < 1:
         raise ConfigError(f"{_key(routed, 'mtp_num_layers')}: {values['mtp_num_layers']} is not positive; set null")
     for name, other, enough in PAIRS:

@@ -151,6 +151,28 @@ def test_padded_size_is_a_multiple_of_tensor_ranks_too():
         ({"fp8": "hybrid"}, "model.fp8: 'hybrid' needs Transformer Engine"),
         ({"window_attn_skip_freq": 2}, "model.window_attn_skip_freq: 2 has no effect while window_size is None"),
         ({"position_embedding_type": "yarn"}, "model.position_embedding_type: 'yarn' is not supported; set rope"),
+        ({"mtp_num_layers": 0}, "model.mtp_num_layers: 0 is not positive; set null"),
+        (
+            {"mtp_num_layers": 1, "recompute_granularity": "full", "recompute_method": "uniform"}
+            | {"recompute_num_layers": 2},
+            "model.recompute_num_layers: 2 does not go with model.mtp_num_layers; set 1",
+        ),
+        ({"kv_lora_rank": 8}, "model.kv_lora_rank: 8 has no effect without latent attention"),
+        *(
+            (
+                {"multi_latent_attention": True, **ignored},
+                f"model.{next(iter(ignored))}: .* is not supported with model.m",
+            )
+            for ignored in (
+                {"kv_channels": 16},
+                {"num_query_groups": 2},
+                {"softmax_scale": 0.5},
+                {"apply_rope_fusion": True},
+                {"rotary_percent": 0.5},
+                {"add_attention_bias": True},
+                {"norm_placement": "post"},
+            )
+        ),
         ({"recompute_granularity": "full"}, "model.recompute_granularity.*: megatron-core refuses it"),
         ({"attention_softmax_in_fp32": False}, "attention_softmax_in_fp32: False needs Transformer Engine"),
     ],

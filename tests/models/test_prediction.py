@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import bridge
 from bridge import parallel
 from bridge.config.routing import route
 from bridge.convert.export import export_hf
 from bridge.convert.import_ import import_hf
-from bridge.errors import ConversionError
+from bridge.errors import ConfigError, ConversionError
 from bridge.models import family, gpt, hf_config
 from bridge.weights import live
 from bridge.weights.hf_files import open_hf
@@ -83,6 +84,28 @@ def test_without_labels_or_gradients_nothing_is_predicted(tmp_path: Path):
         assert calls
 
 
+@pytest.mark.parametrize(("layout", "rank"), [("Ett|ttmL", 1), ("Ett|tt|mL", 2)])
+def test_modules_stand_before_the_loss_wherever_the_layers_are(layout: str, rank: int, tmp_path: Path):
+    parallelism = {"pipeline_model_parallel_layout": layout, "pipeline_model_parallel_size": rank + 1}
+    model = _on_last_stage(tmp_path, parallelism, rank=rank)
+    assert len(model.mtp.layers) == 1
+    assert (model.decoder.final_layernorm is not None) == (rank == 1)
+
+
+def test_modules_on_another_stage_than_the_loss_are_refused(tmp_path: Path):
+    parallelism = {"pipeline_model_parallel_layout": "Ett|ttm|L", "pipeline_model_parallel_size": 3}
+    with pytest.raises(ConfigError, match="pipeline_model_parallel_layout: multi-token prediction .* put m before L"):
+        _on_last_stage(tmp_path, parallelism, rank=1)
+
+
+def _on_last_stage(directory: Path, parallelism: dict[str, Any], *, rank: int) -> gpt.GPT:
+    hf_models.config("deepseek_v3").save_pretrained(directory)
+    sections = {"model": hf_config.to_mcore(hf_config.read(directory)), "parallelism": parallelism}
+    routed = route({**sections, "precision": {"pipeline_dtype": "fp32"}})
+    with parallel.fake(parallelism["pipeline_model_parallel_size"], rank, routed.transformer):
+        return gpt.build(routed, meta=True)[0]
+
+
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
 
@@ -97,6 +120,26 @@ def test_files_without_the_modules_their_config_counts(tmp_path: Path):
     export_hf(tmp_path / "megatron", tmp_path / "back")
     assert json.loads((tmp_path / "back" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     assert tensors(tmp_path / "back").keys() == kept.keys()
+
+
+def test_a_live_model_gives_the_same_files(tmp_path: Path):
+    source = hf_models.save("deepseek_v3_tied", tmp_path / "hf", tokenizer=False)
+    with parallel.single_process():
+        bridge.save_hf([build(source)[0]], tmp_path / "saved")
+    saved, stored = tensors(tmp_path / "saved"), tensors(source)
+    assert saved.keys() == stored.keys()
+    assert all(torch.equal(saved[name], stored[name]) for name in stored)
+
+
+def test_a_config_that_does_not_count_them_is_as_its_files_are(tmp_path: Path):
+    source = hf_models.save("deepseek_v3", tmp_path, tokenizer=False)
+    config = hf_config.read(source)
+    del config["num_nextn_predict_layers"]
+    (source / "config.json").write_text(json.dumps(config))
+    assert hf_config.to_mcore(hf_config.read(source))["mtp_num_layers"] == 1
+    kept = {name: tensor for name, tensor in tensors(source).items() if ".layers.4." not in name}
+    save_file(kept, source / "model.safetensors", metadata={"format": "pt"})
+    assert "mtp_num_layers" not in hf_config.to_mcore(hf_config.read(source))
 
 
 @pytest.mark.parametrize("copy", ["embed_tokens", "shared_head.head"])

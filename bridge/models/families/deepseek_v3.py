@@ -9,7 +9,7 @@ from bridge.models.decoder_rows import embedding, final
 from bridge.models.families.deepseek_v2 import DEEPSEEK_CONSTANTS, DEEPSEEK_DEFAULTS, DEEPSEEK_PARTS, deepseek_layer
 from bridge.models.family import Family
 from bridge.models.hf_fields import only
-from bridge.models.hf_latent import multi_token_prediction, prediction_rows, without_missing_predictions
+from bridge.models.hf_prediction import multi_token_prediction, prediction_rows, without_missing_predictions
 from bridge.weights.table import Table
 
 V3_DEFAULTS = {
