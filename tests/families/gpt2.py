@@ -39,3 +39,4 @@ REFUSED = {
     "reorder_and_upcast_attn": True,
     "add_cross_attention": True,
 }
+SIZES = {"gpt2": 124_439_808, "gpt2_xl": 1_557_611_200}
