@@ -6,6 +6,7 @@ max_position_embeddings (64) to differ from the default.
 """
 
 import copy
+import dataclasses
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -57,17 +58,20 @@ def variants(family: str | None = None) -> list[str]:
 
 def config(variant: str, **overrides: Any) -> Any:
     """The transformers config of a variant; `overrides` in HF's field names win."""
-    from transformers import AutoConfig
+    from tests.auto import AutoConfig
 
     family, fields = VARIANTS[variant]
     kind = families.get(family, "MODEL_TYPE") or family
+    # transformers keeps a field that the class does not have, and passes it on to config.json.
+    known = {field.name for field in dataclasses.fields(type(AutoConfig.for_model(kind)))}
+    base = {name: value for name, value in BASE.items() if name in known} | families.get(family, "BASE")
     # Deep copy: transformers normalises rope_parameters in place.
-    return AutoConfig.for_model(kind, **copy.deepcopy({**BASE, **fields, **overrides}))
+    return AutoConfig.for_model(kind, **copy.deepcopy({**base, **fields, **overrides}))
 
 
 def model(variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
     """The transformers model of a variant in eval mode, every parameter and stored buffer drawn anew from `seed`."""
-    from transformers import AutoModelForCausalLM
+    from tests.auto import AutoModelForCausalLM
 
     built = AutoModelForCausalLM.from_config(config(variant, **overrides), attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
@@ -82,7 +86,7 @@ def model(variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **
 def draw(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
     """Fill a parameter away from its default."""
     noise = torch.randn(tensor.shape, generator=generator)
-    if "norm" in name:  # around 1, or around 0 where the weight is stored less one
+    if "norm" in name or ".ln_" in name:  # around 1, or around 0 where the weight is stored less one
         tensor.add_(0.3 * noise)
     elif name.endswith("bias"):
         tensor.copy_(0.3 * noise)
@@ -137,5 +141,7 @@ def prompts(*, batch: int = 2, length: int = 24, vocab_size: int = BASE["vocab_s
 
 def logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
     """What transformers answers for `ids` in float32: [batch, length, vocab]."""
+    import tests.auto  # noqa: F401
+
     with torch.no_grad():
         return reference.load(directory)(ids).logits

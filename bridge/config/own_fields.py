@@ -31,6 +31,9 @@ class OwnFields:
     moe_norm_min: float | None = None
     # RMSNorm of queries and of keys over all heads together, instead of qk_layernorm, which is for each head.
     qk_layernorm_full_width: bool = False
+    # num_query_groups and ffn_hidden_size of each layer where they differ; 0: no attention, no MLP. None: all equal.
+    num_query_groups_by_layer: list[int] | None = None
+    ffn_hidden_size_by_layer: list[int] | None = None
     # What the embedding of a token is multiplied by; the output layer is not, though it may share the weight.
     embedding_multiplier: float = 1.0
     # Attention scores and logits are bent into (-cap, cap) by cap * tanh(x / cap); None: not at all.

@@ -5,7 +5,7 @@ and adds, or names differently, what is its own. {0} in a name is weight or bias
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bridge.weights.ops import Op, Qkv, Stack
+from bridge.weights.ops import Joined, Op, Qkv, Stack, Transposed
 from bridge.weights.table import Ignore, Row, Table
 
 Rows = list[Row | Ignore]
@@ -72,16 +72,25 @@ def attention(
     output: str = "self_attn.o_proj",
     prefix: str = HF,
 ) -> Rows:
-    """The four projections of attention with grouped queries; their biases where the model has them."""
-    op = Qkv(model["num_attention_heads"], model["num_query_groups"], model["kv_channels"])
-    own = model["add_attention_bias"]
+    """The four projections of attention with grouped queries; their biases where the model has them.
+
+    One name in `qkv` is a tensor of query above key above value. Layers with unequal numbers of groups have rows of
+    their own.
+    """
+    heads, channels, own = (model[key] for key in ("num_attention_heads", "kv_channels", "add_attention_bias"))
     bias = bool(model["add_bias_linear"] if own is None else own)
-    names = tuple(f"{prefix}{name}.{{0}}" for name in qkv)
-    return [
-        *linear(MCORE + "self_attention.linear_qkv.{0}", names, op, bias=bias or model["add_qkv_bias"]),
-        *linear(MCORE + "self_attention.linear_proj.{0}", f"{prefix}{output}.{{0}}", bias=bias),
-        Ignore(prefix + "self_attn.rotary_emb.inv_freq", "a buffer old files hold; computed from the config"),
-    ]
+    by_layer = model["num_query_groups_by_layer"]
+    rows: Rows = []
+    for layer, groups in enumerate(by_layer) if by_layer else [("{layer}", model["num_query_groups"])]:
+        if groups:
+            op: Op = Qkv(heads, groups, channels)
+            hf, mcore = (name.replace("{layer}", str(layer)) for name in (prefix, MCORE + "self_attention."))
+            names = tuple(f"{hf}{name}.{{0}}" for name in qkv)
+            if len(names) == 1:
+                op = Joined(op, (heads * channels, groups * channels, groups * channels))
+            rows += linear(mcore + "linear_qkv.{0}", names, op, bias=bias or model["add_qkv_bias"])
+            rows += linear(mcore + "linear_proj.{0}", f"{hf}{output}.{{0}}", bias=bias)
+    return [*rows, Ignore(prefix + "self_attn.rotary_emb.inv_freq", "a buffer of old files; computed from the config")]
 
 
 def mlp(
@@ -106,6 +115,11 @@ def final(model: Model, *, name: str = "model.norm") -> Rows:
     """The norm behind the last layer."""
     kinds = BOTH if model["normalization"] == "LayerNorm" else WEIGHT
     return [Row(f"decoder.final_layernorm.{kind}", f"{name}.{kind}") for kind in kinds]
+
+
+def transposed(rows: Rows) -> Rows:
+    """The same rows for files that keep weights as `[in, out]`."""
+    return [Row(row.mcore_key, row.hf_names, Transposed(row.op)) if isinstance(row, Row) else row for row in rows]
 
 
 def linear(key: str, names: str | tuple[str, ...], op: Op | None = None, *, bias: bool) -> Rows:

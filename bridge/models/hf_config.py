@@ -17,10 +17,11 @@ _attn_implementation _attn_implementation_autoset _commit_hash _model_name_or_pa
 attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
 decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
 exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label is_decoder
-keys_to_ignore_at_inference label2id length_penalty max_length max_new_tokens min_length model_type
+keys_to_ignore_at_inference label2id length_penalty max_length max_new_tokens min_length model_type n_ctx
 no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions output_hidden_states
 output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values
-repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+repetition_penalty return_dict return_dict_in_generate sep_token_id summary_activation summary_first_dropout
+summary_proj_to_labels summary_type summary_use_proj suppress_tokens task_specific_params temperature
 tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p unk_token_id
 unsloth_fixed unsloth_version use_bfloat16 use_cache
 """
@@ -102,7 +103,18 @@ def _account_for(hf: Mapping[str, Any], facts: Family) -> None:
 
 
 # Sizes no config leaves to a default on purpose: a file without them is not a model's config.json.
-REQUIRED = frozenset({"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"})
+REQUIRED = frozenset(
+    {
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+        "n_embd",
+        "n_layer",
+        "n_head",
+    }
+)
 
 
 def to_hf(model: Mapping[str, Any], *, dtype: str, source: Mapping[str, Any] | None = None) -> dict[str, Any]:

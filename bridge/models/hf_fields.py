@@ -61,6 +61,22 @@ def unread(*hf_names: str) -> Part:
     return Part(hf_names, (), lambda hf: {}, lambda model: {})
 
 
+def dropout(residual: str, embedding: str) -> Part:
+    """The dropout of residual branches and of the embedding, which is one number in megatron-core."""
+
+    def read(hf: Values) -> dict[str, Any]:
+        if hf[residual] != hf[embedding]:
+            raise refused(residual, hf[residual], f"megatron-core has one rate, and {embedding} is {hf[embedding]!r}")
+        return {"hidden_dropout": float(hf[residual])}
+
+    return Part(
+        (residual, embedding),
+        ("hidden_dropout",),
+        read,
+        lambda model: dict.fromkeys((residual, embedding), float(model["hidden_dropout"])),
+    )
+
+
 # transformers' activation -> model.activation_func. The first name of a value is the one written back.
 ACTIVATIONS = {
     "silu": "silu",
@@ -74,8 +90,8 @@ ACTIVATIONS = {
 }
 
 
-def activation(hf_name: str = "hidden_act") -> Part:
-    """The MLP's activation function by name."""
+def activation(hf_name: str = "hidden_act", *, prefer: str | None = None) -> Part:
+    """The MLP's activation function by name; `prefer` is the one to write for its function."""
 
     def read(hf: Values) -> dict[str, Any]:
         if hf[hf_name] not in ACTIVATIONS:
@@ -83,7 +99,8 @@ def activation(hf_name: str = "hidden_act") -> Part:
         return {"activation_func": ACTIVATIONS[hf[hf_name]]}
 
     def write(model: Values) -> dict[str, Any]:
-        return {hf_name: next(name for name, ours in ACTIVATIONS.items() if ours == model["activation_func"])}
+        names = [name for name, ours in ACTIVATIONS.items() if ours == model["activation_func"]]
+        return {hf_name: prefer if prefer in names else names[0]}
 
     return Part((hf_name,), ("activation_func",), read, write)
 

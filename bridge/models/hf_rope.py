@@ -16,14 +16,24 @@ WITH_TRAINED_LENGTH = ("llama3", "yarn", "longrope")
 DEFAULT_THETA = 10000.0
 
 
-def rope(*, partial: float | None = None, theta: float = DEFAULT_THETA) -> Part:
+def rope(*, partial: float | None = None, theta: float = DEFAULT_THETA, scaling: Values | None = None) -> Part:
     """Base and scaling of the rotary embedding, and the share of each head's channels that it rotates.
 
-    `theta` is the base in a config that does not say (`default_theta` of the class in transformers), `partial` the
-    share; None: the family rotates every channel, and a config that asks for less is refused. Pairs of neighbouring
-    channels (GLM-4, Ernie) are the constant `rotary_interleaved: True` of a family.
+    What a config has that does not say: `theta`, the base (`default_theta` of the class in transformers), `scaling`,
+    rope_parameters, and `partial`, the share; None: the family rotates every channel, and a config that asks for less
+    is refused. Pairs of neighbouring channels (GLM-4, Ernie) are the constant `rotary_interleaved: True` of a family.
     """
-    return Part(HF_NAMES, MODEL_KEYS, lambda hf: _read(hf, partial, theta), lambda model: _write(model, partial))
+
+    def read(hf: Values) -> dict[str, Any]:
+        silent = scaling is not None and not hf.get("rope_scaling") and not hf.get("rope_parameters")
+        return _read({**hf, "rope_parameters": scaling} if silent else hf, partial, theta)
+
+    def write(model: Values) -> dict[str, Any]:
+        fields = _write(model, partial)
+        said = {} if scaling is None or fields["rope_scaling"] else {"rope_scaling": {"rope_type": "default"}}
+        return fields | said
+
+    return Part(HF_NAMES, MODEL_KEYS, read, write)
 
 
 LOCAL = "rope_local_base_freq"
@@ -82,9 +92,8 @@ def _read(hf: Values, partial: float | None, default_theta: float) -> dict[str, 
     shares = (given.pop(SHARE, None), hf.get(SHARE), partial, 1.0)
     share = float(next(value for value in shares if value is not None))
     dim = _rotated_channels(hf, share, partial)
-    if theta != int(theta):
-        raise refused("rope_theta", theta, "megatron-core's rotary_base is a whole number")
-    keys: dict[str, Any] = {"position_embedding_type": "rope", "rotary_base": int(theta)}
+    theta = int(theta) if theta == int(theta) else float(theta)
+    keys: dict[str, Any] = {"position_embedding_type": "rope", "rotary_base": theta}
     keys |= {} if share == 1.0 else {"rotary_percent": share}
     if kind == "default":
         if given:

@@ -20,7 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from bridge.models import full_width_norm, local_rope, router, scales
+from bridge.models import full_width_norm, local_rope, router, scales, unequal_layers
 from bridge.models.core_attention import CoreAttention
 from bridge.models.latent_attention import LatentAttention
 from bridge.models.mcore_config import Config
@@ -99,6 +99,7 @@ def block_spec(config: Config, *, vp_stage: int | None = None) -> TransformerBlo
     spec = get_gpt_decoder_block_spec(config, **_choices(config), vp_stage=vp_stage)
     for layer in {id(layer): layer for layer in spec.layer_specs}.values():  # equal layers share one spec object
         _adapt(layer, config)
+    spec.layer_specs = unequal_layers.leave_branches_out(spec.layer_specs, config, vp_stage=vp_stage)
     if config.transformer_impl != "transformer_engine":
         spec.layer_norm = Norm
     return spec

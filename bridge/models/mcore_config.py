@@ -21,10 +21,11 @@ from bridge.config.own_fields import OwnFields
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
 from bridge.models import rope
+from bridge.models.unequal_layers import LayerSizes, layer_fields
 
 
 @dataclass
-class Config(OwnFields, TransformerConfig):
+class Config(LayerSizes, OwnFields, TransformerConfig):
     """megatron-core's TransformerConfig with the keys of this project, for modules of both to read.
 
     `rotated_query_scale` is no key: it follows from rope_parameters and rotary_percent (`_attention_factor`).
@@ -107,6 +108,7 @@ def transformer_config(routed: Routed, *, dtype: torch.dtype | None = None, meta
     fields = _defaults(user) | user
     fields |= _precision(fields, dtype)
     fields |= _attention_factor(routed, fields)
+    fields |= layer_fields(fields)
     fields |= WITHOUT_STORAGE if meta else {}
     latent = fields.get("multi_latent_attention", False)
     try:

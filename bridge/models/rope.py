@@ -217,7 +217,7 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
             kv_channels=kv_channels,
             rotary_percent=rotary_percent,
             rotary_interleaved=rotary_interleaved,
-            rotary_base=int(rotary_base),
+            rotary_base=rotary_base,
             use_cpu_initialization=True,
             cp_group=cp_group,
         )

@@ -15,12 +15,15 @@ def per_token(config: TransformerConfig, *, vocab_size: int, sequence_length: in
     that predicts a further token is one more layer behind a projection, and uses the output layer once more.
     """
     modules = config.mtp_num_layers or 0
-    layers = config.num_layers + modules
-    weights = layers * _attention_weights(config) + _mlp_weights(config) + config.hidden_size * vocab_size
+    by_layer = getattr(config, "num_query_groups_by_layer", None) or [config.num_query_groups] * config.num_layers
+    groups = [number for number in by_layer if number]  # 0: a layer without attention
+    groups += [config.num_query_groups] * modules
+    weights = sum(_attention_weights(config, number) for number in groups)
+    weights += _mlp_weights(config) + config.hidden_size * vocab_size
     weights += modules * config.hidden_size * (2 * config.hidden_size + vocab_size)
     widths = _head_widths(config)
     heads = config.num_attention_heads * (widths.key + widths.value)
-    return 6.0 * weights + 3.0 * layers * heads * sequence_length
+    return 6.0 * weights + 3.0 * len(groups) * heads * sequence_length
 
 
 class _Widths(NamedTuple):
@@ -37,11 +40,10 @@ def _head_widths(config: TransformerConfig) -> _Widths:
     return _Widths(config.kv_channels, config.kv_channels)
 
 
-def _attention_weights(config: TransformerConfig) -> int:
+def _attention_weights(config: TransformerConfig, num_query_groups: int) -> int:
     hidden, heads, widths = config.hidden_size, config.num_attention_heads, _head_widths(config)
     if not isinstance(config, MLATransformerConfig):
-        assert config.num_query_groups is not None
-        key_value = config.num_query_groups * (widths.key + widths.value)
+        key_value = num_query_groups * (widths.key + widths.value)
         return hidden * (heads * widths.key + key_value) + heads * widths.value * hidden
     queries, rank = heads * widths.key, config.q_lora_rank
     query = hidden * queries if rank is None else (hidden + queries) * rank
@@ -53,6 +55,9 @@ def _attention_weights(config: TransformerConfig) -> int:
 def _mlp_weights(config: TransformerConfig) -> float:
     matrices, modules = 3 if config.gated_linear_unit else 2, config.mtp_num_layers or 0
     dense = matrices * config.hidden_size * config.ffn_hidden_size
+    by_layer = getattr(config, "ffn_hidden_size_by_layer", None)
+    if by_layer:
+        return matrices * config.hidden_size * sum(by_layer)
     if config.num_moe_experts is None:
         return (config.num_layers + modules) * dense
     expert = matrices * config.hidden_size * (config.moe_ffn_hidden_size or config.ffn_hidden_size)

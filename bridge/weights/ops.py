@@ -96,6 +96,20 @@ class Joined:
 
 
 @dataclass(frozen=True)
+class Interleaved:
+    """Gate and up of each channel side by side, `[2n, ...]`, as all gates above all ups."""
+
+    num_parts: int = 1
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        (pairs,) = parts
+        return pairs.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
+
+    def split(self, fused: Tensor) -> tuple[Tensor, ...]:
+        return (fused.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1),)
+
+
+@dataclass(frozen=True)
 class Transposed:
     """`op` on Hugging Face weights stored as `[in, out]` (GPT-2's Conv1D); a bias has one dim and stays."""
 

@@ -1,4 +1,5 @@
-"""The same for latent attention with experts and prediction modules, whose layouts have rules of their own."""
+"""The same for experts, with latent attention, prediction modules and full-width norms; experts have layouts of their
+own."""
 
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ OWN_LAYOUTS: dict[str, dict[str, Any]] = {
     "ep2": EXPERTS_APART,
     **{name: LAYOUTS[name] for name in ("pp2", "pp2_vpp2", "cp2")},
 }
-# Between them: one prediction module and two, tied weights, queries with and without a latent, both kinds of routing.
-VARIANTS = ("deepseek_v3", "deepseek_v3_yarn", "deepseek_v3_tied", "deepseek_v2_lite")
+# Between them: one prediction module and two, tied weights, queries with and without a latent, both kinds of routing,
+# norms of queries and keys over all heads together.
+VARIANTS = ("deepseek_v3", "deepseek_v3_yarn", "deepseek_v3_tied", "deepseek_v2_lite", "olmoe_tied_bias")
 
 
 @pytest.fixture(scope="module")

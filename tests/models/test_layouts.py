@@ -27,8 +27,22 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "cp2": {"context_parallel_size": 2},
 }
-# Between them: biases everywhere, tied weights, a window in half of the layers, qk-norm, an attention factor.
-VARIANTS = ("llama_all_bias", "llama_yarn_options", "llama_tied", "qwen2_window", "qwen3")
+# Between them: biases everywhere, tied weights, a window in half of the layers, qk-norm, an attention factor, factors
+# on embedding, branches and logits, layers without rope, an output projection alone without bias, unequal layers.
+VARIANTS = (
+    "llama_all_bias",
+    "llama_yarn_options",
+    "llama_tied",
+    "qwen2_window",
+    "qwen3",
+    "granite_all_bias",
+    "granite_tied",
+    "smollm3_window",
+    "smollm3_yarn",
+    "seed_oss_tied",
+    "llama_nemotron_all_bias",
+    "llama_nemotron_empty",
+)
 
 
 def loss_and_gradients(parallelism: dict[str, Any], directories: dict[str, str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def test_every_model_file_has_a_size_here():
 
 @pytest.mark.parametrize("name", [*SIZES, "tiny"])
 def test_parameters_and_config(name: str):
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from tests.auto import AutoConfig, AutoModelForCausalLM
 
     section = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     with parallel.single_process():

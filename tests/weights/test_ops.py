@@ -5,14 +5,20 @@ import itertools
 import pytest
 import torch
 
-from bridge.weights.ops import Copy, Joined, Qkv, Stack, Transposed
+from bridge.weights.ops import Copy, Interleaved, Joined, Qkv, Stack, Transposed
 
 
 @pytest.mark.parametrize("trailing", [(), (3,), (3, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8])
 @pytest.mark.parametrize(
     ("op", "sizes"),
-    [(Copy(), (5,)), (Stack(), (6, 6)), (Stack(3), (2, 2, 2)), (Joined(Qkv(4, 2, 3), (12, 6, 6)), (24,))]
+    [
+        (Copy(), (5,)),
+        (Interleaved(), (8,)),
+        (Stack(), (6, 6)),
+        (Stack(3), (2, 2, 2)),
+        (Joined(Qkv(4, 2, 3), (12, 6, 6)), (24,)),
+    ]
     + [
         (Qkv(heads, groups, channels), (heads * channels, groups * channels, groups * channels))
         for (heads, groups), channels in itertools.product([(4, 4), (4, 2), (6, 1), (9, 3)], [1, 8])
@@ -37,6 +43,10 @@ def test_qkv_order_is_queries_key_value_per_group():
 
 def test_gate_lies_above_up():
     assert Stack().merge([torch.zeros(2), torch.ones(2)]).tolist() == [0, 0, 1, 1]
+
+
+def test_pairs_of_gate_and_up_are_taken_apart():
+    assert Interleaved().merge([torch.tensor([0, 10, 1, 11, 2, 12])]).tolist() == [0, 1, 2, 10, 11, 12]
 
 
 def test_shapes_are_told_by_meta_tensors():
