@@ -199,10 +199,9 @@ def _attention_elements(model: TransformerConfig, *, fused: bool) -> float:
     # The norm's input (a part of the down-projection's output) and output, and between them what an unfused norm keeps.
     latents = (model.kv_lora_rank + (model.q_lora_rank or 0)) * (2 if fused else 3) + model.qk_pos_emb_head_dim
     latents /= tp if model.sequence_parallel else 1
-    # Queries and keys joined of their two parts, values, the result; torch's kernel has values as wide as keys.
-    key = model.qk_head_dim + model.qk_pos_emb_head_dim
-    value = model.v_head_dim if fused else max(key, model.v_head_dim)
-    return latents + heads * (2 * key + 2 * value) / tp
+    # Queries and keys joined of their two parts, values, the result. Values narrower than keys make torch on a CPU, but
+    # not on a GPU, keep the attention matrix as well, which is not counted.
+    return latents + heads * (2 * (model.qk_head_dim + model.qk_pos_emb_head_dim) + 2 * model.v_head_dim) / tp
 
 
 def _mlp_width(model: TransformerConfig) -> int:

@@ -123,9 +123,8 @@ class CoreAttention(MegatronModule):
             "enable_gqa": q.size(1) != k.size(1),
         }
         plain = self.window is None and self.softmax_offset is None and packing is None and q.size(2) == k.size(2)
-        if plain:  # no mask tensor: torch may take its flash kernel, which wants values as wide as keys
-            padded = F.pad(v, (0, max(k.size(-1) - v.size(-1), 0)))
-            return self.attend(q, k, padded, is_causal=True, **options)[..., : v.size(-1)]
+        if plain:  # no mask tensor: torch may take its flash kernel
+            return self.attend(q, k, v, is_causal=True, **options)
         allowed = self._allowed(q.size(2), k.size(2), packing, q.device)
         if self.softmax_offset is None:
             return self.attend(q, k, v, attn_mask=allowed, **options)

@@ -21,6 +21,7 @@ from bridge.weights.hf_files import open_hf
 from tests import hf_models, hf_predictions
 
 LENGTH = 20
+TOLERANCE = 1e-4
 
 
 def build(directory: Path) -> tuple[gpt.GPT, dict[str, Any]]:
@@ -33,7 +34,7 @@ def build(directory: Path) -> tuple[gpt.GPT, dict[str, Any]]:
 
 @pytest.mark.parametrize("variant", ["deepseek_v3", "deepseek_v3_yarn", "deepseek_v3_tied"])
 def test_logits_and_gradients_equal_transformers(variant: str, tmp_path: Path):
-    """The sum of both losses as DeepSeek-V3 (2412.19437, 2.2) weighs them, its gradient down to the embedding."""
+    """Both losses, per token and weighed as in DeepSeek-V3 (2412.19437, 2.2), and gradients down to the embedding."""
     directory = hf_models.save(variant, tmp_path, tokenizer=False)
     ids = hf_models.prompts(length=LENGTH + 1)
     tokens, labels = ids[:, :-1], ids[:, 1:]
@@ -45,7 +46,7 @@ def test_logits_and_gradients_equal_transformers(variant: str, tmp_path: Path):
         further = F.cross_entropy(logits[:, : -number - 1].flatten(0, 1), shifted.flatten(), reduction="sum")
         loss = loss + 0.1 / len(predicted) * further
         expected.append(logits.detach())
-    loss.backward()
+    (loss / labels.numel()).backward()
     with parallel.single_process():
         model, _ = build(directory)
         seen: list[torch.Tensor] = []
@@ -54,7 +55,9 @@ def test_logits_and_gradients_equal_transformers(variant: str, tmp_path: Path):
         model.train()(tokens, positions, None, labels=labels).sum().backward()
         for hidden, logits in zip(seen[0].chunk(1 + len(expected))[1:], expected, strict=True):
             output = model.embedding.word_embeddings if model.output_layer.weight is None else model.output_layer
-            torch.testing.assert_close((hidden @ output.weight.T).transpose(0, 1), logits, atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                (hidden @ output.weight.T).transpose(0, 1).double(), logits, atol=TOLERANCE, rtol=0
+            )
         theirs = hf.gradients()
         ours = {
             "embed": model.embedding.word_embeddings.weight,
@@ -63,9 +66,8 @@ def test_logits_and_gradients_equal_transformers(variant: str, tmp_path: Path):
             "kv_a": model.mtp.layers[-1].transformer_layer.self_attention.linear_kv_down_proj.weight,
         }
         for name, parameter in ours.items():
-            torch.testing.assert_close(
-                parameter.grad, theirs[name], atol=2e-4, rtol=1e-4, msg=lambda m, n=name: f"{n} {m}"
-            )
+            difference = (parameter.grad / labels.numel() - theirs[name]).abs().max()
+            assert difference < TOLERANCE, f"{name}: {difference}"
 
 
 def test_without_labels_or_gradients_nothing_is_predicted(tmp_path: Path):
@@ -76,7 +78,9 @@ def test_without_labels_or_gradients_nothing_is_predicted(tmp_path: Path):
         model, _ = build(directory)
         calls: list[int] = []
         model.mtp.register_forward_hook(lambda *_: calls.append(1))
-        torch.testing.assert_close(model(ids, positions, None), hf_models.logits(directory, ids), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            model(ids, positions, None), hf_models.logits(directory, ids), atol=TOLERANCE, rtol=0
+        )
         with torch.no_grad():
             model(ids, positions, None, labels=ids)
         assert not calls
