@@ -27,4 +27,4 @@ CHANGES = {
     "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 77.0, "partial_rotary_factor": 0.34},
     "head_dim": 24,
 }
-SIZES = {"nemotron_mini_4b": 4_191_888_384}
+SIZES = {"nemotron_mini_4b": 4_190_509_056}

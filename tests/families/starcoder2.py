@@ -14,4 +14,4 @@ CHANGES = {
 }
 SHAPES = ["use_bias"]
 REFUSED = {"residual_dropout": 0.2, "embedding_dropout": 0.2}
-SIZES = {"starcoder2_3b": 3_030_371_328, "starcoder2_7b": 7_173_923_328}
+SIZES = {"starcoder2_3b": 3_030_371_328, "starcoder2_7b": 7_173_923_840}

@@ -1,4 +1,4 @@
-"""GLM-4-0414 (9B, 32B), dense: norms on both sides of each branch, half of the channels rotated, in neighbouring pairs."""
+"""GLM-4-0414 (9B, 32B), dense: norms on both sides of each branch, half of each head rotated, in neighbouring pairs."""
 
 from bridge.models.decoder_rows import Model, attention, embedding, final, mlp, norms, output_norms
 from bridge.models.families.llama import CONSTANTS, HF_DEFAULTS, SHAPE_AND_TRAINING
