@@ -1,4 +1,4 @@
-"""Which rotary embedding a GPT has: megatron-core's, a scaled one, one for latent attention, or two by kind of layer."""
+"""Which rotary embedding a GPT has: megatron-core's, a scaled one, one for latent attention, two by layer."""
 
 from typing import Any
 
@@ -20,10 +20,8 @@ def place_rotary_embeddings(model: Any, *, rotary_base: float) -> None:
     }
     scaled = {**shared, "rotary_base": rotary_base, "max_sequence_length": model.max_sequence_length}
     if isinstance(config, MLAConfig):
-        channels = config.qk_pos_emb_head_dim
-        share_rotary_embedding(
-            model, LatentRotaryEmbedding(config.rope_parameters or {}, kv_channels=channels, **scaled)
-        )
+        parameters, channels = config.rope_parameters or {}, config.qk_pos_emb_head_dim
+        share_rotary_embedding(model, LatentRotaryEmbedding(parameters, kv_channels=channels, **scaled))
     elif config.rope_parameters and model.position_embedding_type == "rope":
         model.rotary_pos_emb = ScaledRotaryEmbedding(config.rope_parameters, kv_channels=config.kv_channels, **scaled)
     if config.rope_local_base_freq is not None:
