@@ -68,7 +68,10 @@ def _make_groups(fields: Mapping[str, Any], **options: Any) -> None:
 
 
 def seed_generators(fields: Mapping[str, Any], *, seed: int) -> None:
-    """Seed Python, NumPy, torch and megatron-core's trackers. Seeds differ between pipeline stages and, for sharded weights, between tensor ranks; data ranks share theirs."""
+    """Seed Python, NumPy, torch and megatron-core's trackers.
+
+    Seeds differ between pipeline stages and, for sharded weights, between tensor ranks; data ranks share theirs.
+    """
     import numpy
     import torch
     from megatron.core import parallel_state, tensor_parallel

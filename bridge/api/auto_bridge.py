@@ -101,7 +101,7 @@ class AutoBridge:
         """
         source.refuse("from_hf_pretrained", unsupported)
         fields = hf_config.read(source.directory(path, key="path", weights=False))
-        dtype = None if torch_dtype in (None, "auto") else parse_dtype(torch_dtype)  # type: ignore[arg-type]
+        dtype = None if torch_dtype in (None, "auto") else parse_dtype(torch_dtype)
         return cls(hf_config.to_mcore(fields), path=path, hf_config=fields, dtype=dtype)
 
     @classmethod
@@ -289,10 +289,7 @@ class AutoBridge:
         provider = Provider(section, dtype=lambda: self._dtype or stored_dtype(Path(path)), weights=lambda: Path(path))
         for name, value in (mp_overrides or {}).items():
             setattr(provider, name, value)
-        return provider.provide_distributed_model(
-            wrap_with_ddp=wrap_with_ddp,
-            **{name: value for name, value in options.items() if name != "skip_temp_dist_context"},
-        )
+        return provider.provide_distributed_model(wrap_with_ddp=wrap_with_ddp, **options)
 
     @classmethod
     def import_ckpt(
@@ -312,7 +309,7 @@ class AutoBridge:
         source.refuse("import_ckpt", unsupported)
         _alone("import_ckpt")
         hf = source.directory(hf_model_id, key="hf_model_id", weights=True)
-        dtype = None if torch_dtype in (None, "auto") else parse_dtype(torch_dtype)  # type: ignore[arg-type]
+        dtype = None if torch_dtype in (None, "auto") else parse_dtype(torch_dtype)
         with _progress_shown(show_progress):
             import_hf(hf, megatron_path, dtype=dtype, overwrite=overwrite)
         return cls.from_hf_pretrained(hf_model_id)

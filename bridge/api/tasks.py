@@ -35,6 +35,7 @@ class ConversionTask(NamedTuple):
     hf_names: tuple[str, ...]  # what comes out
     num_bytes: int  # of all that comes out
     moves: tuple[Move, ...]
+    copies: tuple[tuple[str, str], ...]  # (copy, original) of what every file of the family holds twice
 
 
 class Described(NamedTuple):
@@ -70,26 +71,30 @@ def tasks(model: Sequence[Any], described: Described) -> list[ConversionTask]:
     for move in moves:
         stacks = [base for base, index in map(names.split_index, move.hf_names) if index]
         groups.setdefault(tuple(stacks) or (move.mcore_key,), []).append(move)
-    return [_task(group) for group in groups.values()]
+    return [_task(group, table.copies()) for group in groups.values()]
 
 
-def _task(moves: list[Move]) -> ConversionTask:
-    specs = names.stack(_specs(moves))
+def _task(moves: list[Move], copies: Mapping[str, str]) -> ConversionTask:
+    specs = _specs(moves, copies.items())
     num_bytes = sum(spec.num_bytes for spec in specs.values())
-    return ConversionTask(moves[0].mcore_key, tuple(specs), num_bytes, tuple(moves))
+    own = tuple((copy, original) for copy, original in copies.items() if original in specs)
+    return ConversionTask(moves[0].mcore_key, tuple(specs), num_bytes, tuple(moves), own)
 
 
-def _specs(moves: Iterable[Move]) -> dict[str, TensorSpec]:
-    return {
-        name: TensorSpec(move.target.dtype, shape)
-        for move in moves
-        for name, shape in zip(move.hf_names, move.hf_shapes, strict=True)
-    }
+def _specs(moves: Iterable[Move], copies: Iterable[tuple[str, str]]) -> dict[str, TensorSpec]:
+    specs = names.stack(
+        {
+            name: TensorSpec(move.target.dtype, shape)
+            for move in moves
+            for name, shape in zip(move.hf_names, move.hf_shapes, strict=True)
+        }
+    )
+    return specs | {copy: specs[original] for copy, original in copies if original in specs}
 
 
 def specs_of(todo: Iterable[ConversionTask]) -> dict[str, TensorSpec]:
     """Name, dtype and shape of everything `stream` will yield, without gathering."""
-    return {name: spec for task in todo for name, spec in names.stack(_specs(task.moves)).items()}
+    return {name: spec for task in todo for name, spec in _specs(task.moves, task.copies).items()}
 
 
 def stream(
@@ -101,10 +106,11 @@ def stream(
     """
     gathered = shards.gather(model, [move.mcore_key for task in todo for move in task.moves])
     for task in todo:
-        for name, tensor in _whole(gathered, task):
-            yield HFWeightTuple(name, tensor.cpu() if cpu else tensor)
-            if progress is not None:
-                progress.add(tensor.nbytes, name=name)
+        for original, tensor in _whole(gathered, task):
+            for name in (original, *(copy for copy, of in task.copies if of == original)):
+                yield HFWeightTuple(name, tensor.cpu() if cpu else tensor)
+                if progress is not None:
+                    progress.add(tensor.nbytes, name=name)
 
 
 def _whole(gathered: Iterator[tuple[str, Tensor]], task: ConversionTask) -> Iterator[tuple[str, Tensor]]:

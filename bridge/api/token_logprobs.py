@@ -27,12 +27,12 @@ def logprobs(
 ) -> Tensor:
     """Log-probability of each label, float32 [batch, sequence], the same on all ranks that share `batch`.
 
-    batch["tokens"]: int64 [batch, sequence]. batch["labels"]: what position t should predict; without it the next token,
-    and 0 at the last position. Negative labels, and positions where batch["loss_mask"] is 0, give 0.
+    batch["tokens"]: int64 [batch, sequence]. batch["labels"]: what position t should predict; without it the next
+    token, and 0 at the last position. Negative labels, and positions where batch["loss_mask"] is 0, give 0.
     batch["position_ids"]: 0, 1, ... unless given. micro_batch_size: sequences per pass (None: all).
 
-    Differentiable, unless there are pipeline stages or parts of a sequence on other ranks: call it under torch.no_grad()
-    then, and put `logprobs_from_logits` into the loss function of megatron-core's schedule to train. Dropout and the
+    Differentiable, unless there are pipeline stages or context-parallel ranks: then call it under torch.no_grad(), and
+    to train put `logprobs_from_logits` into the loss function of megatron-core's schedule to train. Dropout and the
     like are as the model is (`eval()`). Raises ConfigError.
     """
     chunks = chunks_of(model)
