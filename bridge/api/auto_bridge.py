@@ -15,6 +15,7 @@ from bridge.api.models import parse_dtype
 from bridge.api.provider import Provider
 from bridge.api.saving import Assets
 from bridge.api.tasks import ConversionTask, HFWeightTuple, chunks_of, describe, stream, tasks
+from bridge.config import layout
 from bridge.config.routing import route
 from bridge.convert.export import export_hf
 from bridge.convert.import_ import import_hf
@@ -68,6 +69,7 @@ class AutoBridge:
         """
         try:
             routed = route({"model": hf_config.to_mcore(_fields(config))})
+            layout.check_model(routed, world_size=1)
             check_keys(routed)
             transformer_config(routed, dtype=torch.float32, meta=True)
         except BridgeError as error:

@@ -90,6 +90,7 @@ def check_model(routed: Routed, *, world_size: int) -> Layout:
     fields = _Fields(routed)
     _check_sizes(fields)
     layout = derive(routed, world_size=world_size)
+    _check_heads(fields)
     _check_tensor_parallel(fields, layout)
     _check_interleaving(fields, layout)
     _check_point_to_point(fields, layout)
@@ -141,11 +142,15 @@ def _check_sizes(fields: _Fields) -> None:
             raise ConfigError(f"{fields.key(name)}: {fields.get(name)} is not positive; set a whole number from 1 up")
 
 
-def _check_model(fields: _Fields, batch: Batch) -> None:
+def _check_heads(fields: _Fields) -> None:
     heads = fields.number("num_attention_heads")
     if fields.get("kv_channels") is None:
         divisibility.require(fields.number("hidden_size"), by=[heads])
     divisibility.require(heads, by=[fields.number("num_query_groups")])
+
+
+def _check_model(fields: _Fields, batch: Batch) -> None:
+    _check_heads(fields)
     length, longest = batch.sequence_length, fields.get("max_sequence_length")
     if length > longest:
         raise ConfigError(
