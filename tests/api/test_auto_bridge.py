@@ -58,8 +58,7 @@ def test_supports_every_variant_as_object_and_as_dict(variant):
         ({"attention_chunk_size": 5}, "attention_chunk_size: 5 is not a field"),
         ({"hidden_act": "mish"}, "hidden_act: 'mish'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"num_attention_heads": 5, "num_key_value_heads": 3}, "num_attention_heads|num_query_groups"),
-        ({"hidden_size": "48"}, "hidden_size"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 3}, "num_attention_heads % num_query_groups must be 0"),
     ],
 )
 def test_supports_is_exact(changes, reason):
@@ -126,7 +125,7 @@ def test_provider_attributes(tiny_hf):
     assert provider.recompute_method == "uniform" and provider.pipeline_dtype == torch.float32
     for name, value, message in (
         ("tensor_model_paralel_size", 2, "did you mean 'tensor_model_parallel_size'"),
-        ("tensor_model_parallel_size", "two", "tensor_model_parallel_size: 'two' is not a whole number"),
+        ("tensor_model_parallel_size", "two", "tensor_model_parallel_size: 'two' does not fit; set a whole number"),
         ("lr", 0.1, "^lr: not a field of megatron-core's TransformerConfig"),
         ("grad_scale_func", print, "grad_scale_func: cannot be set"),
     ):
@@ -187,7 +186,7 @@ def test_another_architecture_is_refused(tiny_hf):
     auto = AutoBridge.from_hf_pretrained(tiny_hf("llama"))
     with parallel.single_process():
         model = auto.to_megatron_model()
-        with pytest.raises(ConfigError, match="^model.family is 'llama'"):
+        with pytest.raises(ConfigError, match="model.family is 'llama' .*not the model in"):
             auto.load_hf_weights(model, tiny_hf("qwen3"))
 
 
@@ -218,7 +217,7 @@ def export_in_parts(path, parallelism, folder):
     """Everything on two ranks, wrapped: whole, in chunks of tasks, both kinds of directories, and back."""
     auto = AutoBridge.from_hf_pretrained(path)
     model = auto.to_megatron_model(parallelism=parallelism, wrap_with_ddp=True)
-    whole = {name: weight for name, weight in auto.export_hf_weights(model, show_progress=False)}
+    whole = dict(auto.export_hf_weights(model, show_progress=False))
     tasks = auto.get_conversion_tasks(model)
     assert sum(task.num_bytes for task in tasks) == sum(weight.nbytes for weight in whole.values())
     assert [name for task in tasks for name in task.hf_names] == list(whole)
@@ -239,7 +238,7 @@ def export_in_parts(path, parallelism, folder):
     with pytest.raises(ConversionError, match="^path: .* exists"):
         auto.save_megatron_model(model, folder / "megatron")
     again = auto.load_megatron_model(folder / "megatron", mp_overrides=parallelism)
-    loaded = {name: weight for name, weight in auto.export_hf_weights(again, show_progress=False)}
+    loaded = dict(auto.export_hf_weights(again, show_progress=False))
     return whole, parts, loaded, refused
 
 
@@ -264,6 +263,9 @@ CASES += [("qwen3_moe", "ep2"), ("qwen3_moe", "tp2_ep2"), ("gpt_oss", "ep2"), ("
 def test_two_ranks_export_save_and_load(tiny_hf, tmp_path, variant, layout):
     path = tiny_hf(variant, dtype=torch.bfloat16)
     expected = tensors(path)
+    for name in expected:
+        if name.endswith("e_score_correction_bias"):  # float32 in megatron-core whatever the weights are
+            expected[name] = expected[name].float()
     for whole, parts, loaded, refused in run_distributed(export_in_parts, 2, path, LAYOUTS[layout], tmp_path):
         for found in (whole, parts, loaded):
             assert same(found, expected)
@@ -290,7 +292,7 @@ def test_checkpoints_without_a_model(tiny_hf, tmp_path, capsys):
     again.export_ckpt(tmp_path / "megatron", tmp_path / "again", show_progress=False)
     assert same(tensors(tmp_path / "again"), tensors(path))
     other = AutoBridge.from_hf_pretrained(tiny_hf("qwen3"))
-    with pytest.raises(ConfigError, match="^model.family is 'qwen3'"):
+    with pytest.raises(ConfigError, match="model.family is 'qwen3' .*not the model in"):
         other.export_ckpt(tmp_path / "megatron", tmp_path / "other")
     half = AutoBridge.import_ckpt(path, tmp_path / "half", torch_dtype=torch.bfloat16, show_progress=False)
     half.export_ckpt(tmp_path / "half", tmp_path / "half_hf", show_progress=False)
@@ -366,9 +368,7 @@ def test_process_groups_of_another_program(tiny_hf):
 
 
 def expert_groups(path):
-    parallel.initialize(
-        {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
-    )
+    parallel.initialize(LAYOUTS["tp2_ep2"])
     messages = []
     for layout in ({}, {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}):
         with pytest.raises(ConfigError) as refused:
@@ -385,7 +385,7 @@ def test_sizes_of_expert_groups_are_checked(tiny_hf):
         ]
 
 
-def test_training_starts_from_a_saved_model(tiny_hf, tmp_path):
+def test_command_line_reads_a_saved_model(tiny_hf, tmp_path):
     auto = AutoBridge.from_hf_pretrained(tiny_hf("llama"))
     with parallel.single_process():
         auto.save_megatron_model(auto.to_megatron_model(), tmp_path / "megatron")
