@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 
-from bridge import parallel
+from bridge import parallel, platform
 from bridge.api import groups
 from bridge.api.source import refuse
 from bridge.config import annotation, layout, mcore_fields, own_fields
@@ -73,6 +73,11 @@ class Provider:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         value = values[name]
         return TYPED[name](value) if name in TYPED and value is not None else value
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return platform.device()
 
     @property
     def routed(self) -> Routed:

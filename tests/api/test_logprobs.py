@@ -7,21 +7,10 @@ import bridge
 from bridge import parallel
 from bridge.errors import ConfigError
 from tests import hf_models
+from tests.api.layouts import LAYOUTS
 from tests.distributed import run_distributed
 
 TOKENS, VOCAB, PADDED = 37, 259, 320  # on two ranks the second one has 99 true columns; on four the last has none
-BY_LAYOUT = {
-    "tp2": {"tensor_model_parallel_size": 2},
-    "tp2_sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "pp2": {"pipeline_model_parallel_size": 2},
-    "pp2_vpp2": {
-        "pipeline_model_parallel_size": 2,
-        "virtual_pipeline_model_parallel_size": 2,
-        "overlap_p2p_comm": True,
-        "batch_p2p_comm": False,
-    },
-    "cp2": {"context_parallel_size": 2},
-}
 
 
 def drawn(dtype, size):
@@ -143,12 +132,12 @@ def test_one_process_equals_transformers(tiny_hf, micro_batch_size):
     assert not masked[1, 5:].any() and masked[1, :5].all() and masked[:, -1].ne(0).sum() == 3
 
 
-@pytest.mark.parametrize("layout", BY_LAYOUT)
+@pytest.mark.parametrize("layout", ["tp2", "tp2_sp", "pp2", "pp2_vpp2", "cp2"])
 def test_every_layout_equals_transformers(tiny_hf, layout):
     path = tiny_hf("qwen3")
     theirs = by_transformers(path, hf_models.prompts(batch=4))
     size = {"pp2": 1, "pp2_vpp2": 2}.get(layout)
-    for found in run_distributed(of_layout, 2, path, BY_LAYOUT[layout], size, layout.startswith("tp")):
+    for found in run_distributed(of_layout, 2, path, LAYOUTS[layout], size, layout.startswith("tp")):
         torch.testing.assert_close(found, theirs, atol=1e-4, rtol=0)
 
 
@@ -172,7 +161,7 @@ def refusals(path, parallelism, micro_batch_size, grad, length):
 )
 def test_what_cannot_be_computed_is_refused(tiny_hf, layout, micro_batch_size, grad, length, message):
     path = tiny_hf("qwen3")
-    for found in run_distributed(refusals, 2, path, BY_LAYOUT[layout], micro_batch_size, grad, length):
+    for found in run_distributed(refusals, 2, path, LAYOUTS[layout], micro_batch_size, grad, length):
         assert found.startswith(message)
 
 

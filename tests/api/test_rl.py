@@ -12,29 +12,11 @@ from safetensors.torch import load_file
 import bridge
 from bridge import parallel
 from tests import hf_models
+from tests.api.layouts import LAYOUTS
 from tests.distributed import run_distributed
 
 LR, BATCH = 0.5, 4
-LAYOUTS = {
-    "alone": {},
-    "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "pp2": {"pipeline_model_parallel_size": 2},
-    "pp2_vpp2": {
-        "pipeline_model_parallel_size": 2,
-        "virtual_pipeline_model_parallel_size": 2,
-        "overlap_p2p_comm": True,
-        "batch_p2p_comm": False,
-    },
-    "dp2": {},
-    "ep2": {"expert_model_parallel_size": 2},
-    "tp2_ep2": {
-        "tensor_model_parallel_size": 2,
-        "sequence_parallel": True,
-        "expert_model_parallel_size": 2,
-        "expert_tensor_parallel_size": 1,
-    },
-}
-CASES = [("llama", "alone"), ("llama", "tp2"), ("qwen3", "pp2"), ("qwen3_tied", "pp2_vpp2"), ("qwen3", "dp2")]
+CASES = [("llama", "alone"), ("llama", "tp2_sp"), ("qwen3", "pp2"), ("qwen3_tied", "pp2_vpp2"), ("qwen3", "dp2")]
 CASES += [("qwen3_moe", "ep2"), ("qwen3_moe", "tp2_ep2")]
 
 
