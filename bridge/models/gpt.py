@@ -92,27 +92,38 @@ def _required(routed: Routed, key: str) -> Any:
 
 
 def build(
-    routed: Routed, *, dtype: torch.dtype | None = None, meta: bool = False, wrap: bool = False
+    routed: Routed,
+    *,
+    dtype: torch.dtype | None = None,
+    meta: bool = False,
+    wrap: bool = False,
+    only_stage: int | None = None,
 ) -> list[GPT] | list[Float16Module]:
     """The model chunks of this process, one unless virtual pipeline stages are used, on this platform's device.
 
     Process groups must exist (`bridge.parallel`). `dtype` overrides the precision fields. `meta`: shapes, no storage.
     `wrap`: put bf16 and fp16 chunks into Float16Module, as megatron-core's schedules and optimizers expect.
+    `only_stage`: of several virtual pipeline stages, this one alone.
     Raises ConfigError when a value cannot be honoured.
     """
     check_keys(routed)
     config = transformer_config(routed, dtype=dtype, meta=meta)
     vp_size = config.virtual_pipeline_model_parallel_size
+    stages = (None,) if not vp_size else range(vp_size) if only_stage is None else (only_stage,)
     with torch.device("meta") if meta else contextlib.nullcontext():
-        chunks = [_chunk(routed, config, vp_stage=stage) for stage in (range(vp_size) if vp_size else (None,))]
+        chunks = [_chunk(routed, config, vp_stage=stage) for stage in stages]
     for chunk in chunks:
         chunk.routed = routed
         check_live(routed, chunk, dtype=dtype, meta=meta)
         if not meta:  # routers and shared-expert gates are built on the CPU whatever use_cpu_initialization says
             chunk.to(platform.device())
-    if wrap and (config.bf16 or config.fp16):
-        return [Float16Module(config, chunk) for chunk in chunks]
-    return chunks
+    return in_float16_module(chunks) if wrap else chunks
+
+
+def in_float16_module(chunks: list[GPT]) -> list[GPT] | list[Float16Module]:
+    """Each chunk in megatron-core's Float16Module if it computes in bf16 or fp16, else the chunks."""
+    config = chunks[0].config
+    return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 or config.fp16 else chunks
 
 
 def _chunk(routed: Routed, config: Config, *, vp_stage: int | None) -> GPT:
