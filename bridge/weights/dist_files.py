@@ -70,10 +70,12 @@ class DistFiles:
     tensors: Mapping[str, Stored]
 
     def spec(self, key: str) -> TensorSpec:
-        return self._stored(key).spec
+        return self.stored(key).spec
 
-    def _stored(self, key: str) -> Stored:
+    def stored(self, key: str) -> Stored:
         """What is stored under a key, or for an entry `key[3]` of a stacked tensor."""
+        if key in self.tensors:  # entries may be stored one by one
+            return self.tensors[key]
         base, index = names.split_index(key)
         stored = self.tensors[base]
         for number in index:
@@ -85,7 +87,7 @@ class DistFiles:
 
         Only chunks that touch the part are read. Raises ConversionError naming file and key.
         """
-        spec, chunks = self._stored(key)
+        spec, chunks = self.stored(key)
         place = place or tuple(slice(0, size) for size in spec.shape)
         ends = tuple(min(cut.stop, size) for cut, size in zip(place, spec.shape, strict=True))
         starts = tuple(min(cut.start, end) for cut, end in zip(place, ends, strict=True))
