@@ -1,17 +1,18 @@
 """What Megatron-LM's training script says about a model in a checkpoint's `common.pt`: its command line's arguments.
 
-The file is a pickle. Read here are plain values and the attributes of an `argparse.Namespace`; every other class in it
-(enums of megatron-core, functions, tensors) becomes an inert Foreign, so nothing is imported and nothing runs.
+The file is torch.save's: a zip archive around a pickle. Read here are plain values and the attributes of an
+`argparse.Namespace`; every other class in it (enums of megatron-core, tensors, whatever else) becomes an inert Foreign,
+so nothing is imported and nothing can run.
 """
 
 import argparse
 import collections
+import io
 import pickle
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-import torch
 
 from bridge.errors import ConversionError
 
@@ -24,21 +25,23 @@ _KNOWN = {
 
 
 class Foreign:
-    """Stands for an object whose class is not looked up."""
+    """Stands for an object, class or function that is not looked up; it takes whatever a pickle does to it."""
 
     def __new__(cls, *_: Any, **__: Any) -> "Foreign":
         return super().__new__(cls)
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def _take(self, *_: Any) -> None:
         pass
 
-    def __setstate__(self, _: Any) -> None:
-        pass
+    __init__ = __setstate__ = __setitem__ = append = extend = add = _take
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         return _KNOWN.get((module, name), Foreign)
+
+    def persistent_load(self, _: Any) -> Any:
+        return Foreign()
 
 
 def megatron_args(directory: Path) -> dict[str, Any]:
@@ -49,12 +52,12 @@ def megatron_args(directory: Path) -> dict[str, Any]:
     file = directory / COMMON
     if not file.is_file():
         return {}
-    module = SimpleNamespace(Unpickler=_Unpickler, load=pickle.load, __name__="inert pickle")
     try:
-        common = torch.load(file, map_location="cpu", weights_only=False, pickle_module=module)
+        with zipfile.ZipFile(file) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            common = _Unpickler(io.BytesIO(archive.read(name))).load()
     except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConversionError(f"{file}: cannot be read ({reason}); it is damaged") from error
+        raise ConversionError(f"{file}: cannot be read ({type(error).__name__}: {error}); it is damaged") from error
     args = common.get("args") if isinstance(common, dict) else None
     if not isinstance(args, argparse.Namespace | SimpleNamespace):
         return {}

@@ -1,7 +1,7 @@
 """Checkpoints of plain megatron-core under the keys used here: renamed, layers taken out of stacks, nothing read.
 
 megatron-core has several ways to name one tensor. By default the layers of a block are stacked along a new first axis
-(`decoder.layers.mlp.linear_fc2.weight` [layers, ...], transformer_block.sharded_state_dict); with `singleton_local_shards`
+(`decoder.layers.mlp.linear_fc2.weight` [layers, ...], transformer_block.sharded_state_dict); with singleton_local_shards
 experts have keys of their own and a gated fc1 is two tensors (mlp.apply_swiglu_sharded_factory); a norm in front of a
 linear layer belongs to that layer with Transformer Engine's spec and stands alone in some local ones; and a script may
 put all of it below a prefix. Here each layer has its own key, an expert is an entry `[3]` of its layer's stack, and
@@ -68,9 +68,7 @@ def _joined(tensors: dict[str, Stored]) -> dict[str, Stored]:
 
 def _above(first: Stored, second: Stored) -> Stored:
     dtype, (rows, *rest) = first.spec
-    moved = tuple(
-        chunk._replace(offsets=(chunk.offsets[0] + rows, *chunk.offsets[1:])) for chunk in second.chunks
-    )
+    moved = tuple(chunk._replace(offsets=(chunk.offsets[0] + rows, *chunk.offsets[1:])) for chunk in second.chunks)
     return Stored(TensorSpec(dtype, (rows + second.spec.shape[0], *rest)), first.chunks + moved)
 
 
