@@ -1,11 +1,11 @@
 """Checkpoints of plain megatron-core under the keys used here: renamed, layers taken out of stacks, nothing read.
 
 megatron-core has several ways to name one tensor. By default the layers of a block are stacked along a new first axis
-(`decoder.layers.mlp.linear_fc2.weight` [layers, ...], transformer_block.sharded_state_dict); with singleton_local_shards
-experts have keys of their own and a gated fc1 is two tensors (mlp.apply_swiglu_sharded_factory); a norm in front of a
-linear layer belongs to that layer with Transformer Engine's spec and stands alone in some local ones; and a script may
-put all of it below a prefix. Here each layer has its own key, an expert is an entry `[3]` of its layer's stack, and
-there is no prefix.
+(`decoder.layers.mlp.linear_fc2.weight` [layers, ...], transformer_block.sharded_state_dict). With its metadata
+singleton_local_shards, experts have keys of their own and a gated fc1 is two tensors (apply_swiglu_sharded_factory).
+A norm in front of a linear layer belongs to that layer with Transformer Engine's spec and stands alone in some local
+ones; and a script may put all of it below a prefix. Here each layer has its own key, an expert is an entry `[3]` of its
+layer's stack, and there is no prefix.
 """
 
 import dataclasses
