@@ -107,11 +107,12 @@ def _specs(model: Sequence[torch.nn.Module], section: Mapping[str, Any]) -> dict
     routed = _routed(model)
     table = family.by_name(routed.family).table(section)
     moves = plan(table, shards.targets(model), vocab_size=routed.gpt["vocab_size"])
-    return {
+    specs = {
         name: TensorSpec(move.target.dtype, shape)
         for move in moves
         for name, shape in zip(move.hf_names, move.hf_shapes, strict=True)
     }
+    return specs | {copy: specs[original] for copy, original in table.copies().items()}
 
 
 def _routed(model: Sequence[torch.nn.Module]) -> Routed:

@@ -7,7 +7,7 @@ them; gradients and optimizer state follow from the counts. Activations are an e
 import dataclasses
 from typing import NamedTuple
 
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from bridge import parallel, platform
 from bridge.config import layout
@@ -150,7 +150,7 @@ def _activations(config: RunConfig, shape: Layout, chunks: list[GPT], *, stage: 
     tokens = micro_batch_size * config.data["sequence_length"] // shape.cp
     micro_batches = config.train.global_batch_size // (micro_batch_size * shape.dp)
     in_flight = _chunks_in_flight(model, shape, micro_batches, stage=stage)
-    layers = [len(chunk.decoder.layers) for chunk in chunks]
+    layers = [len(chunk.decoder.layers) + (len(chunk.mtp.layers) if chunk.mtp_process else 0) for chunk in chunks]
     per_layer = _layer_elements(model, fused=fused)
     if model.recompute_granularity == "full":
         kept_inputs = model.hidden_size / (shape.tp if model.sequence_parallel else 1)
@@ -160,7 +160,8 @@ def _activations(config: RunConfig, shape: Layout, chunks: list[GPT], *, stage: 
     bytes_per_element = next(chunks[0].parameters()).element_size()
     total = tokens * elements * bytes_per_element
     if chunks[-1].post_process:
-        total += tokens * _head_bytes(model, vocab=chunks[-1].vocab_size // shape.tp, width=bytes_per_element)
+        heads = 1 + (model.mtp_num_layers or 0)  # each prediction module's loss needs logits of its own
+        total += heads * tokens * _head_bytes(model, vocab=chunks[-1].vocab_size // shape.tp, width=bytes_per_element)
     return int(total)
 
 
@@ -182,12 +183,25 @@ def _layer_elements(model: TransformerConfig, *, fused: bool) -> float:
     """
     tp = model.tensor_model_parallel_size
     norms = 2 * (2 if fused else 3) * model.hidden_size / (tp if model.sequence_parallel else 1)
-    heads, groups = model.num_attention_heads, model.num_query_groups
-    attention = (heads + 2 * groups + heads + groups + heads) * model.kv_channels
-    if model.qk_layernorm and not fused:
-        attention += (heads + groups) * model.kv_channels
     factor = (3 if fused else 5) if model.gated_linear_unit else 2
-    return norms + (attention + factor * _mlp_width(model)) / tp
+    return norms + _attention_elements(model, fused=fused) + factor * _mlp_width(model) / tp
+
+
+def _attention_elements(model: TransformerConfig, *, fused: bool) -> float:
+    """Of these, attention's: see `_layer_elements`. The latents of multi-latent attention are on every process."""
+    tp, heads, groups = model.tensor_model_parallel_size, model.num_attention_heads, model.num_query_groups
+    if not isinstance(model, MLATransformerConfig):
+        assert groups is not None and model.kv_channels is not None
+        attention = (heads + 2 * groups + heads + groups + heads) * model.kv_channels
+        if model.qk_layernorm and not fused:
+            attention += (heads + groups) * model.kv_channels
+        return attention / tp
+    # The norm's input (a part of the down-projection's output) and output, and between them what an unfused norm keeps.
+    latents = (model.kv_lora_rank + (model.q_lora_rank or 0)) * (2 if fused else 3) + model.qk_pos_emb_head_dim
+    latents /= tp if model.sequence_parallel else 1
+    # Queries and keys joined of their two parts, values, the result. Values narrower than keys make torch on a CPU, but
+    # not on a GPU, keep the attention matrix as well, which is not counted.
+    return latents + heads * (2 * (model.qk_head_dim + model.qk_pos_emb_head_dim) + 2 * model.v_head_dim) / tp
 
 
 def _mlp_width(model: TransformerConfig) -> int:

@@ -6,13 +6,18 @@ max_position_embeddings (64) to differ from the default.
 """
 
 import copy
+import dataclasses
+import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from tests import families
+from bridge.convert import reference
+from bridge.models.family import by_name as family_of
+from tests import families, hf_predictions
 
 
 class Variant(NamedTuple):
@@ -53,32 +58,40 @@ def variants(family: str | None = None) -> list[str]:
 
 def config(variant: str, **overrides: Any) -> Any:
     """The transformers config of a variant; `overrides` in HF's field names win."""
-    from transformers import AutoConfig
+    from tests.auto import AutoConfig
 
     family, fields = VARIANTS[variant]
     kind = families.get(family, "MODEL_TYPE") or family
+    # transformers keeps a field that the class does not have, and passes it on to config.json.
+    known = {field.name for field in dataclasses.fields(type(AutoConfig.for_model(kind)))}
+    base = {name: value for name, value in BASE.items() if name in known} | families.get(family, "BASE")
     # Deep copy: transformers normalises rope_parameters in place.
-    return AutoConfig.for_model(kind, **copy.deepcopy({**BASE, **fields, **overrides}))
+    return AutoConfig.for_model(kind, **copy.deepcopy({**base, **fields, **overrides}))
 
 
 def model(variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Any:
     """The transformers model of a variant in eval mode, every parameter and stored buffer drawn anew from `seed`."""
-    from transformers import AutoModelForCausalLM
+    from tests.auto import AutoModelForCausalLM
 
-    built = AutoModelForCausalLM.from_config(config(variant, **overrides), attn_implementation="sdpa")
+    built = AutoModelForCausalLM.from_config(config(variant, **overrides), attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         stored = set(built.state_dict())
         buffers = [(name, buffer) for name, buffer in built.named_buffers() if name in stored]
         for name, parameter in sorted([*built.named_parameters(), *buffers], key=lambda named: named[0]):
-            draw = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
-                parameter.copy_(1 + 0.3 * draw)
-            elif name.endswith("bias"):
-                parameter.copy_(0.3 * draw)
-            else:  # a gain over 1 keeps attention and logits far from uniform
-                parameter.copy_(1.5 * draw / parameter.shape[-1] ** 0.5)
+            draw(name, parameter, generator)
     return built.to(dtype).eval()
+
+
+def draw(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
+    """Fill a parameter away from its default."""
+    noise = torch.randn(tensor.shape, generator=generator)
+    if "norm" in name or ".ln_" in name:  # around 1, or around 0 where the weight is stored less one
+        tensor.add_(0.3 * noise)
+    elif name.endswith("bias"):
+        tensor.copy_(0.3 * noise)
+    else:  # a gain over 1 keeps attention and logits far from uniform
+        tensor.copy_(1.5 * noise / tensor.shape[-1] ** 0.5)
 
 
 def save(
@@ -89,11 +102,21 @@ def save(
     seed: int = 0,
     tokenizer: bool = True,
     max_shard_size: str = "5GB",
+    save_original_format: bool = True,
     **overrides: Any,
 ) -> Path:
     """`model(...)` saved by transformers into `directory`, beside a byte-level tokenizer. Returns `directory`."""
     built = model(variant, dtype=dtype, seed=seed, **overrides)
-    built.save_pretrained(directory, max_shard_size=max_shard_size)
+    built.save_pretrained(directory, max_shard_size=max_shard_size, save_original_format=save_original_format)
+    own = family_of(VARIANTS[variant].family).model_type
+    if own != built.config.model_type:  # transformers has no class for it but another's
+        config_json = directory / "config.json"
+        content = json.loads(config_json.read_text())
+        config_json.write_text(json.dumps({**content, "model_type": own}))
+    if getattr(built.config, "num_mtp_layers", 0):
+        generator = torch.Generator().manual_seed(seed + 1)
+        fill = partial(draw, generator=generator)
+        hf_predictions.add(directory, built.config, draw=fill, max_shard_size=max_shard_size)
     if tokenizer:
         byte_tokenizer().save_pretrained(directory)
     return directory
@@ -118,8 +141,7 @@ def prompts(*, batch: int = 2, length: int = 24, vocab_size: int = BASE["vocab_s
 
 def logits(directory: Path, ids: torch.Tensor) -> torch.Tensor:
     """What transformers answers for `ids` in float32: [batch, length, vocab]."""
-    from transformers import AutoModelForCausalLM
+    import tests.auto  # noqa: F401
 
-    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
     with torch.no_grad():
-        return loaded.eval()(ids).logits
+        return reference.load(directory)(ids).logits

@@ -40,13 +40,14 @@ EXIT_CODES = {"train.exit_interval=10": 75}
 NOT_RUN = "python3 -m venv"
 
 
-def _blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+def _blocks(page: str) -> list[tuple[str, str]]:
+    """(language, text) of what a page runs, in its order."""
+    text = (ROOT / page).read_text()
+    return re.findall(r"^```(bash|python)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def _commands(page: str) -> list[str]:
-    lines = [line for block in _blocks(page, "bash") for line in block.splitlines() if line.strip()]
-    return [line for line in lines if not line.startswith(NOT_RUN)]
+def _commands(block: str) -> list[str]:
+    return [line for line in block.splitlines() if line.strip() and not line.startswith(NOT_RUN)]
 
 
 def _small(command: str) -> list[str]:
@@ -55,18 +56,28 @@ def _small(command: str) -> list[str]:
 
 
 def _run(words: list[str], *, folder: Path, code: int, shown: str) -> None:
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    # In a checkout the scripts lie in the current folder, so that modules beside them are found.
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
+    done = subprocess.run(
+        words, cwd=folder, env=env, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == code, f"{shown}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if _commands(page)])
+@pytest.mark.parametrize("page", [page for page in PAGES if _blocks(page)])
 def test_commands_run(page: str, tmp_path: Path):
+    """A python block whose first line is a comment with a path is that file; other blocks run."""
     hf_models.save("llama", tmp_path / "models" / "llama")
-    for command in _commands(page):
-        code = next((code for part, code in EXIT_CODES.items() if part in command), 0)
-        _run(_small(command), folder=tmp_path, code=code, shown=command)
-    for block in _blocks(page, "python"):
-        _run([sys.executable, "-c", block], folder=tmp_path, code=0, shown=block)
+    for language, block in _blocks(page):
+        path = re.match(r"# ([\w/]+\.py)$", block, flags=re.MULTILINE)
+        if language == "python" and path:
+            (tmp_path / path[1]).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path[1]).write_text(block)
+        elif language == "python":
+            _run([sys.executable, "-c", block], folder=tmp_path, code=0, shown=block)
+        for command in _commands(block) if language == "bash" else ():
+            code = next((code for part, code in EXIT_CODES.items() if part in command), 0)
+            _run(_small(command), folder=tmp_path, code=code, shown=command)
 
 
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])

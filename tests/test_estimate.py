@@ -9,6 +9,7 @@ from bridge import estimate, parallel, platform
 from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.models import gpt
+from bridge.training import flops
 from tests import hf_models
 
 MODEL: dict[str, Any] = {
@@ -29,6 +30,17 @@ MODEL: dict[str, Any] = {
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
 }
+LATENT = {
+    "multi_latent_attention": True,
+    "num_query_groups": None,
+    "qk_layernorm": True,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 40,
+    "qk_head_dim": 16,
+    "qk_pos_emb_head_dim": 8,
+    "v_head_dim": 16,
+}
+EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 48, "moe_layer_freq": [0, 1, 1, 1]}
 LAYER = 2 * 64 + 64 * (4 + 2 * 2) * 16 + 64 * 64 + 3 * 64 * 176  # norms, QKV, output projection, gated MLP
 TOTAL = 2 * 1001 * 64 + 4 * LAYER + 64
 BF16 = {"bf16": True, "params_dtype": "bf16", "pipeline_dtype": "bf16", "grad_reduce_in_fp32": True}
@@ -91,12 +103,16 @@ def test_memory_of_tensor_and_pipeline_ranks():
     assert first.activations != last.activations
 
 
-def test_activations_are_what_autograd_keeps():
-    run = config()
+EVEN = {**LATENT, "v_head_dim": 24}  # values as wide as keys: torch's flash kernel takes no others on a CPU
+
+
+@pytest.mark.parametrize("model", [{}, EVEN, {**EVEN, "mtp_num_layers": 1, "calculate_per_token_loss": True}])
+def test_activations_are_what_autograd_keeps(model: dict[str, Any]):
+    run = config(model=model)
     (stage,) = estimate.memory(run, world_size=1)
     with parallel.single_process():
-        (model,) = gpt.build(run.routed())
-        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        (chunk,) = gpt.build(run.routed())
+        weights = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
         kept: dict[int, torch.Tensor] = {}
 
         def remember(tensor: torch.Tensor) -> torch.Tensor:
@@ -105,7 +121,7 @@ def test_activations_are_what_autograd_keeps():
 
         ids = torch.randint(1001, (2, 128), device=platform.device())
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-            model(ids, torch.arange(128, device=ids.device).expand(2, -1), None, labels=ids)
+            chunk(ids, torch.arange(128, device=ids.device).expand(2, -1), None, labels=ids)
         measured = sum(kept[key].untyped_storage().nbytes() for key in kept.keys() - weights)
     assert stage.activations == pytest.approx(measured, rel=0.1)
 
@@ -118,6 +134,21 @@ def test_full_recompute_keeps_one_input_per_layer():
     tokens, inputs = 2 * 128, 4 * 64 * 4
     per_layer = (kept.activations - recomputed.activations + tokens * inputs) / saved_layers / tokens / 4
     assert per_layer == pytest.approx(6 * 64 + 256 + 32 + 5 * 176, rel=0.01)
+
+
+@pytest.mark.parametrize("model", [LATENT, {**LATENT, **EXPERTS, "mtp_num_layers": 2, "q_lora_rank": None}])
+def test_flops_of_latent_attention(model: dict[str, Any]):
+    """Six per weight of a matrix a token meets: that of an expert counts by the share of tokens that choose it."""
+    run = config(model=model)
+    with parallel.single_process():
+        (chunk,) = gpt.build(run.routed(), meta=True)
+    share = chunk.config.moe_router_topk / chunk.config.num_moe_experts if chunk.config.num_moe_experts else 1
+    matrices = {name: weight.numel() for name, weight in chunk.named_parameters() if weight.dim() == 2}
+    matrices["embedding.word_embeddings.weight"] = (chunk.config.mtp_num_layers or 0) * 1001 * 64  # the output layer
+    met = sum(size * (share if ".experts." in name else 1) for name, size in matrices.items())
+    layers = 4 + (chunk.config.mtp_num_layers or 0)
+    found = flops.per_token(chunk.config, vocab_size=1001, sequence_length=128)
+    assert found == pytest.approx(6 * met + 3 * layers * 4 * (24 + 16) * 128, rel=1e-12)
 
 
 def test_flops_are_six_per_matrix_weight_and_causal_attention():

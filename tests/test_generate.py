@@ -39,9 +39,13 @@ def test_tiny_models_continue_as_in_transformers(variant: str, tiny_hf: Callable
     assert found == _without_end(expected, stop)
 
 
-def test_cache_changes_nothing(tiny_hf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "variant", ["llama_all_bias", "granite", "smollm3_yarn", "ernie4_5", "llama_nemotron", "olmoe"]
+)
+def test_cache_changes_nothing(variant: str, tiny_hf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
     with parallel.single_process():
-        (model,) = api.load_model(tiny_hf("llama_all_bias"))
+        (model,) = api.load_model(tiny_hf(variant))
+        assert generate._can_cache(model)
         cached = list(generate.continue_ids(model, PROMPT, max_new_tokens=40))
         monkeypatch.setattr(generate, "_can_cache", lambda model: False)
         assert list(generate.continue_ids(model, PROMPT, max_new_tokens=40)) == cached

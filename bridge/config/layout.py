@@ -118,6 +118,7 @@ _POSITIVE = (
     "num_moe_experts",
     "moe_ffn_hidden_size",
     "moe_shared_expert_intermediate_size",
+    "mtp_num_layers",
 )
 
 
@@ -153,6 +154,12 @@ def _check_tensor_parallel(fields: _Fields, layout: Layout) -> None:
         )
     divisibility.require(fields.number("ffn_hidden_size", 4 * fields.get("hidden_size")), by=[tp])
     divisibility.require(fields.number("moe_shared_expert_intermediate_size", layout.tp), by=[tp])
+    if fields.get("multi_latent_attention", False) and layout.tp > 1 and not fields.get("sequence_parallel", False):
+        # The down-projections are on every rank: without it each would add up the gradient of the whole sequence.
+        raise ConfigError(
+            f"parallelism.sequence_parallel: must be true for latent attention with TP > 1, but it is false with "
+            f"TP = {layout.tp}; set it to true"
+        )
     if fields.get("sequence_parallel", False) and layout.tp == 1:
         smallest = divisors(heads.value)[1:2]
         more = f", or parallelism.tensor_model_parallel_size to {either(smallest)}" if smallest else ""

@@ -22,10 +22,12 @@ _OWN_KEYS = _GPT_KEYS | own_fields.annotations()
 _REQUIRED = ("family", "num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_sequence_length")
 _POSITIVE = (*_REQUIRED[1:], "make_vocab_size_divisible_by")
 
-# Types that are narrower here than megatron-core's annotation says.
-_NARROWED = {
+# Types that are narrower here than megatron-core's annotation says, or wider where its code takes more.
+_RETYPED = {
+    "rotary_base": "float",  # GPTModel says int and only divides by powers of it
     "activation_func": f"Literal{list(ACTIVATIONS)}",
     "optimizer": f"Literal{list(OPTIMIZERS)}",
+    "q_lora_rank": "Optional[int]",  # null: queries without a latent
     # fp8 is a format of optimizer states only.
     "params_dtype": "Literal['fp32', 'bf16', 'fp16']",
     "pipeline_dtype": "Literal['fp32', 'bf16', 'fp16', None]",
@@ -139,14 +141,14 @@ def _check_field(key: str, name: str, value: Any, targets: Mapping[str, Mapping[
         raise _unknown(key, name, value, targets)
     _refuse(key, name, value, declared)
     for field in declared:
-        checked = _NARROWED.get(name) or mcore_fields.checked_annotation(field)
+        checked = _RETYPED.get(name) or mcore_fields.checked_annotation(field)
         annotation.check(key, value, checked, mcore_fields.enums())
 
 
 def _refuse(key: str, name: str, value: Any, declared: list[Field]) -> None:
     if name in _REFUSED:
         raise ConfigError(f"{key}: cannot be set (value {value!r}): {_REFUSED[name]}")
-    if name not in _NARROWED and not all(mcore_fields.expressible(field) for field in declared):
+    if name not in _RETYPED and not all(mcore_fields.expressible(field) for field in declared):
         raise ConfigError(f"{key}: cannot be set (value {value!r}): {_OBJECT_REASON}")
     if name in _FIXED and value != ast.literal_eval(declared[0].default or "None"):
         raise ConfigError(f"{key}: {value!r} is not supported: {_FIXED[name]}; leave it out")
@@ -162,7 +164,7 @@ def _unknown(key: str, name: str, value: Any, targets: Mapping[str, Mapping[str,
             field
             for fields in targets.values()
             for field, declared in fields.items()
-            if field not in _REFUSED and (field in _NARROWED or mcore_fields.expressible(declared))
+            if field not in _REFUSED and (field in _RETYPED or mcore_fields.expressible(declared))
         ),
     ]
     hint = (

@@ -105,6 +105,7 @@ class ConvertConfig:
     megatron: str | None = None
     model: dict[str, Any] | None = None
     reference: str | None = None
+    family: str | None = None
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     max_shard_size: str = "5GB"
     overwrite: bool = False

@@ -14,6 +14,7 @@ from bridge.models import hf_config
 from bridge.weights import locate
 from bridge.weights.dist_files import open_dist
 from bridge.weights.hf_files import copy_assets, main_dtype, parse_size
+from bridge.weights.hf_form import read_form
 from bridge.weights.key_layouts import canonical
 from bridge.weights.ledger import check_megatron
 from bridge.weights.output import new_directory
@@ -57,10 +58,12 @@ def export_hf(
     found = locate.locate(megatron)
     with new_directory(hf, overwrite=overwrite, key="hf") as directory:
         described = model_of(found, model=model, reference=reference)
-        bones = skeleton(described.section)
+        bones = skeleton(described.section, spelling=read_form(found.directory).spelling)
         dist = canonical(open_dist(found.directory), wanted=[move.mcore_key for move in bones.moves])
         check_megatron(bones.moves, specs_of(dist), source=dist.directory, described_by=described.source)
-        summary = export_tensors(dist, directory, moves=bones.moves, dtype=dtype, max_shard_size=size)
+        summary = export_tensors(
+            dist, directory, moves=bones.moves, table=bones.table, dtype=dtype, max_shard_size=size
+        )
         specs = export_specs(dist, moves=bones.moves, dtype=dtype)
         write_assets(directory, section=bones.section, assets=described.assets, specs=specs.values())
     return summary

@@ -16,25 +16,39 @@ from bridge.weights.transfer import import_tensors
 def run(config: ConvertConfig) -> int:
     assert config.hf is not None and config.megatron is not None
     dtype = torch_dtype(config.dtype)
-    print(import_hf(config.hf, config.megatron, dtype=dtype, overwrite=config.overwrite))
+    print(import_hf(config.hf, config.megatron, family=config.family, dtype=dtype, overwrite=config.overwrite))
     print(f"wrote {config.megatron}")
     return 0
 
 
 def import_hf(
-    hf: str | Path, megatron: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+    hf: str | Path,
+    megatron: str | Path,
+    *,
+    family: str | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
 ) -> str:
     """Write checkpoint `megatron` (iteration 0) from directory `hf`; the summary line.
 
-    `dtype` casts the weights; None keeps each tensor's own. Raises ConversionError when the config is not understood,
-    a tensor is missing, left over or damaged, or the output exists: then nothing was written.
+    `family` is found by model_type unless given. `dtype` casts the weights; None keeps each tensor's own. Raises
+    ConversionError when the config is not understood, a tensor is missing, left over or damaged, or the output exists:
+    then nothing was written.
     """
     with new_directory(megatron, overwrite=overwrite, key="megatron") as root:
-        bones = skeleton(hf_config.to_mcore(hf_config.read(hf)))
+        section = hf_config.to_mcore(hf_config.read(hf), family=family)
+        files = open_hf(hf)
+        bones = skeleton(section, hf_names=files.tensors)
         directory = locate.iteration_directory(root, iteration=0)
         directory.mkdir()
         summary = import_tensors(
-            open_hf(hf), directory, moves=bones.moves, table=bones.table, dtype=dtype, object_keys=bones.object_keys
+            files,
+            directory,
+            moves=bones.moves,
+            table=bones.table,
+            dtype=dtype,
+            spelling=bones.spelling,
+            object_keys=bones.object_keys,
         )
         locate.write_model_section(root, bones.section)
         (root / locate.HF_ASSETS).mkdir()

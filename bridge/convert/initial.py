@@ -30,13 +30,15 @@ def load_initial(model: Sequence[torch.nn.Module], path: str | Path, routed: Rou
     """
     path = Path(path).expanduser().absolute()
     section = _checked_section(path, routed, key=key)
-    table = family.by_name(routed.family).table(section)
+    facts = family.by_name(routed.family)
     vocab_size = routed.gpt["vocab_size"]
     if locate.is_megatron(path):
         dist = open_dist(locate.locate(path, key=key).directory)
-        live.load_megatron(model, dist, table=table, vocab_size=vocab_size)
+        live.load_megatron(model, dist, table=facts.table(section), vocab_size=vocab_size)
     else:
-        live.load_hf(model, open_hf(path), table=table, vocab_size=vocab_size)
+        hf = open_hf(path)
+        table = facts.table(section, spelling=facts.spelling(section, hf.tensors))
+        live.load_hf(model, hf, table=table, vocab_size=vocab_size)
 
 
 def _checked_section(path: Path, routed: Routed, *, key: str) -> dict[str, Any]:

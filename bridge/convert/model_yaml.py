@@ -10,12 +10,12 @@ from bridge.models import hf_config
 
 def run(config: ConvertConfig) -> int:
     assert config.hf is not None
-    print(model_yaml(config.hf), end="")
+    print(model_yaml(config.hf, family=config.family), end="")
     return 0
 
 
-def model_yaml(hf: str | Path) -> str:
+def model_yaml(hf: str | Path, *, family: str | None = None) -> str:
     """Text of a conf/model YAML file with the architecture of directory `hf`. Raises ConversionError."""
-    section = hf_config.to_mcore(hf_config.read(hf))
+    section = hf_config.to_mcore(hf_config.read(hf), family=family)
     name = Path(hf).resolve().name
     return f"# The architecture of {name}: save as conf/model/NAME.yaml.\n" + yaml.safe_dump(section, sort_keys=False)

@@ -1,6 +1,6 @@
 """What a model consists of, told by a meta-device model: nothing is allocated."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,24 +15,30 @@ from bridge.weights.table import Table
 
 
 class Skeleton(NamedTuple):
-    """A `model` section, its routed form, its family's table, and what a checkpoint of the model consists of."""
+    """A `model` section, its routed form, its family's table in one spelling, and what a checkpoint consists of."""
 
     section: dict[str, Any]
     routed: Routed
+    spelling: str
     table: Table
     moves: list[Move]
     object_keys: list[str]  # megatron-core's load expects these beside the tensors; they are empty
 
 
-def skeleton(section: Mapping[str, Any]) -> Skeleton:
-    """The skeleton of a `model` section, in a process without process groups. Raises ConfigError, ConversionError."""
+def skeleton(section: Mapping[str, Any], *, hf_names: Collection[str] = (), spelling: str = "") -> Skeleton:
+    """The skeleton of a `model` section, in a process without process groups. Raises ConfigError, ConversionError.
+
+    The table is in the `spelling` given, or in the one that has these `hf_names`.
+    """
     routed = route({"model": section})
     with parallel.single_process(routed.transformer):
         model = gpt.build(routed, meta=True)
         targets, object_keys = shards.targets(model), shards.object_keys(model)
-    table = family.by_name(routed.family).table(section)
+    facts = family.by_name(routed.family)
+    spelling = spelling or facts.spelling(section, hf_names)
+    table = facts.table(section, spelling=spelling)
     moves = plan(table, targets, vocab_size=routed.gpt["vocab_size"])
-    return Skeleton(dict(section), routed, table, moves, object_keys)
+    return Skeleton(dict(section), routed, spelling, table, moves, object_keys)
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:

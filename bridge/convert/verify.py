@@ -11,6 +11,7 @@ from torch import Tensor
 from bridge import parallel, platform
 from bridge.config.routing import Routed
 from bridge.config.schema import ConvertConfig
+from bridge.convert import reference as hf_reference
 from bridge.convert.described import model_of
 from bridge.convert.skeleton import Skeleton, skeleton
 from bridge.errors import ConversionError
@@ -65,10 +66,11 @@ def verify(
     """
     found = locate.locate(megatron)
     described = model_of(found, model=model, reference=reference)
-    bones = skeleton(described.section)
+    files = open_hf(hf)
+    bones = skeleton(described.section, hf_names=files.tensors)
     dist = canonical(open_dist(found.directory), wanted=[move.mcore_key for move in bones.moves])
     check_megatron(bones.moves, specs_of(dist), source=dist.directory, described_by=described.source)
-    tensors = compare.compare_tensors(open_hf(hf), dist, moves=bones.moves, table=bones.table)
+    tensors = compare.compare_tensors(files, dist, moves=bones.moves, table=bones.table)
     ids = token_ids(hf, bones.routed, prompts=prompts)
     theirs = _transformers_logits(hf, ids)
     logits = compare.compare_logits(_megatron_logits(bones, dist, ids), theirs)
@@ -117,11 +119,7 @@ def token_ids(hf: str | Path, routed: Routed, *, prompts: Sequence[str] | None) 
 
 @torch.no_grad()
 def _transformers_logits(hf: str | Path, prompts: Sequence[Tensor]) -> list[Tensor]:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = hf_reference.load(hf)
     return [model(ids[None]).logits[0] for ids in prompts]
 
 

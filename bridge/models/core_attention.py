@@ -1,11 +1,12 @@
-"""Core attention on torch's scaled_dot_product_attention, used wherever Transformer Engine is not.
+"""Core attention on torch's scaled_dot_product_attention, used wherever Transformer Engine's is not.
 
-Causal self-attention with grouped queries, different key and value widths, sliding window, softmax sinks, packed
-sequences, a key-value cache, and context parallelism by gathering keys and values. Exact in all of these; what it
-cannot do it refuses.
+Causal self-attention with grouped queries, different key and value widths, sliding window, softmax sinks, capped
+scores, packed sequences, a key-value cache, and context parallelism by gathering keys and values. Exact in all of
+these; what it cannot do it refuses.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from bridge import platform
 from bridge.errors import ConfigError
+from bridge.models.scales import softcap
 
 # TransformerConfig fields that ask something of the core attention which this one does not do; their harmless values.
 REFUSED_FIELDS = (
@@ -62,6 +64,8 @@ class CoreAttention(MegatronModule):
         self.tp_group, self.cp_group = groups.tp, groups.cp
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
+        cap = getattr(config, "attn_logit_softcapping", None)
+        self.attend = F.scaled_dot_product_attention if cap is None else partial(capped_attention, cap=cap)
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = _left_window(config.window_size) if windowed else None
         self._make_sink(config)
@@ -120,16 +124,16 @@ class CoreAttention(MegatronModule):
         }
         plain = self.window is None and self.softmax_offset is None and packing is None and q.size(2) == k.size(2)
         if plain:  # no mask tensor: torch may take its flash kernel
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+            return self.attend(q, k, v, is_causal=True, **options)
         allowed = self._allowed(q.size(2), k.size(2), packing, q.device)
         if self.softmax_offset is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, **options)
+            return self.attend(q, k, v, attn_mask=allowed, **options)
         # A sink is one more key with value 0 whose logit is the offset: it takes its share of the softmax, no more.
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         logits = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill(~allowed, -math.inf)
         sink = self.softmax_offset.to(q.dtype)[:, None, None].expand(-1, q.size(2), 1)
         mask = torch.cat([logits.expand(q.size(1), -1, -1), sink], dim=-1)[None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+        return self.attend(q, k, v, attn_mask=mask, **options)
 
     def _allowed(self, queries: int, keys: int, packing: PackedSeqParams | None, device: torch.device) -> Tensor:
         """Which query may attend to which key: bool [queries, keys]."""
@@ -156,6 +160,33 @@ class CoreAttention(MegatronModule):
         state = self.state_dict(prefix="", keep_vars=True)
         groups = {"tp_group": self.tp_group, "dp_cp_group": (metadata or {}).get("dp_cp_group")}
         return make_sharded_tensors_for_checkpoint(state, prefix, {"softmax_offset": 0}, sharded_offsets, **groups)
+
+
+def capped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cap: float,
+    scale: float,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch's scaled_dot_product_attention with scores cap * tanh(score / cap), which no kernel of torch's has.
+
+    query [batch, heads, queries, channels]; key, value [batch, groups, keys, channels]; mask [.., queries, keys], bool
+    or added to the scores. Keeps all scores, so memory grows with queries times keys.
+    """
+    if is_causal:
+        attn_mask = torch.ones(query.size(2), key.size(2), dtype=torch.bool, device=query.device).tril()
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.size(1) // key.size(1), dim=1) for t in (key, value))
+    scores = softcap((query @ key.transpose(2, 3) * scale).float(), cap)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    return F.dropout(scores.softmax(dim=-1).to(value.dtype), dropout_p) @ value
 
 
 def _left_window(window_size: tuple[int, int]) -> int | None:

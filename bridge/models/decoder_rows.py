@@ -5,7 +5,7 @@ and adds, or names differently, what is its own. {0} in a name is weight or bias
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bridge.weights.ops import Op, Qkv, Stack
+from bridge.weights.ops import Joined, Op, Qkv, Stack, Transposed
 from bridge.weights.table import Ignore, Row, Table
 
 Rows = list[Row | Ignore]
@@ -33,24 +33,36 @@ def embedding(model: Model, *, name: str = EMBEDDING, output: str = "lm_head.wei
 def norms(
     model: Model,
     *,
-    attention: str = "input_layernorm",
-    mlp: str = "post_attention_layernorm",
+    attention: str | None = "input_layernorm",
+    mlp: str | None = "post_attention_layernorm",
     prefix: str = HF,
     mcore: str = MCORE,
 ) -> Rows:
-    """The norms before attention and before a dense MLP, by the names Transformer Engine gives them."""
+    """The norms before attention and before a dense MLP, by the names Transformer Engine gives them; None: no row."""
     kinds = BOTH if model["normalization"] == "LayerNorm" else WEIGHT
-    places = {
-        "self_attention.linear_qkv.layer_norm_{0}": f"{attention}.{{0}}",
-        "mlp.linear_fc1.layer_norm_{0}": f"{mlp}.{{0}}",
-    }
-    return [Row(mcore + key.format(kind), prefix + name.format(kind)) for key, name in places.items() for kind in kinds]
+    places = {"self_attention.linear_qkv.layer_norm_": attention, "mlp.linear_fc1.layer_norm_": mlp}
+    return [
+        Row(f"{mcore}{key}{kind}", f"{prefix}{name}.{kind}") for key, name in places.items() if name for kind in kinds
+    ]
+
+
+def output_norms(model: Model, *, attention: str, mlp: str, prefix: str = HF) -> Rows:
+    """The norms behind attention and behind a dense MLP (`norm_placement` post or sandwich)."""
+    kinds = BOTH if model["normalization"] == "LayerNorm" else WEIGHT
+    places = {"self_attention.linear_proj": attention, "mlp.linear_fc2": mlp}
+    return [
+        Row(f"{MCORE}{key}.post_layernorm.{kind}", f"{prefix}{name}.{kind}")
+        for key, name in places.items()
+        for kind in kinds
+    ]
 
 
 def qk_norms(model: Model, *, query: str = "self_attn.q_norm", key: str = "self_attn.k_norm", prefix: str = HF) -> Rows:
     """The norms of queries and keys, where the model has them."""
+    if not model["qk_layernorm"] and not model["qk_layernorm_full_width"]:
+        return []
     names = {"self_attention.q_layernorm.weight": query, "self_attention.k_layernorm.weight": key}
-    return [Row(MCORE + ours, f"{prefix}{theirs}.weight") for ours, theirs in names.items() if model["qk_layernorm"]]
+    return [Row(MCORE + ours, f"{prefix}{theirs}.weight") for ours, theirs in names.items()]
 
 
 def attention(
@@ -60,16 +72,25 @@ def attention(
     output: str = "self_attn.o_proj",
     prefix: str = HF,
 ) -> Rows:
-    """The four projections of attention with grouped queries; their biases where the model has them."""
-    op = Qkv(model["num_attention_heads"], model["num_query_groups"], model["kv_channels"])
-    own = model["add_attention_bias"]
+    """The four projections of attention with grouped queries; their biases where the model has them.
+
+    One name in `qkv` is a tensor of query above key above value. Layers with unequal numbers of groups have rows of
+    their own.
+    """
+    heads, channels, own = (model[key] for key in ("num_attention_heads", "kv_channels", "add_attention_bias"))
     bias = bool(model["add_bias_linear"] if own is None else own)
-    names = tuple(f"{prefix}{name}.{{0}}" for name in qkv)
-    return [
-        *linear(MCORE + "self_attention.linear_qkv.{0}", names, op, bias=bias or model["add_qkv_bias"]),
-        *linear(MCORE + "self_attention.linear_proj.{0}", f"{prefix}{output}.{{0}}", bias=bias),
-        Ignore(prefix + "self_attn.rotary_emb.inv_freq", "a buffer old files hold; computed from the config"),
-    ]
+    by_layer = model["num_query_groups_by_layer"]
+    rows: Rows = []
+    for layer, groups in enumerate(by_layer) if by_layer else [("{layer}", model["num_query_groups"])]:
+        if groups:
+            op: Op = Qkv(heads, groups, channels)
+            hf, mcore = (name.replace("{layer}", str(layer)) for name in (prefix, MCORE + "self_attention."))
+            names = tuple(f"{hf}{name}.{{0}}" for name in qkv)
+            if len(names) == 1:
+                op = Joined(op, (heads * channels, groups * channels, groups * channels))
+            rows += linear(mcore + "linear_qkv.{0}", names, op, bias=bias or model["add_qkv_bias"])
+            rows += linear(mcore + "linear_proj.{0}", f"{hf}{output}.{{0}}", bias=bias)
+    return [*rows, Ignore(prefix + "self_attn.rotary_emb.inv_freq", "a buffer of old files; computed from the config")]
 
 
 def mlp(
@@ -94,6 +115,11 @@ def final(model: Model, *, name: str = "model.norm") -> Rows:
     """The norm behind the last layer."""
     kinds = BOTH if model["normalization"] == "LayerNorm" else WEIGHT
     return [Row(f"decoder.final_layernorm.{kind}", f"{name}.{kind}") for kind in kinds]
+
+
+def transposed(rows: Rows) -> Rows:
+    """The same rows for files that keep weights as `[in, out]`."""
+    return [Row(row.mcore_key, row.hf_names, Transposed(row.op)) if isinstance(row, Row) else row for row in rows]
 
 
 def linear(key: str, names: str | tuple[str, ...], op: Op | None = None, *, bias: bool) -> Rows:

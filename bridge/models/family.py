@@ -3,7 +3,7 @@
 import ast
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -25,10 +25,25 @@ class Family:
     parts: tuple[Part, ...]  # the fields that shape the model
     constants: Mapping[str, Any]  # model keys with one value for every model of the family
     rows: Callable[[Mapping[str, Any]], Table] = field(repr=False)  # complete model keys -> weight table
+    # The model_type whose class in transformers computes this model, where transformers does not know its own.
+    class_of: str = ""
+    aliases: tuple[str, ...] = ()  # other names of the same class in files, older ones that shipped their own code
+    # The config fields of a directory, given its tensors' names, where files may lack parts that their config counts.
+    stored: Callable[[Mapping[str, Any], Collection[str]], Mapping[str, Any]] | None = field(repr=False, default=None)
+    # Further ways in which files name or stack the same tensors, such as all experts in one tensor.
+    spellings: Mapping[str, Callable[[Mapping[str, Any]], Table]] = field(repr=False, default_factory=dict)
 
-    def table(self, model: Mapping[str, Any]) -> Table:
+    def table(self, model: Mapping[str, Any], *, spelling: str = "") -> Table:
         """The weight table of a model with these `model` keys (absent ones have megatron-core's defaults)."""
-        return self.rows(complete(model))
+        return (self.spellings[spelling] if spelling else self.rows)(complete(model))
+
+    def spelling(self, model: Mapping[str, Any], hf_names: Collection[str]) -> str:
+        """The spelling that knows all of these Hugging Face tensors; "", the usual one, when none does."""
+        for spelling in ("", *self.spellings):
+            table = self.table(model, spelling=spelling)
+            if all(map(table.knows, hf_names)):
+                return spelling
+        return ""
 
 
 def by_name(name: str) -> Family:
@@ -55,7 +70,9 @@ def name_of_hf_config(hf: Mapping[str, Any]) -> str:
     types = {by_name(name).model_type: name for name in known_names()}
     if kind not in types:
         hint = did_you_mean(str(kind), types)
-        raise ConversionError(f"config.json: model_type: {kind!r} is not supported; known are {', '.join(types)}{hint}")
+        raise ConversionError(
+            f"config.json: model_type: {kind!r} is not supported; known are {', '.join(types)}{hint or '; set family'}"
+        )
     return types[kind]
 
 
@@ -65,6 +82,8 @@ def known_names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(families.__path__)))
 
 
+# Keys for which null says something, although megatron-core's default is a number.
+NULLABLE = ("q_lora_rank",)
 # What the program does where megatron-core's own default is None or code.
 OWN_DEFAULTS = {"activation_func": "gelu", "make_vocab_size_divisible_by": 1, **own_fields.defaults()}
 
@@ -84,7 +103,7 @@ def mcore_defaults() -> dict[str, Any]:
 
 def complete(model: Mapping[str, Any]) -> dict[str, Any]:
     """`model` with every absent key filled as megatron-core would fill it."""
-    full = mcore_defaults() | {name: value for name, value in model.items() if value is not None}
+    full = mcore_defaults() | {name: value for name, value in model.items() if value is not None or name in NULLABLE}
     hidden, heads = full["hidden_size"], full["num_attention_heads"]
     derived = {"num_query_groups": heads, "kv_channels": hidden // heads, "ffn_hidden_size": 4 * hidden}
     return full | {name: value for name, value in derived.items() if full[name] is None}

@@ -1,19 +1,24 @@
 """The GPT model of one process: from routed config values to megatron-core model chunks."""
 
 import contextlib
+import copy
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import Tensor
 
 from bridge import parallel, platform
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
-from bridge.models import rope
-from bridge.models.layer_spec import block_spec
-from bridge.models.mcore_config import Config, check_keys, check_live, transformer_config
+from bridge.models import rope, scales
+from bridge.models.latent_attention import LatentRotaryEmbedding, share_rotary_embedding
+from bridge.models.layer_spec import block_spec, prediction_spec
+from bridge.models.local_rope import GlobalAndLocalRotary
+from bridge.models.mcore_config import Config, MLAConfig, check_keys, check_live, transformer_config
 
 __all__ = ["GPT", "build", "check_live", "padded_vocab_size", "transformer_config"]
 
@@ -30,20 +35,64 @@ class GPT(GPTModel):
     """
 
     routed: Routed
+    config: Any  # Config or MLAConfig
+    rotary_pos_emb: torch.nn.Module
 
-    def __init__(self, *, config: Config, true_vocab_size: int, rotary_base: float = 10000, **kwargs: Any) -> None:
+    def __init__(
+        self, *, config: Config | MLAConfig, true_vocab_size: int, rotary_base: float = 10000, **kwargs: Any
+    ) -> None:
         super().__init__(config=config, rotary_base=rotary_base, **kwargs)
         self.true_vocab_size = true_vocab_size
-        if config.rope_parameters and self.position_embedding_type == "rope" and not config.multi_latent_attention:
+        if self.mtp_process and self.post_process and self.share_embeddings_and_output_weights:
+            # The prediction modules' copy of the embedding is the output layer's weight, also on a later pipeline
+            # stage, where megatron-core makes another one that it neither uses nor lets into a checkpoint.
+            self.output_layer.weight = None
+        MTPLossLoggingHelper.tracker.clear()  # its size is that of the process's last model with prediction modules
+        shared = {
+            "rotary_percent": self.rotary_percent,
+            "rotary_interleaved": self.config.rotary_interleaved,
+            "rotary_base": rotary_base,
+            "max_sequence_length": self.max_sequence_length,
+            "cp_group": self.pg_collection.cp,
+        }
+        if isinstance(config, MLAConfig):
+            channels = config.qk_pos_emb_head_dim
+            embedding = LatentRotaryEmbedding(config.rope_parameters or {}, kv_channels=channels, **shared)
+            share_rotary_embedding(self, embedding)
+        elif config.rope_parameters and self.position_embedding_type == "rope":
             self.rotary_pos_emb = rope.ScaledRotaryEmbedding(
-                config.rope_parameters,
-                kv_channels=self.config.kv_channels,
+                config.rope_parameters, kv_channels=config.kv_channels, **shared
+            )
+        if config.rope_local_base_freq is not None:
+            local = RotaryEmbedding(
+                kv_channels=config.kv_channels,
                 rotary_percent=self.rotary_percent,
-                rotary_interleaved=self.config.rotary_interleaved,
-                rotary_base=rotary_base,
-                max_sequence_length=self.max_sequence_length,
+                rotary_interleaved=config.rotary_interleaved,
+                rotary_base=config.rope_local_base_freq,
+                use_cpu_initialization=True,
                 cp_group=self.pg_collection.cp,
             )
+            self.rotary_pos_emb = GlobalAndLocalRotary(self.rotary_pos_emb, local)
+        if self.pre_process and config.embedding_multiplier != 1.0:
+            scales.scale_embeddings(self.embedding.word_embeddings, config.embedding_multiplier)
+        if self.post_process and config.final_logit_softcapping is not None:
+            scales.cap_logits(self.output_layer, config.final_logit_softcapping)
+        if self.post_process and config.logits_scaling != 1.0:
+            scales.divide_logits(self.output_layer, config.logits_scaling)
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits, or the loss when there are labels; multi-token prediction only where its own loss has a gradient.
+
+        megatron-core runs it whenever the model has it, and needs labels for that.
+        """
+        if self.config.mtp_num_layers is None or (kwargs["labels"] is not None and torch.is_grad_enabled()):
+            return super()._postprocess(hidden_states, *args, **kwargs)
+        whole, self.config = self.config, copy.copy(self.config)
+        try:
+            self.config.mtp_num_layers = None
+            return super()._postprocess(hidden_states, *args, **(kwargs | {"mtp_in_postprocess": False}))
+        finally:
+            self.config = whole
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy over the true vocabulary, float [batch, sequence], of logits [sequence, batch, padded / TP].
@@ -90,7 +139,7 @@ def build(
     for chunk in chunks:
         chunk.routed = routed
         check_live(routed, chunk, dtype=dtype, meta=meta)
-        if not meta and config.use_cpu_initialization:
+        if not meta:  # routers and shared-expert gates are built on the CPU whatever use_cpu_initialization says
             chunk.to(platform.device())
     if wrap and (config.bf16 or config.fp16):
         return [Float16Module(config, chunk) for chunk in chunks]
@@ -99,9 +148,16 @@ def build(
 
 def _chunk(routed: Routed, config: Config, *, vp_stage: int | None) -> GPT:
     stage = {"vp_stage": vp_stage, "vp_size": config.virtual_pipeline_model_parallel_size}
+    predictions = prediction_spec(config, vp_stage=vp_stage)
+    if predictions and not parallel.is_pipeline_last_stage(**stage):
+        raise ConfigError(
+            "parallelism.pipeline_model_parallel_layout: multi-token prediction (m) is not on the stage of the loss; "
+            "put m before L there"
+        )
     return GPT(
         config=config,
         transformer_layer_spec=block_spec(config, vp_stage=vp_stage),
+        mtp_block_spec=predictions,
         true_vocab_size=_required(routed, "vocab_size"),
         vocab_size=padded_vocab_size(routed),
         pre_process=parallel.is_pipeline_first_stage(**stage),

@@ -1,14 +1,15 @@
 """A Hugging Face config.json and the `model` section of a run, each from the other, with every field accounted for."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.errors import ConversionError
-from bridge.models.family import Family, by_name, complete, mcore_defaults, name_of_hf_config
+from bridge.models.family import Family, by_name, complete, known_names, mcore_defaults, name_of_hf_config
 from bridge.models.hf_fields import Part
+from bridge.weights.hf_files import INDEX, open_hf
 
 # Fields that cannot change the logits of a decoder: bookkeeping, tokens, generation, what forward() returns.
 IRRELEVANT_NAMES = """
@@ -16,12 +17,13 @@ _attn_implementation _attn_implementation_autoset _commit_hash _model_name_or_pa
 attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
 decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
 exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label is_decoder
-keys_to_ignore_at_inference label2id length_penalty max_length max_new_tokens min_length model_type
+keys_to_ignore_at_inference label2id length_penalty max_length max_new_tokens min_length model_type n_ctx
 no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions output_hidden_states
-output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values repetition_penalty return_dict
-return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tie_encoder_decoder
-tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p unk_token_id unsloth_fixed
-unsloth_version use_bfloat16 use_cache
+output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values
+repetition_penalty return_dict return_dict_in_generate sep_token_id summary_activation summary_first_dropout
+summary_proj_to_labels summary_type summary_use_proj suppress_tokens task_specific_params temperature
+tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p unk_token_id
+unsloth_fixed unsloth_version use_bfloat16 use_cache
 """
 IRRELEVANT = frozenset(IRRELEVANT_NAMES.split())
 # Fields every config may have, with the only value that changes nothing.
@@ -35,7 +37,10 @@ NEUTRAL: dict[str, Any] = {
 
 
 def read(directory: Path | str) -> dict[str, Any]:
-    """The content of DIRECTORY/config.json as it is. Raises ConversionError when it is missing or not a JSON object."""
+    """The content of DIRECTORY/config.json as it is, but for parts it counts that the files beside it do not have.
+
+    Raises ConversionError when it is missing or not a JSON object.
+    """
     path = Path(directory) / "config.json"
     try:
         hf = json.loads(path.read_text(encoding="utf-8"))
@@ -45,7 +50,21 @@ def read(directory: Path | str) -> dict[str, Any]:
         raise ConversionError(f"{path}: cannot be read: {error}") from error
     if not isinstance(hf, dict):
         raise ConversionError(f"{path}: holds {type(hf).__name__}, not an object")
-    return hf
+    stored = next(
+        (facts.stored for facts in map(by_name, known_names()) if facts.model_type == hf.get("model_type")), None
+    )
+    return dict(stored(hf, _tensor_names(path.parent))) if stored else hf
+
+
+def _tensor_names(directory: Path) -> Collection[str]:
+    """The tensors of a directory, empty when it has none or they cannot be read, which is for others to report."""
+    index, single = directory / INDEX, directory / "model.safetensors"
+    try:
+        if index.is_file():
+            return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        return open_hf(directory).tensors if single.is_file() else ()
+    except (OSError, ValueError, LookupError, TypeError, ConversionError):
+        return ()
 
 
 def to_mcore(hf: Mapping[str, Any], *, family: str | None = None) -> dict[str, Any]:
@@ -76,7 +95,7 @@ def _account_for(hf: Mapping[str, Any], facts: Family) -> None:
                 "remove it if it has no effect"
             )
     names = hf.get("architectures") or [facts.architecture]
-    if list(names) != [facts.architecture]:
+    if len(names) != 1 or names[0] not in (facts.architecture, *facts.aliases):
         raise ConversionError(f"config.json: architectures: {names!r} is not supported; only {facts.architecture} is")
     missing = [name for part in facts.parts for name in part.hf_names if name in REQUIRED and name not in hf]
     if missing:
@@ -84,7 +103,18 @@ def _account_for(hf: Mapping[str, Any], facts: Family) -> None:
 
 
 # Sizes no config leaves to a default on purpose: a file without them is not a model's config.json.
-REQUIRED = frozenset({"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"})
+REQUIRED = frozenset(
+    {
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+        "n_embd",
+        "n_layer",
+        "n_head",
+    }
+)
 
 
 def to_hf(model: Mapping[str, Any], *, dtype: str, source: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -34,6 +34,49 @@ def same(hf_name: str, model_key: str, kind: Callable[[Any], Any] = int) -> Part
     )
 
 
+def optional(hf_name: str, model_key: str, kind: Callable[[Any], Any] = float) -> Part:
+    """One field, one key, one value, or null where the model does without."""
+    return Part(
+        (hf_name,),
+        (model_key,),
+        lambda hf: {} if hf[hf_name] is None else {model_key: kind(hf[hf_name])},
+        lambda model: {hf_name: None if model[model_key] is None else kind(model[model_key])},
+    )
+
+
+def only(hf_name: str, *values: Any, written: bool = False) -> Part:
+    """A field of which only these values are supported, the default among them. `written`: other programs look for it,
+    and find the first."""
+
+    def read(hf: Values) -> dict[str, Any]:
+        if hf_name in hf and hf[hf_name] not in values:
+            raise refused(hf_name, hf[hf_name], f"only {' or '.join(map(repr, values))} is supported")
+        return {}
+
+    return Part((hf_name,), (), read, lambda model: {hf_name: values[0]} if written else {})
+
+
+def unread(*hf_names: str) -> Part:
+    """Fields that files have though transformers' class does not read them."""
+    return Part(hf_names, (), lambda hf: {}, lambda model: {})
+
+
+def dropout(residual: str, embedding: str) -> Part:
+    """The dropout of residual branches and of the embedding, which is one number in megatron-core."""
+
+    def read(hf: Values) -> dict[str, Any]:
+        if hf[residual] != hf[embedding]:
+            raise refused(residual, hf[residual], f"megatron-core has one rate, and {embedding} is {hf[embedding]!r}")
+        return {"hidden_dropout": float(hf[residual])}
+
+    return Part(
+        (residual, embedding),
+        ("hidden_dropout",),
+        read,
+        lambda model: dict.fromkeys((residual, embedding), float(model["hidden_dropout"])),
+    )
+
+
 # transformers' activation -> model.activation_func. The first name of a value is the one written back.
 ACTIVATIONS = {
     "silu": "silu",
@@ -47,8 +90,8 @@ ACTIVATIONS = {
 }
 
 
-def activation(hf_name: str = "hidden_act") -> Part:
-    """The MLP's activation function by name."""
+def activation(hf_name: str = "hidden_act", *, prefer: str | None = None) -> Part:
+    """The MLP's activation function by name; `prefer` is the one to write for its function."""
 
     def read(hf: Values) -> dict[str, Any]:
         if hf[hf_name] not in ACTIVATIONS:
@@ -56,7 +99,8 @@ def activation(hf_name: str = "hidden_act") -> Part:
         return {"activation_func": ACTIVATIONS[hf[hf_name]]}
 
     def write(model: Values) -> dict[str, Any]:
-        return {hf_name: next(name for name, ours in ACTIVATIONS.items() if ours == model["activation_func"])}
+        names = [name for name, ours in ACTIVATIONS.items() if ours == model["activation_func"]]
+        return {hf_name: prefer if prefer in names else names[0]}
 
     return Part((hf_name,), ("activation_func",), read, write)
 
@@ -82,40 +126,50 @@ def attention_shape(*, has_head_dim: bool = True) -> Part:
     return Part(hf_names, ("num_attention_heads", "num_query_groups", "kv_channels"), read, write)
 
 
-def attention_and_mlp_bias(*, mlp_field: str | None) -> Part:
+def attention_and_mlp_bias(*, mlp_field: str | None, output_field: str | None = None) -> Part:
     """`attention_bias` (query, key, value, output) and, where a family has it, `mlp_bias`.
 
-    megatron-core's add_bias_linear is for both; add_attention_bias, which is ours, is written only where they differ.
+    With `output_field` the output projection has a field of its own. megatron-core's add_bias_linear is for attention
+    and MLP; add_attention_bias, which is ours, is written only where they differ.
     """
+    hf_names = tuple(name for name in ("attention_bias", output_field, mlp_field) if name)
 
     def read(hf: Values) -> dict[str, Any]:
-        attention, mlp = bool(hf["attention_bias"]), bool(mlp_field and hf[mlp_field])
-        own = {} if attention == mlp else {"add_attention_bias": attention}
-        return {"add_bias_linear": mlp, "add_qkv_bias": False, **own}
+        qkv, mlp = bool(hf["attention_bias"]), bool(mlp_field and hf[mlp_field])
+        output = bool(hf[output_field]) if output_field else qkv
+        if output and not qkv:
+            raise refused(str(output_field), True, "a bias on the output projection needs attention_bias")
+        own = {} if output == mlp else {"add_attention_bias": output}
+        return {"add_bias_linear": mlp, "add_qkv_bias": qkv and not output, **own}
 
     def write(model: Values) -> dict[str, Any]:
-        mlp, attention = model["add_bias_linear"], model["add_attention_bias"]
-        attention = mlp if attention is None else attention
-        if model["add_qkv_bias"] and not attention:
+        mlp, output = model["add_bias_linear"], model["add_attention_bias"]
+        output = mlp if output is None else output
+        qkv = output or model["add_qkv_bias"]
+        if qkv and not output and not output_field:
             raise refused(
                 "model.add_qkv_bias", True, "this family has biases on all four attention projections or none"
             )
         if mlp and not mlp_field:
             raise refused("model.add_bias_linear", True, "this family has no biases in the MLP")
-        return {"attention_bias": attention} | ({mlp_field: mlp} if mlp_field else {})
+        values = {"attention_bias": qkv, output_field: output, mlp_field: mlp}
+        return {name: values[name] for name in hf_names}
 
-    hf_names = ("attention_bias", mlp_field) if mlp_field else ("attention_bias",)
     return Part(hf_names, ("add_bias_linear", "add_qkv_bias", "add_attention_bias"), read, write)
 
 
 WINDOW_KEYS = ("window_size", "window_attn_skip_freq")
 
 
-def window_everywhere() -> Part:
-    """`sliding_window` tokens seen in every layer, the query's own included, which megatron-core does not count."""
+def window_everywhere(*, switch: str | None = None, unread: str | None = None) -> Part:
+    """`sliding_window` tokens seen in every layer, the query's own included, which megatron-core does not count.
+
+    `switch`: the field that turns it on. `unread`: a field of other families that files have and transformers ignores.
+    """
+    hf_names = tuple(name for name in ("sliding_window", switch, unread) if name)
 
     def read(hf: Values) -> dict[str, Any]:
-        width = hf["sliding_window"]
+        width = hf["sliding_window"] if switch is None or hf[switch] else None
         return {} if width is None else {"window_size": _window(width)}
 
     def write(model: Values) -> dict[str, Any]:
@@ -124,30 +178,29 @@ def window_everywhere() -> Part:
             raise refused(
                 "model.window_attn_skip_freq", model["window_attn_skip_freq"], "every layer has the window here"
             )
-        return {"sliding_window": _width(model) if any(layers) else None}
+        return {"sliding_window": _width(model) if any(layers) else None} | ({switch: any(layers)} if switch else {})
 
-    return Part(("sliding_window",), WINDOW_KEYS, read, write)
+    return Part(hf_names, WINDOW_KEYS, read, write)
 
 
-def window_by_layer() -> Part:
-    """`sliding_window` in some layers: those `layer_types` names, or from `max_window_layers` on."""
+def window_by_layer(*, by_default: Callable[[Values], list[bool]] | None = None) -> Part:
+    """`sliding_window` in some layers: those `layer_types` names.
+
+    Without it, those that `by_default` picks, or if that is None those from `max_window_layers` on.
+    """
     hf_names = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
     def read(hf: Values) -> dict[str, Any]:
         width = hf["sliding_window"] if hf["use_sliding_window"] else None
         count = hf["num_hidden_layers"]
-        types = hf.get("layer_types")
-        if types is None:
-            sliding = [width is not None and layer >= hf["max_window_layers"] for layer in range(count)]
-        else:
-            unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
-            if unknown or len(types) != count:
-                raise refused("layer_types", types, f"it needs {count} of full_attention and sliding_attention")
-            sliding = [kind == "sliding_attention" for kind in types]
+        pick = by_default or (lambda hf: [layer >= hf["max_window_layers"] for layer in range(count)])
+        sliding = _sliding_layers(hf, [width is not None and layer for layer in pick(hf)])
         if not any(sliding):
             return {}
         if width is None:
-            raise refused("layer_types", types, "sliding_attention needs use_sliding_window and sliding_window")
+            raise refused(
+                "layer_types", hf["layer_types"], "sliding_attention needs use_sliding_window and sliding_window"
+            )
         pattern = {} if all(sliding) else {"window_attn_skip_freq": [int(layer) for layer in sliding]}
         return {"window_size": _window(width), **pattern}
 
@@ -156,9 +209,47 @@ def window_by_layer() -> Part:
         width = _width(model) if any(sliding) else None
         first = sliding.index(True) if any(sliding) else len(sliding)
         types = ["sliding_attention" if layer else "full_attention" for layer in sliding]
-        return dict(zip(hf_names, (any(sliding), width, first, types), strict=True))
+        fields = dict(zip(hf_names, (any(sliding), width, first, types), strict=True))
+        return {name: value for name, value in fields.items() if name != "max_window_layers" or by_default is None}
 
     return Part(hf_names, WINDOW_KEYS, read, write)
+
+
+def window_by_pattern(every: int, *, field: str | None = None, unused: int) -> Part:
+    """`sliding_window` in the layers that `layer_types` names, or in all but each `every`-th one.
+
+    `field` may hold another number than `every`; `unused` is written as the width where no layer has the window.
+    """
+    hf_names = ("sliding_window", "layer_types", *([field] if field else []))
+
+    def read(hf: Values) -> dict[str, Any]:
+        period = hf.get(field, every) if field else every
+        sliding = _sliding_layers(hf, [(layer + 1) % period != 0 for layer in range(hf["num_hidden_layers"])])
+        if not any(sliding):
+            return {}
+        regular = [n for n in range(2, len(sliding) + 1) if sliding == [bool((i + 1) % n) for i in range(len(sliding))]]
+        pattern = regular[0] if regular else [int(layer) for layer in sliding]
+        return {"window_size": _window(hf["sliding_window"])} | (
+            {} if all(sliding) else {"window_attn_skip_freq": pattern}
+        )
+
+    def write(model: Values) -> dict[str, Any]:
+        sliding = _windowed_layers(model)
+        types = ["sliding_attention" if layer else "full_attention" for layer in sliding]
+        return {"sliding_window": _width(model) if any(sliding) else unused, "layer_types": types}
+
+    return Part(hf_names, WINDOW_KEYS, read, write)
+
+
+def _sliding_layers(hf: Values, unless_named: list[bool]) -> list[bool]:
+    """Which layers have the window by `layer_types`, or `unless_named` where the config does not say."""
+    types, count = hf.get("layer_types"), hf["num_hidden_layers"]
+    if types is None:
+        return unless_named
+    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if unknown or len(types) != count:
+        raise refused("layer_types", types, f"it needs {count} of full_attention and sliding_attention")
+    return [kind == "sliding_attention" for kind in types]
 
 
 def _window(width: Any) -> list[int]:

@@ -1,7 +1,8 @@
 """From the plain values of a configuration to megatron-core's TransformerConfig, and the check that none got lost."""
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -20,16 +21,41 @@ from bridge.config.own_fields import OwnFields
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
 from bridge.models import rope
+from bridge.models.unequal_layers import LayerSizes, layer_fields
 
 
 @dataclass
-class Config(OwnFields, TransformerConfig):
-    """megatron-core's TransformerConfig with the keys of this project, for modules of both to read."""
+class Config(LayerSizes, OwnFields, TransformerConfig):
+    """megatron-core's TransformerConfig with the keys of this project, for modules of both to read.
+
+    `rotated_query_scale` is no key: it follows from rope_parameters and rotary_percent (`_attention_factor`).
+    """
+
+    # (channels of a head that are rotated, what they are multiplied by in queries); None: nothing is multiplied.
+    rotated_query_scale: tuple[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        with _bias_on_any_score(self):
+            super().__post_init__()
 
 
 @dataclass
 class MLAConfig(OwnFields, MLATransformerConfig):
     """The same for models with multi-latent attention."""
+
+    def __post_init__(self) -> None:
+        with _bias_on_any_score(self):
+            super().__post_init__()
+
+
+@contextlib.contextmanager
+def _bias_on_any_score(config: TransformerConfig) -> Iterator[None]:
+    """megatron-core refuses an expert bias on softmax scores, which its own router lacks and ours has."""
+    score = config.moe_router_score_function
+    if config.moe_router_enable_expert_bias:
+        config.moe_router_score_function = "sigmoid"
+    yield
+    config.moe_router_score_function = score
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -63,8 +89,9 @@ TYPED: dict[str, Callable[[Any], Any]] = {
 # For a build on the meta device: nothing to initialise, "CPU" initialisation because only that path lets torch.device
 # choose, and the local layers because Transformer Engine's allocate for themselves. Names and shapes are the same.
 WITHOUT_STORAGE = {"use_cpu_initialization": True, "perform_initialization": False, "transformer_impl": "local"}
-# megatron-core's own rotary embedding of latent attention is replaced (see `rope_parameters`).
-LATENT: dict[str, Any] = {"rope_type": "rope", "rotary_scaling_factor": 1.0}
+# megatron-core's own rotary embedding of latent attention is replaced (bridge.models.latent_attention), and the fused
+# kernel that goes with it.
+LATENT: dict[str, Any] = {"rope_type": "rope", "rotary_scaling_factor": 1.0, "apply_rope_fusion": False}
 # Fields megatron-core itself rewrites into another form of the same value.
 REWRITTEN = frozenset({"pipeline_model_parallel_layout", "cuda_graph_scope", "no_rope_freq"})
 
@@ -73,14 +100,15 @@ def transformer_config(routed: Routed, *, dtype: torch.dtype | None = None, meta
     """megatron-core's config: the user's values over the platform's defaults over megatron-core's.
 
     `dtype` overrides params_dtype, bf16 and fp16. `meta` prepares for a build without storage. The attention factor of
-    rope_parameters becomes part of softmax_scale. Raises ConfigError for a value that this platform or megatron-core
-    refuses.
+    rope_parameters becomes part of softmax_scale, or of the queries. Raises ConfigError for a value that this platform
+    or megatron-core refuses.
     """
     platform.check(routed.transformer, routed.origin)
     user = _typed(routed)
     fields = _defaults(user) | user
     fields |= _precision(fields, dtype)
-    fields |= _softmax_scale(routed, fields)
+    fields |= _attention_factor(routed, fields)
+    fields |= layer_fields(fields)
     fields |= WITHOUT_STORAGE if meta else {}
     latent = fields.get("multi_latent_attention", False)
     try:
@@ -103,9 +131,17 @@ def _typed(routed: Routed) -> dict[str, Any]:
     return fields
 
 
+FOR_EXPERTS = frozenset({"moe_grouped_gemm", "moe_permute_fusion"})
+
+
 def _defaults(user: Mapping[str, Any]) -> dict[str, Any]:
     """The platform's defaults without those that this model cannot use."""
     defaults = platform.default_fields()
+    if user.get("num_moe_experts") is None:
+        defaults = {name: value for name, value in defaults.items() if name not in FOR_EXPERTS or not value}
+    else:
+        # megatron-core's own default, allgather, moves every token to every rank.
+        defaults["moe_token_dispatcher_type"] = "alltoall"
     swiglu = user.get("activation_func") is F.silu and user.get("gated_linear_unit", False)
     # The fused SwiGLU knows neither clamping nor an offset, and megatron-core does not say so.
     more = ("use_te_activation_func", "activation_func_clamp_value", "glu_linear_offset")
@@ -124,15 +160,16 @@ def _precision(fields: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str
     return {"params_dtype": params, "pipeline_dtype": fields.get("pipeline_dtype") or params}
 
 
-def _softmax_scale(routed: Routed, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The attention factor of YaRN and LongRoPE, as part of the softmax scale.
+def _attention_factor(routed: Routed, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The attention factor of YaRN and LongRoPE, as part of the softmax scale or of the queries.
 
     Hugging Face multiplies cos and sin of queries and of keys by it, so every logit by its square: the same as a larger
     softmax scale, which reaches every attention kernel, also those with fused or packed rotary embedding where
-    megatron-core's own factor is dropped (rope_utils.py:265). The two differ only when some channels are not rotated.
+    megatron-core's own factor is dropped (rope_utils.py:265). Where some channels, or some layers, are not rotated
+    their logits keep their size: the rotated channels of the queries take the square, before any kernel sees them.
     """
     parameters = routed.transformer.get("rope_parameters")
-    if not parameters:
+    if not parameters or routed.transformer.get("multi_latent_attention"):
         return {}
     key = "model.rope_parameters"
     if routed.gpt.get("position_embedding_type") != "rope":
@@ -140,9 +177,20 @@ def _softmax_scale(routed: Routed, fields: Mapping[str, Any]) -> dict[str, Any]:
     factor = rope.attention_factor(parameters, max_sequence_length=routed.gpt["max_sequence_length"])
     if factor == 1.0:
         return {}
-    if routed.gpt.get("rotary_percent", 1.0) != 1.0:
-        raise ConfigError(f"{key}: an attention factor of {factor:g} needs model.rotary_percent=1.0")
+    if fields.get("rope_local_base_freq"):
+        raise ConfigError(
+            f"{key}: an attention factor of {factor:g} would also reach the layers with a window, whose rotary "
+            "embedding has no scaling; leave model.rope_local_base_freq out or set another rope_type"
+        )
     channels = fields.get("kv_channels") or fields["hidden_size"] // fields["num_attention_heads"]
+    share = routed.gpt.get("rotary_percent", 1.0)
+    if share != 1.0 or fields.get("no_rope_freq"):
+        if fields.get("fused_single_qkv_rope"):
+            raise ConfigError(
+                f"{key}: an attention factor of {factor:g} with fused_single_qkv_rope needs model.rotary_percent=1.0 "
+                "and no model.no_rope_freq"
+            )
+        return {"rotated_query_scale": (int(channels * share), factor**2)}
     plain = fields.get("softmax_scale") or 1 / math.sqrt(channels)
     return {"softmax_scale": plain * factor**2}
 
@@ -169,14 +217,31 @@ PAIRS = (
     ("glu_linear_offset", "gated_linear_unit", ()),
     ("rotary_base", "position_embedding_type", ROTARY),
     ("rotary_percent", "position_embedding_type", ROTARY),
+    ("moe_router_group_score_topk", "moe_router_group_topk", ()),
+    ("norm_topk_prob", "num_moe_experts", ()),
+    ("moe_norm_min", "num_moe_experts", ()),
+    ("rope_local_base_freq", "position_embedding_type", ROTARY),
+    ("rope_local_base_freq", "window_size", ()),
 )
 # Keys of parts of megatron-core that are not built here, or that it reads nowhere, and the values that ask for nothing.
 NOT_BUILT: dict[str, tuple[Any, ...]] = {
-    "mtp_num_layers": (None, 0),
-    "multi_latent_attention": (False,),
     "experimental_attention_variant": (None,),
     "fp16_lm_cross_entropy": (False,),
     "position_embedding_type": ("rope", "learned_absolute", "none"),
+}
+
+
+# What megatron-core's latent attention would ignore, and the values that ask for nothing.
+NOT_IN_LATENT_ATTENTION: dict[str, tuple[Any, ...]] = {
+    "add_attention_bias": (None,),
+    "add_qkv_bias": (False,),
+    "apply_rope_fusion": (False,),
+    "kv_channels": (None,),
+    "norm_placement": ("pre",),
+    "num_query_groups": (None,),
+    "position_embedding_type": ("rope",),
+    "rotary_percent": (1.0,),
+    "softmax_scale": (None,),
 }
 
 
@@ -192,6 +257,19 @@ def check_keys(routed: Routed) -> None:
     for name, harmless in NOT_BUILT.items():
         if name in values and values[name] not in harmless:
             raise ConfigError(f"{_key(routed, name)}: {values[name]!r} is not supported; set {harmless[0]}")
+    for name, harmless in NOT_IN_LATENT_ATTENTION.items() if values.get("multi_latent_attention") else ():
+        if name in values and values[name] not in harmless:
+            raise ConfigError(
+                f"{_key(routed, name)}: {values[name]!r} is not supported with model.multi_latent_attention; "
+                f"set {harmless[0]}"
+            )
+    together, modules = values.get("recompute_num_layers"), values.get("mtp_num_layers")
+    if modules and values.get("recompute_method") == "uniform" and together != 1:
+        raise ConfigError(
+            f"{_key(routed, 'recompute_num_layers')}: {together} does not go with model.mtp_num_layers; set 1"
+        )
+    if values.get("mtp_num_layers", 1) < 1:
+        raise ConfigError(f"{_key(routed, 'mtp_num_layers')}: {values['mtp_num_layers']} is not positive; set null")
     for name, other, enough in PAIRS:
         if values.get(name) and not (values.get(other) in enough if enough else values.get(other)):
             raise ConfigError(
@@ -205,7 +283,7 @@ def check_live(routed: Routed, model: Any, *, dtype: torch.dtype | None = None, 
 
     `dtype` and `meta` are those the model was built with: they override values on purpose.
     """
-    overridden = set(REWRITTEN) | set(_softmax_scale(routed, routed.transformer))
+    overridden = set(REWRITTEN) | set(_attention_factor(routed, routed.transformer))
     overridden |= set(_precision({}, dtype)) if dtype is not None else set()
     overridden |= set(WITHOUT_STORAGE) if meta else set()
     for name, wanted in _typed(routed).items():

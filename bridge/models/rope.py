@@ -198,8 +198,8 @@ def _scaling(parameters: Mapping[str, Any]) -> Scaling:
 class ScaledRotaryEmbedding(RotaryEmbedding):
     """megatron-core's RotaryEmbedding with the frequencies of `rope_parameters`.
 
-    Angles only: the attention factor is a matter of the softmax scale (see `gpt.transformer_config`). Frequencies are
-    asked for at each sequence length, because dynamic and longrope depend on it; megatron-core caches the result.
+    Angles only: the attention factor goes elsewhere (`mcore_config._attention_factor`). Frequencies are asked for at
+    each sequence length, because dynamic and longrope depend on it; megatron-core caches the result.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
             kv_channels=kv_channels,
             rotary_percent=rotary_percent,
             rotary_interleaved=rotary_interleaved,
-            rotary_base=int(rotary_base),
+            rotary_base=rotary_base,
             use_cpu_initialization=True,
             cp_group=cp_group,
         )

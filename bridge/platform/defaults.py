@@ -30,6 +30,8 @@ WITH_TRANSFORMER_ENGINE = {
     "cross_entropy_loss_fusion": True,
     "cross_entropy_fusion_impl": "te",
     "persist_layer_norm": True,
+    "moe_grouped_gemm": True,
+    "moe_permute_fusion": True,
 }
 
 
@@ -87,7 +89,6 @@ NEEDS_TRANSFORMER_ENGINE = (
     Limit("use_kitchen", is_set, "Transformer Engine and kitchen", "false"),
     Limit("persist_layer_norm", is_set, ITS_LAYERS, "false"),
     Limit("memory_efficient_layer_norm", is_set, ITS_LAYERS, "false"),
-    Limit("layernorm_zero_centered_gamma", is_set, ITS_LAYERS, "false"),
     Limit("masked_softmax_fusion", is_set, "megatron-core's own attention, which is not used here", "false"),
     Limit("fine_grained_activation_offloading", is_set, "Transformer Engine", "false"),
     Limit("moe_router_fusion", is_set, "Transformer Engine", "false"),

@@ -42,6 +42,9 @@ FORMAT = {
     "common_backend_version": 1,
 }
 DCP_VERSION = "1.0.0"
+# What megatron-core's own scripts ask of a checkpoint before they load its tensors: content_metadata is what they hand to
+# `sharded_state_dict` (layers under keys of their own), and the order of rows in linear_qkv is that of version 3.
+COMMON = {"content_metadata": {"non_homogeneous_layers": True}, "checkpoint_version": 3.0, "iteration": 0}
 
 
 class Chunk(NamedTuple):
@@ -187,7 +190,7 @@ class DistWriter:
         )
         with (self._directory / ".metadata").open("wb") as stream:
             pickle.dump(metadata, stream)
-        torch.save({}, self._directory / "common.pt")
+        torch.save(COMMON, self._directory / "common.pt")
         (self._directory / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
 
     def _tensor(self, key: str) -> TensorStorageMetadata:

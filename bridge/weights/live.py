@@ -48,11 +48,15 @@ def load_megatron(model: Sequence[torch.nn.Module], dist: DistFiles, *, table: T
 def export_weights(model: Sequence[torch.nn.Module], *, table: Table, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
     """Every Hugging Face tensor of the model, `(name, whole tensor)`, on every rank, one Megatron tensor at a time.
 
-    All ranks must run through the iterator together.
+    Copies that every file of the family holds come again under their own names. All ranks must run through the iterator
+    together.
     """
+    copies = table.copies().items()
     moves = {move.mcore_key: move for move in plan(table, shards.targets(model), vocab_size=vocab_size)}
     for key, whole in shards.gather(model):
-        yield from zip(moves[key].hf_names, split(whole, moves[key]), strict=True)
+        for name, part in zip(moves[key].hf_names, split(whole, moves[key]), strict=True):
+            yield name, part
+            yield from ((copy, part) for copy, original in copies if original == name)
 
 
 class _Merged:

@@ -1,8 +1,8 @@
 """How the tensors of a Hugging Face model make one Megatron tensor, and back.
 
 An op is a pair: `merge(parts) -> fused` and `split(fused) -> parts`, with `split(merge(parts)) == parts` bit for bit.
-It works along dim 0 and keeps the trailing dims, so a weight `[out, in]` and its bias `[out]` use the same op. It
-always sees whole tensors: ranks and shards are none of its business. Meta tensors tell shapes.
+It works along dim 0 and keeps the trailing dims (Transposed apart), so a weight `[out, in]` and its bias `[out]` use
+the same op. It always sees whole tensors: ranks and shards are none of its business. Meta tensors tell shapes.
 """
 
 from collections.abc import Sequence
@@ -77,3 +77,54 @@ class Qkv:
         query = self.num_attention_heads // self.num_query_groups * self.kv_channels
         groups = fused.unflatten(0, (self.num_query_groups, query + 2 * self.kv_channels))
         return tuple(part.flatten(0, 1) for part in groups.split([query, self.kv_channels, self.kv_channels], dim=1))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """`op` with its parts lying one below the other, `sizes` rows each, in one Hugging Face tensor."""
+
+    op: Op
+    sizes: tuple[int, ...]
+    num_parts: int = 1
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        (joined,) = parts
+        return self.op.merge(joined.split(self.sizes))
+
+    def split(self, fused: Tensor) -> tuple[Tensor, ...]:
+        return (torch.cat(self.op.split(fused)),)
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Gate and up of each channel side by side, `[2n, ...]`, as all gates above all ups."""
+
+    num_parts: int = 1
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        (pairs,) = parts
+        return pairs.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
+
+    def split(self, fused: Tensor) -> tuple[Tensor, ...]:
+        return (fused.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1),)
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """`op` on Hugging Face weights stored as `[in, out]` (GPT-2's Conv1D); a bias has one dim and stays."""
+
+    op: Op
+
+    @property
+    def num_parts(self) -> int:
+        return self.op.num_parts
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        return self.op.merge([_transposed(part) for part in parts])
+
+    def split(self, fused: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_transposed(part) for part in self.op.split(fused))
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.t().contiguous() if tensor.dim() == 2 else tensor

@@ -32,12 +32,14 @@ class Row:
 class Ignore:
     """A Hugging Face tensor that may be there and is deliberately not converted.
 
-    With `same_as`, it is a copy of that Hugging Face tensor and must equal it bit for bit (a stored tied lm_head).
+    With `same_as`, it is a copy of that Hugging Face tensor and must equal it bit for bit (a stored tied lm_head); an
+    export writes it again if the source had it, or, with `always`, in any case.
     """
 
     hf_name: str
     reason: str
     same_as: str | None = None
+    always: bool = False
 
 
 class Entry(NamedTuple):
@@ -66,18 +68,21 @@ class Table:
         found = self._by_mcore.find(mcore_key)
         return None if found is None else _fill(found.row, found.holes)
 
-    def entry_of_hf(self, hf_name: str) -> Entry | None:
-        """The entry this Hugging Face tensor is a part of, or None when no row uses it."""
-        found = self._by_hf.find(hf_name)
-        return None if found is None or isinstance(found.row, Ignore) else _fill(found.row, found.holes)
-
     def ignored(self, hf_name: str) -> Ignore | None:
         """The Ignore row for this Hugging Face tensor (holes filled), or None."""
         found = self._by_hf.find(hf_name)
         if found is None or not isinstance(found.row, Ignore):
             return None
         same_as = found.row.same_as and found.row.same_as.format(**found.holes)
-        return Ignore(hf_name, found.row.reason, same_as)
+        return Ignore(hf_name, found.row.reason, same_as, found.row.always)
+
+    def knows(self, hf_name: str) -> bool:
+        """Whether a row is about this Hugging Face tensor, or about its entries."""
+        return self._by_hf.find(hf_name) is not None or self._by_hf.find(f"{hf_name}[0]") is not None
+
+    def copies(self) -> dict[str, str]:
+        """Copy -> original, of the copies every file of the family holds."""
+        return {row.hf_name: row.same_as for row in self.rows if isinstance(row, Ignore) and row.same_as and row.always}
 
     def expand(self, **sizes: int) -> list[Entry]:
         """Every row for every value of its holes, `expand(layer=32)`, in the order of the rows."""

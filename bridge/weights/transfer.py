@@ -1,27 +1,26 @@
 """The offline streams: safetensors to torch_dist and back, one Megatron tensor in memory at a time.
 
 A Megatron tensor is stored in its source's dtype. Where the Hugging Face parts of one fused tensor differ in dtype, it
-takes the type that holds them all exactly, and HF_DTYPES beside the tensors keeps the parts' own for the export.
+takes the type that holds them all exactly, and the form beside the tensors keeps the parts' own for the export.
 """
 
 import functools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bridge.errors import ConversionError
 from bridge.weights.dist_files import DistFiles, DistWriter
-from bridge.weights.hf_files import DTYPES, NAMES, HfFiles, HfWriter
+from bridge.weights.hf_files import NAMES, HfFiles, HfWriter
+from bridge.weights.hf_form import HfForm, read_form, write_form
 from bridge.weights.ledger import Ledger, Move, check_hf, check_megatron
 from bridge.weights.names import spread
 from bridge.weights.progress import Progress
 from bridge.weights.spec import TensorSpec
 from bridge.weights.table import Table
-
-HF_DTYPES = "hf_dtypes.json"
 
 
 def import_tensors(
@@ -31,19 +30,21 @@ def import_tensors(
     moves: Sequence[Move],
     table: Table,
     dtype: torch.dtype | None,
+    spelling: str = "",
     object_keys: Iterable[str] = (),
 ) -> str:
     """Write every move's tensor into a new torch_dist folder `directory`; the summary line.
 
-    `dtype` casts floating-point tensors; None keeps each source's. `object_keys` are written as empty objects. Raises
-    ConversionError naming what is missing, left over, misshapen or damaged: the first three before anything is written.
+    `dtype` casts floating-point tensors; None keeps each source's. `spelling` is the table's. `object_keys` are written
+    as empty objects. Raises ConversionError naming what is missing, left over, misshapen or damaged: the first three
+    before anything is written.
     """
     check_hf(moves, specs_of(hf), table=table, source=hf.directory)
     ignored = check_ignored(hf, table)
     wanted = [name for move in moves for name in move.hf_names]
     ledger = Ledger(read=spread(specs_of(hf), wanted=wanted), written=[move.mcore_key for move in moves])
     progress = Progress("import", num_tensors=len(moves), num_bytes=sum(hf.spec(name).num_bytes for name in wanted))
-    for name in ignored:
+    for name in ignored.names:
         ledger.read(name)
     with DistWriter(directory) as writer:
         for move in moves:
@@ -56,14 +57,18 @@ def import_tensors(
         for key in object_keys:
             writer.write_empty_object(key)
         ledger.balance()
-    exceptions = {} if dtype else _part_dtypes(hf, moves)
-    if exceptions:
-        (directory / HF_DTYPES).write_text(json.dumps(exceptions, indent=1), encoding="utf-8")
+    write_form(directory, HfForm(spelling, {} if dtype else _part_dtypes(hf, moves), ignored.copies))
     return progress.finish()
 
 
 def export_tensors(
-    dist: DistFiles, directory: Path, *, moves: Sequence[Move], dtype: torch.dtype | None, max_shard_size: int
+    dist: DistFiles,
+    directory: Path,
+    *,
+    moves: Sequence[Move],
+    table: Table,
+    dtype: torch.dtype | None,
+    max_shard_size: int,
 ) -> str:
     """Write every move's Hugging Face tensors into safetensors files in `directory`; the summary line.
 
@@ -71,24 +76,37 @@ def export_tensors(
     """
     check_megatron(moves, specs_of(dist), source=dist.directory)
     specs = export_specs(dist, moves=moves, dtype=dtype)
+    copies = copies_of(table, read_form(dist.directory), specs)
+    specs |= {copy: specs[original] for copy, original in copies.items()}
     ledger = Ledger(read=[move.mcore_key for move in moves], written=specs)
     progress = Progress("export", num_tensors=len(specs), num_bytes=sum(spec.num_bytes for spec in specs.values()))
     writer = HfWriter(directory, specs, max_shard_size=max_shard_size)
     for move in moves:
-        _export_one(dist, writer, move=move, specs=specs)
-        ledger.read(move.mcore_key)
-        for name in move.hf_names:
+        for name in _export_one(dist, writer, move=move, specs=specs, copies=copies):
             ledger.wrote(name)
             progress.add(specs[name].num_bytes, name=name)
+        ledger.read(move.mcore_key)
     ledger.balance()
     writer.close()
     return progress.finish()
 
 
-def _export_one(dist: DistFiles, writer: HfWriter, *, move: Move, specs: Mapping[str, TensorSpec]) -> None:
-    """In a function of its own, so that the tensor is freed before the next one is read."""
+def _export_one(
+    dist: DistFiles, writer: HfWriter, *, move: Move, specs: Mapping[str, TensorSpec], copies: Mapping[str, str]
+) -> list[str]:
+    """The names written. In a function of its own, so that the tensor is freed before the next one is read."""
+    written = []
     for name, part in zip(move.hf_names, split(dist.read(move.mcore_key), move), strict=True):
-        writer.write(name, part.to(specs[name].dtype))
+        for one in (name, *(copy for copy, original in copies.items() if original == name)):
+            writer.write(one, part.to(specs[one].dtype))
+            written.append(one)
+    return written
+
+
+def copies_of(table: Table, form: HfForm, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Copy -> original, of what an export of the tensors in `specs` stores a second time."""
+    copies = {**table.copies(), **form.copies}
+    return {copy: original for copy, original in copies.items() if original in specs and copy not in specs}
 
 
 def specs_of(files: HfFiles | DistFiles) -> dict[str, TensorSpec]:
@@ -98,7 +116,7 @@ def specs_of(files: HfFiles | DistFiles) -> dict[str, TensorSpec]:
 
 def export_specs(dist: DistFiles, *, moves: Iterable[Move], dtype: torch.dtype | None) -> dict[str, TensorSpec]:
     """Name, dtype and shape of every Hugging Face tensor an export writes."""
-    kept = _read_part_dtypes(dist.directory)
+    kept = read_form(dist.directory).dtypes
     specs = {}
     for move in moves:
         stored = dist.spec(move.mcore_key).dtype
@@ -139,19 +157,27 @@ def bit_equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))
 
 
-def check_ignored(hf: HfFiles, table: Table) -> list[str]:
+class Ignored(NamedTuple):
+    """Tensors that Ignore rows drop, and those of them that are copies: copy -> original."""
+
+    names: list[str]
+    copies: dict[str, str]
+
+
+def check_ignored(hf: HfFiles, table: Table) -> Ignored:
     """The tensors that Ignore rows drop; those that claim to be a copy must be one."""
-    ignored = []
+    ignored = Ignored([], {})
     for name in hf.tensors:
         row = table.ignored(name)
         if row is None:
             continue
         if row.same_as and not bit_equal(hf.read(name), hf.read(row.same_as)):
-            raise ConversionError(
-                f"{hf.tensors[name].file}: {name} differs from {row.same_as}, although the config ties them; "
-                "set tie_word_embeddings to false in config.json"
-            )
-        ignored.append(name)
+            cure = "it has to be a copy" if row.always else "set tie_word_embeddings to false in config.json"
+            why = row.reason if row.always else "the config ties them"
+            raise ConversionError(f"{hf.tensors[name].file}: {name} differs from {row.same_as}, although {why}; {cure}")
+        ignored.names.append(name)
+        if row.same_as:
+            ignored.copies[name] = row.same_as
     return ignored
 
 
@@ -165,17 +191,10 @@ def _common_dtype(hf: HfFiles, move: Move) -> torch.dtype:
         raise ConversionError(f"{hf.directory}: {parts} have dtypes {names}, which do not mix") from error
 
 
-def _part_dtypes(hf: HfFiles, moves: Iterable[Move]) -> dict[str, str]:
+def _part_dtypes(hf: HfFiles, moves: Iterable[Move]) -> dict[str, torch.dtype]:
     return {
-        name: NAMES[hf.spec(name).dtype]
+        name: hf.spec(name).dtype
         for move in moves
         for name in move.hf_names
         if hf.spec(name).dtype != _common_dtype(hf, move)
     }
-
-
-def _read_part_dtypes(directory: Path) -> Mapping[str, torch.dtype]:
-    file = directory / HF_DTYPES
-    if not file.is_file():
-        return {}
-    return {name: DTYPES[dtype] for name, dtype in json.loads(file.read_text(encoding="utf-8")).items()}

@@ -249,6 +249,11 @@ REFUSED = [
         "parallelism.sequence_parallel: must be true for experts with TP > 1, but it is false with TP = 2",
     ),
     (
+        {TP: 2, "model": {"multi_latent_attention": True}},
+        {"world_size": 2},
+        "parallelism.sequence_parallel: must be true for latent attention with TP > 1, but it is false with TP = 2",
+    ),
+    (
         {TP: 3, "sequence_parallel": True, "model": EXPERTS},
         {"world_size": 3, "sequence_length": 63},
         f"parallelism.{ETP}: moe_ffn_hidden_size % {ETP} must be 0, but 40 % 3 = 1; "

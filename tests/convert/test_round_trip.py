@@ -10,10 +10,10 @@ from bridge import parallel
 from bridge.config.routing import route
 from bridge.convert.export import export_hf
 from bridge.convert.import_ import import_hf
-from bridge.models import gpt
+from bridge.models import family, gpt
 from bridge.weights import locate
 from bridge.weights.dist_files import open_dist
-from tests import hf_models
+from tests import families, hf_models
 from tests.distributed import run_distributed
 
 
@@ -36,19 +36,29 @@ def round_trip(source, tmp_path, **options):
     return tmp_path / "back"
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama_tied", "llama_all_bias", "mistral", "qwen2", "qwen3_tied"])
-def test_bit_equal(variant, tiny_hf, tmp_path):
-    source = tiny_hf(variant, dtype=torch.bfloat16)
-    back = round_trip(source, tmp_path)
-    assert_same(tensors(back), tensors(source))
-
-
-def test_sharded_source_and_sharded_export(tiny_hf, tmp_path):
-    source = tiny_hf("llama", max_shard_size="60KB")
+@pytest.mark.parametrize("variant", hf_models.variants())
+def test_bit_equal_from_and_into_several_files(variant, tiny_hf, tmp_path):
+    source = tiny_hf(variant, dtype=torch.bfloat16, max_shard_size="40KB", tokenizer=False)
     assert len(list(source.glob("*.safetensors"))) > 3
-    back = round_trip(source, tmp_path, max_shard_size="50KB")
+    back = round_trip(source, tmp_path, max_shard_size="30KB")
     assert len(list(back.glob("*.safetensors"))) > 3
     assert_same(tensors(back), tensors(source))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in families.names() if "fused_experts" in family.by_name(name).spellings]
+)
+def test_names_that_transformers_writes_without_its_conversions(name, tmp_path):
+    """Such as all experts of a layer in one tensor: they come back as they were, and are the same model."""
+    variant = next(iter(families.facts(name).VARIANTS))
+    usual = hf_models.save(variant, tmp_path / "usual", tokenizer=False)
+    hf_models.save(variant, tmp_path / "hf", tokenizer=False, save_original_format=False)
+    assert tensors(tmp_path / "hf").keys() != tensors(usual).keys()
+    back = round_trip(tmp_path / "hf", tmp_path)
+    assert_same(tensors(back), tensors(tmp_path / "hf"))
+    import_hf(usual, tmp_path / "same")
+    first, second = (open_dist(locate.locate(tmp_path / place).directory) for place in ("megatron", "same"))
+    assert_same({key: first.read(key) for key in first.tensors}, {key: second.read(key) for key in second.tensors})
 
 
 def test_transformers_loads_the_export(tiny_hf, tmp_path):
@@ -94,10 +104,10 @@ def test_old_hub_files(tiny_hf, tmp_path):
     (source / "config.json").write_text(json.dumps(config))
     stored = tensors(source)
     extra = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(6) for n in range(4)}
-    extra["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
-    save_file(stored | extra, source / "model.safetensors", metadata={"format": "pt"})
+    tied = {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}
+    save_file(stored | extra | tied, source / "model.safetensors", metadata={"format": "pt"})
     back = round_trip(source, tmp_path)
-    assert_same(tensors(back), stored)
+    assert_same(tensors(back), stored | tied)
     ids = hf_models.prompts()
     assert torch.equal(hf_models.logits(back, ids), hf_models.logits(source, ids))
 
@@ -177,3 +187,14 @@ def test_megatron_core_loads_an_import_at_any_layout(tiny_hf, tmp_path, parallel
     together = torch.cat(parts, dim=1) if "tensor_model_parallel_size" in parallelism else parts[-1]
     assert torch.equal(together, down)
     assert not any(parameter.isnan().any() for rank in ranks for parameter in rank.values())
+
+
+def test_gpt2_of_the_hub_has_no_prefix(tiny_hf, tmp_path):
+    source = tiny_hf("gpt2", tokenizer=False)
+    short = {name.removeprefix("transformer."): tensor for name, tensor in tensors(source).items()}
+    assert short.keys() != tensors(source).keys()
+    save_file(short, source / "model.safetensors", metadata={"format": "pt"})
+    back = round_trip(source, tmp_path)
+    assert_same(tensors(back), short)
+    ids = hf_models.prompts()
+    assert torch.equal(hf_models.logits(back, ids), hf_models.logits(source, ids))

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bridge.config.schema import ConvertConfig
-from bridge.convert import run
+from bridge.convert import reference, run
 from bridge.convert.import_ import import_hf
 from bridge.convert.verify import describe, verify
 from bridge.errors import ConversionError
@@ -81,3 +81,9 @@ def test_without_a_tokenizer_prompts_are_token_ids(tiny_hf, tmp_path):
     assert verify(source, tmp_path / "megatron")["passed"]
     with pytest.raises(ConversionError, match="^prompts: .* has no tokenizer"):
         verify(source, tmp_path / "megatron", prompts=["a"])
+
+
+def test_a_model_whose_code_is_not_in_transformers_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of", "auto_map": {"AutoConfig": "a.B"}}')
+    with pytest.raises(ConversionError, match="model_type 'unheard_of' is not in transformers, so no logits"):
+        reference.load(tmp_path)

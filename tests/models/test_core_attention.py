@@ -6,11 +6,11 @@ import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge import parallel
 from bridge.errors import ConfigError
 from bridge.models.core_attention import CoreAttention
+from bridge.models.mcore_config import Config
 
 HEADS, GROUPS, CHANNELS, BATCH = 4, 2, 8, 2
 
@@ -23,7 +23,7 @@ def one_process():
 
 
 def attention(**fields) -> CoreAttention:
-    config = TransformerConfig(
+    config = Config(
         num_layers=2,
         hidden_size=HEADS * CHANNELS,
         num_attention_heads=HEADS,
@@ -44,7 +44,7 @@ def tensors(queries: int, keys: int) -> tuple[torch.Tensor, torch.Tensor, torch.
     return q, k, v
 
 
-def by_hand(q, k, v, *, window=None, sink=None, segment=None) -> torch.Tensor:
+def by_hand(q, k, v, *, window=None, sink=None, segment=None, cap=None) -> torch.Tensor:
     """One query, head and batch entry at a time: softmax over the keys it may see, a sink's weight going nowhere."""
     out = torch.zeros(q.size(0), BATCH, HEADS, CHANNELS)
     offset = k.size(0) - q.size(0)
@@ -59,6 +59,8 @@ def by_hand(q, k, v, *, window=None, sink=None, segment=None) -> torch.Tensor:
             ]
             for b in range(BATCH):
                 scores = (k[seen, b, group] @ q[i, b, head]) / math.sqrt(CHANNELS)
+                if cap is not None:
+                    scores = cap * torch.tanh(scores / cap)
                 extra = torch.zeros(0) if sink is None else sink[head].detach().reshape(1)
                 weights = torch.cat([scores, extra]).softmax(0)[: len(seen)]
                 out[i, b, head] = weights @ v[seen, b, group]
@@ -68,12 +70,16 @@ def by_hand(q, k, v, *, window=None, sink=None, segment=None) -> torch.Tensor:
 @pytest.mark.parametrize("queries", [12, 3, 1], ids=["all", "chunk", "decode"])
 @pytest.mark.parametrize("window", [None, 0, 3])
 @pytest.mark.parametrize("softmax", ["vanilla", "off-by-one", "learnable"])
-def test_equals_attention_by_hand(queries: int, window: int | None, softmax: str):
-    core = attention(softmax_type=softmax, window_size=None if window is None else (window, 0))
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_equals_attention_by_hand(queries: int, window: int | None, softmax: str, cap: float | None):
+    window_size = None if window is None else (window, 0)
+    core = attention(softmax_type=softmax, window_size=window_size, attn_logit_softcapping=cap)
     q, k, v = tensors(queries, 12)
     with torch.no_grad():
         out = core(q, k, v, attn_mask_type=AttnMaskType.causal)
-    torch.testing.assert_close(out, by_hand(q, k, v, window=window, sink=core.softmax_offset), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        out, by_hand(q, k, v, window=window, sink=core.softmax_offset, cap=cap), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("window", [None, 2])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,30 +41,41 @@ def mcore_logits(
 @pytest.mark.parametrize("variant", hf_models.variants())
 def test_logits_equal_transformers(variant: str, tmp_path: Path):
     directory = hf_models.save(variant, tmp_path, tokenizer=False)
-    long = hf_models.VARIANTS[variant].config.get("rope_parameters", {}).get("rope_type") == "dynamic"
-    ids = hf_models.prompts(length=80 if long else 24)
+    scaling = hf_models.VARIANTS[variant].config.get("rope_parameters") or {}
+    ids = hf_models.prompts(length=80 if scaling.get("rope_type") == "dynamic" else 24)
     expected = hf_models.logits(directory, ids)
     assert expected.std() > 0.5, "logits so flat that errors hide"
     torch.testing.assert_close(mcore_logits(directory, ids), expected, atol=TOLERANCE, rtol=0)
 
 
-def hub_style(hf: dict[str, Any]) -> dict[str, Any]:
-    """The same config as files on the hub have it: rope_theta, rope_scaling with `type`, torch_dtype."""
+# Lists by layer that transformers works out from other fields, which are all that files on the hub have.
+WORKED_OUT = {"layer_types", "no_rope_layers"}
+
+
+def hub_style(hf: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same config as files on the hub have it: rope_theta, rope_scaling with `type`, torch_dtype, and lists by
+    layer only where they are `given`."""
+    gone = {"rope_parameters", "dtype"} | (WORKED_OUT - given.keys())
+    old = {name: value for name, value in hf.items() if name not in gone} | {"torch_dtype": hf.get("dtype")}
+    if "rope_parameters" not in hf:
+        return old
     rope = dict(hf["rope_parameters"])
-    old = {name: value for name, value in hf.items() if name not in ("rope_parameters", "dtype", "layer_types")}
-    old |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": hf.get("dtype")}
+    old |= {"rope_theta": rope.pop("rope_theta")}
+    old |= {"partial_rotary_factor": rope.pop("partial_rotary_factor")} if "partial_rotary_factor" in rope else {}
     kind = rope.pop("rope_type")
     return old | ({"rope_scaling": {"type": kind, **rope}} if kind != "default" else {})
 
 
 @pytest.mark.parametrize("variant", hf_models.variants())
 def test_config_means_the_same_after_a_round_trip(variant: str, tmp_path: Path):
-    from transformers import AutoConfig
+    from tests.auto import AutoConfig
 
     hf_models.config(variant).save_pretrained(tmp_path)
     hf = hf_config.read(tmp_path)
     section = hf_config.to_mcore(hf)
-    assert hf_config.to_mcore(hub_style(hf)) == section
+    name, given = hf_models.VARIANTS[variant]
+    hub = families.get(name, "HUB")
+    assert hf_config.to_mcore(hub(hf) if hub else hub_style(hf, given)) == section
     unchanged = hf_config.to_hf(section, dtype="float32", source=hf)
     assert {name: value for name, value in unchanged.items() if name != "dtype"} == {
         name: value for name, value in hf.items() if name != "dtype"
@@ -75,6 +87,7 @@ def test_config_means_the_same_after_a_round_trip(variant: str, tmp_path: Path):
     tokens = {"bos_token_id", "eos_token_id", "pad_token_id", "architectures", "dtype", "_name_or_path", "model_type"}
     # Without a window transformers keeps a number that it does not read.
     unread = set() if original.get("use_sliding_window") else {"max_window_layers"}
+    unread |= set(families.get(name, "UNREAD"))
     assert {k: v for k, v in loaded.items() if k not in tokens | unread} == {
         k: v for k, v in original.items() if k not in tokens | unread
     }
@@ -82,10 +95,10 @@ def test_config_means_the_same_after_a_round_trip(variant: str, tmp_path: Path):
 
 @pytest.mark.parametrize("name", family.known_names())
 def test_defaults_are_those_of_the_transformers_class(name: str):
-    from transformers import AutoConfig
+    from tests.auto import AutoConfig
 
     facts = family.by_name(name)
-    kind = type(AutoConfig.for_model(facts.model_type))
+    kind = type(AutoConfig.for_model(facts.class_of or facts.model_type))
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     for field, value in facts.hf_defaults.items():
         assert defaults[field] == value, field

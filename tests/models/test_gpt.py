@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bridge import parallel
+from bridge import parallel, platform
 from bridge.config.routing import Routed, route
 from bridge.errors import ConfigError
 from bridge.models import gpt
@@ -96,6 +96,46 @@ def test_experts_all_alike_are_one_mlp():
     torch.testing.assert_close(loss_and_gradients(mixture)[0], loss_and_gradients(dense)[0])
 
 
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_multiplier_is_as_good_as_larger_embeddings_of_tokens_alone(tied: bool):
+    """Neither learned positions nor the output layer are multiplied, the latter even where it shares the weight."""
+    settings = {"position_embedding_type": "learned_absolute", "share_embeddings_and_output_weights": tied}
+    (scaled,), (plain,) = gpt.build(routed(embedding_multiplier=4.0, **settings)), gpt.build(routed(**settings))
+    plain.load_state_dict(scaled.state_dict())
+    ids = torch.arange(16)[None]
+    embedded, output = (model.embedding(ids, ids) for model in (plain, scaled))
+    words = plain.embedding.word_embeddings(ids).transpose(0, 1)
+    torch.testing.assert_close(output, embedded + 3 * words)
+    hidden = torch.randn(16, 1, 32)
+    weights = [model.shared_embedding_or_output_weight() if tied else None for model in (plain, scaled)]
+    logits, same = (
+        model.output_layer(hidden, weight)[0] for model, weight in zip((plain, scaled), weights, strict=True)
+    )
+    assert torch.equal(logits, same)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_embedding_multiplier_is_rounded_to_the_dtype_of_the_weight():
+    (model,) = gpt.build(routed(embedding_multiplier=3072**0.5), dtype=torch.bfloat16)
+    words = model.embedding.word_embeddings
+    ids = torch.arange(16)[None]
+    assert torch.equal(words(ids), 55.5 * words.weight[ids])
+
+
+@pytest.mark.usefixtures("one_process")
+def test_capped_logits_reach_the_loss_too():
+    padding = {"make_vocab_size_divisible_by": 64}
+    (capped,), (plain,) = gpt.build(routed(final_logit_softcapping=0.1, **padding)), gpt.build(routed(**padding))
+    plain.load_state_dict(capped.state_dict())
+    ids = torch.arange(16)[None]
+    labels = ids.roll(-1, 1)
+    logits = 0.1 * torch.tanh(plain(ids, ids, None) / 0.1)
+    torch.testing.assert_close(capped(ids, ids, None), logits)
+    expected = torch.nn.functional.cross_entropy(logits[0, :, :131], labels[0], reduction="none")
+    torch.testing.assert_close(capped(ids, ids, None, labels=labels)[0], expected)
+
+
 def test_padded_size_is_a_multiple_of_tensor_ranks_too():
     parallelism = {"tensor_model_parallel_size": 4}
     assert gpt.padded_vocab_size(routed()) == 131
@@ -111,18 +151,43 @@ def test_padded_size_is_a_multiple_of_tensor_ranks_too():
         ({"fp8": "hybrid"}, "model.fp8: 'hybrid' needs Transformer Engine"),
         ({"window_attn_skip_freq": 2}, "model.window_attn_skip_freq: 2 has no effect while window_size is None"),
         ({"position_embedding_type": "yarn"}, "model.position_embedding_type: 'yarn' is not supported; set rope"),
-        ({"mtp_num_layers": 1}, "model.mtp_num_layers: 1 is not supported"),
+        ({"mtp_num_layers": 0}, "model.mtp_num_layers: 0 is not positive; set null"),
+        (
+            {"mtp_num_layers": 1, "recompute_granularity": "full", "recompute_method": "uniform"}
+            | {"recompute_num_layers": 2},
+            "model.recompute_num_layers: 2 does not go with model.mtp_num_layers; set 1",
+        ),
+        ({"kv_lora_rank": 8}, "model.kv_lora_rank: 8 has no effect without latent attention"),
+        *(
+            (
+                {"multi_latent_attention": True, **ignored},
+                f"model.{next(iter(ignored))}: .* is not supported with model.m",
+            )
+            for ignored in (
+                {"kv_channels": 16},
+                {"num_query_groups": 2},
+                {"softmax_scale": 0.5},
+                {"apply_rope_fusion": True},
+                {"rotary_percent": 0.5},
+                {"add_attention_bias": True},
+                {"norm_placement": "post"},
+            )
+        ),
         ({"recompute_granularity": "full"}, "model.recompute_granularity.*: megatron-core refuses it"),
         ({"attention_softmax_in_fp32": False}, "attention_softmax_in_fp32: False needs Transformer Engine"),
-        (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "rotary_percent": 0.5},
-            "attention factor of 1.1386.*rotary_percent=1.0",
-        ),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         gpt.build(routed(**settings))
+
+
+def test_a_kernel_that_splits_queries_off_late_cannot_have_an_attention_factor(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(platform, "check", lambda *_: None)  # as where Transformer Engine is
+    partial = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}, "rotary_percent": 0.5}
+    assert gpt.transformer_config(routed(**partial)).rotated_query_scale == (4, pytest.approx(1.1386**2, rel=1e-4))
+    with pytest.raises(ConfigError, match=r"factor of 1.1386.*fused_single_qkv_rope needs model.rotary_percent=1.0"):
+        gpt.transformer_config(routed(**partial, fused_single_qkv_rope=True))
 
 
 @pytest.mark.usefixtures("one_process")

@@ -27,13 +27,28 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "cp2": {"context_parallel_size": 2},
 }
-# Between them: biases everywhere, tied weights, a window in half of the layers, qk-norm, an attention factor.
-VARIANTS = ("llama_all_bias", "llama_yarn_options", "llama_tied", "qwen2_window", "qwen3")
+# Between them: biases everywhere, tied weights, a window in half of the layers, qk-norm, an attention factor, factors
+# on embedding, branches and logits, layers without rope, an output projection alone without bias, unequal layers.
+VARIANTS = (
+    "llama_all_bias",
+    "llama_yarn_options",
+    "llama_tied",
+    "qwen2_window",
+    "qwen3",
+    "granite_all_bias",
+    "granite_tied",
+    "smollm3_window",
+    "smollm3_yarn",
+    "seed_oss_tied",
+    "llama_nemotron_all_bias",
+    "llama_nemotron_empty",
+)
 
 
 def loss_and_gradients(parallelism: dict[str, Any], directories: dict[str, str]) -> dict[str, Any]:
     """For each variant the loss summed over tokens and ranks, and every whole gradient under its checkpoint key."""
-    wanted = route({"model": hf_config.to_mcore(hf_config.read(directories["qwen3"])), "parallelism": parallelism})
+    first = next(iter(directories.values()))
+    wanted = route({"model": hf_config.to_mcore(hf_config.read(first)), "parallelism": parallelism})
     parallel.initialize(wanted.transformer, seed=1)
     results = {}
     for variant, directory in directories.items():
@@ -76,7 +91,7 @@ def _step(routed: Any, section: dict[str, Any], directory: str) -> tuple[float, 
             gradients[key] = gradients[key][:rows]
     total = torch.tensor([float(sum(loss["sum"].item() for loss in losses))])
     torch.distributed.all_reduce(total)
-    return total.item() / parallel.tensor_parallel_size(), gradients
+    return total.item() / parallel.tensor_parallel_size() / parallel.data_parallel_size(), gradients
 
 
 def _forward(data: Any, model: Any) -> Any:
@@ -109,11 +124,15 @@ def alone(directories: dict[str, str]) -> dict[str, Any]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_divided_model_equals_whole_model(layout: str, directories: dict[str, str], alone: dict[str, Any]):
     for result in run_distributed(loss_and_gradients, 2, LAYOUTS[layout], directories):
-        for variant, (loss, gradients) in result.items():
-            expected_loss, expected = alone[variant]
-            assert loss == pytest.approx(expected_loss, rel=1e-6), variant
-            assert gradients.keys() == expected.keys()
-            for key, gradient in gradients.items():
-                torch.testing.assert_close(
-                    gradient, expected[key], atol=1e-5, rtol=1e-4, msg=lambda m, k=(variant, key): f"{k} {m}"
-                )
+        assert_same(result, alone)
+
+
+def assert_same(result: dict[str, Any], alone: dict[str, Any]) -> None:
+    for variant, (loss, gradients) in result.items():
+        expected_loss, expected = alone[variant]
+        assert loss == pytest.approx(expected_loss, rel=1e-6), variant
+        assert gradients.keys() == expected.keys()
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(
+                gradient, expected[key], atol=1e-5, rtol=1e-4, msg=lambda m, k=(variant, key): f"{k} {m}"
+            )

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from bridge.errors import ConfigError
-from bridge.models import rope
+from bridge.errors import ConfigError, ConversionError
+from bridge.models import hf_rope, rope
 
 LONG = {"long_factor": [1.0 + i / 3 for i in range(32)], "short_factor": [1.0 + i / 50 for i in range(32)]}
 CASES = [
@@ -69,3 +69,31 @@ def test_equals_transformers(parameters: dict, seq_len: int):
 def test_wrong_parameters_are_named(parameters: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         rope.inverse_frequencies(parameters, rotary_base=10000, dim=64, seq_len=8, max_sequence_length=64)
+
+
+def shape(**fields) -> dict:
+    return {"hidden_size": 96, "num_attention_heads": 4, "max_position_embeddings": 64, **fields}
+
+
+@pytest.mark.parametrize(
+    ("fields", "share"),
+    [
+        ({}, 0.5),
+        ({"partial_rotary_factor": 0.25}, 0.25),
+        ({"rope_parameters": {"partial_rotary_factor": 0.75}, "partial_rotary_factor": 0.25}, 0.75),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.25}}, 0.25),
+    ],
+)
+def test_share_of_rotated_channels(fields: dict, share: float):
+    part = hf_rope.rope(partial=0.5)
+    section = part.read(shape(**fields))
+    assert section["rotary_percent"] == share
+    written = part.write({"rope_parameters": None, **section})
+    assert written["partial_rotary_factor"] == share
+    assert part.read(shape(**written)) == section
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.5])  # of 24 channels: none, 7, 36
+def test_a_share_that_leaves_no_pairs_is_refused(share: float):
+    with pytest.raises(ConversionError, match=f"partial_rotary_factor: {share} .* an even number of the 24 channels"):
+        hf_rope.rope(partial=0.5).read(shape(partial_rotary_factor=share))

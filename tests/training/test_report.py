@@ -71,6 +71,7 @@ def test_model_flops_of_a_llama_3_2_1b() -> None:
         ffn_hidden_size=8192,
         gated_linear_unit=True,
         num_moe_experts=None,
+        mtp_num_layers=None,
     )
     assert flops.per_token(llama, vocab_size=128256, sequence_length=4096) == pytest.approx(8.22e9, rel=1e-3)
     assert flops.per_token(llama, vocab_size=128256, sequence_length=8192) == pytest.approx(9.03e9, rel=1e-3)

@@ -5,14 +5,20 @@ import itertools
 import pytest
 import torch
 
-from bridge.weights.ops import Copy, Qkv, Stack
+from bridge.weights.ops import Copy, Interleaved, Joined, Qkv, Stack, Transposed
 
 
 @pytest.mark.parametrize("trailing", [(), (3,), (3, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8])
 @pytest.mark.parametrize(
     ("op", "sizes"),
-    [(Copy(), (5,)), (Stack(), (6, 6)), (Stack(3), (2, 2, 2))]
+    [
+        (Copy(), (5,)),
+        (Interleaved(), (8,)),
+        (Stack(), (6, 6)),
+        (Stack(3), (2, 2, 2)),
+        (Joined(Qkv(4, 2, 3), (12, 6, 6)), (24,)),
+    ]
     + [
         (Qkv(heads, groups, channels), (heads * channels, groups * channels, groups * channels))
         for (heads, groups), channels in itertools.product([(4, 4), (4, 2), (6, 1), (9, 3)], [1, 8])
@@ -39,6 +45,28 @@ def test_gate_lies_above_up():
     assert Stack().merge([torch.zeros(2), torch.ones(2)]).tolist() == [0, 0, 1, 1]
 
 
+def test_pairs_of_gate_and_up_are_taken_apart():
+    assert Interleaved().merge([torch.tensor([0, 10, 1, 11, 2, 12])]).tolist() == [0, 1, 2, 10, 11, 12]
+
+
 def test_shapes_are_told_by_meta_tensors():
     q, k, v = Qkv(4, 2, 8).split(torch.empty(64, 5, device="meta"))
     assert (q.shape, k.shape, v.shape) == ((32, 5), (16, 5), (16, 5))
+
+
+def test_joined_parts_are_those_of_the_op():
+    q, k, v = (torch.randn(rows, 5) for rows in (12, 6, 6))
+    (joined,) = Joined(Qkv(4, 2, 3), (12, 6, 6)).split(Qkv(4, 2, 3).merge([q, k, v]))
+    assert torch.equal(joined, torch.cat([q, k, v]))
+
+
+@pytest.mark.parametrize("op", [Copy(), Joined(Qkv(4, 2, 3), (12, 6, 6))])
+def test_transposed_weights_lie_on_their_side_and_biases_do_not(op):
+    weight, bias = torch.randn(5, 24), torch.randn(24)
+    fused = Transposed(op).merge([weight])
+    assert torch.equal(fused, op.merge([weight.t()]))
+    (back,) = Transposed(op).split(fused)
+    assert torch.equal(back, weight)
+    assert back.is_contiguous()
+    assert torch.equal(Transposed(op).merge([bias]), op.merge([bias]))
+    assert torch.equal(Transposed(op).split(op.merge([bias]))[0], bias)

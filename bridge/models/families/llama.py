@@ -5,20 +5,20 @@ from bridge.models.family import Family
 from bridge.models.hf_fields import activation, attention_and_mlp_bias, attention_shape, same
 from bridge.models.hf_rope import rope
 
-# Fields of every decoder of this shape, and what megatron-core builds for all of them.
-DECODER = (
+# Fields of nearly every decoder.
+COMMON = (
     same("num_hidden_layers", "num_layers"),
     same("hidden_size", "hidden_size"),
     same("intermediate_size", "ffn_hidden_size"),
     same("vocab_size", "vocab_size"),
     same("max_position_embeddings", "max_sequence_length"),
     same("tie_word_embeddings", "share_embeddings_and_output_weights", bool),
-    activation(),
-    same("rms_norm_eps", "layernorm_epsilon", float),
-    rope(),
     same("attention_dropout", "attention_dropout", float),
     same("initializer_range", "init_method_std", float),
 )
+# Fields of every decoder of this shape, and what megatron-core builds for all of them.
+SHAPE_AND_TRAINING = (*COMMON, same("rms_norm_eps", "layernorm_epsilon", float))
+DECODER = (*SHAPE_AND_TRAINING, activation(), rope())
 CONSTANTS = {"normalization": "RMSNorm", "gated_linear_unit": True, "hidden_dropout": 0.0}
 HF_DEFAULTS = {
     "hidden_act": "silu",

@@ -1,0 +1,130 @@
+"""The choice of experts where that of megatron-core's router differs from a Hugging Face family's."""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping, compute_routing_scores_for_aux_loss
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from bridge.errors import ConfigError
+
+# What takes the choice out of the router's hands, and the value that leaves it there.
+REFUSED = (
+    ("moe_router_fusion", False),
+    ("moe_enable_routing_replay", False),
+    ("moe_router_force_load_balancing", False),
+)
+
+
+def is_needed(config: Any) -> bool:
+    """Whether this model needs `Router`: megatron-core's (moe_utils.topk_routing_with_score_function) adds a bias to
+    sigmoid scores only, always divides these by their sum, without a least sum, and scores a group of experts by its
+    best moe_router_topk // moe_router_group_topk.
+    """
+    if config.num_moe_experts is None:
+        return False
+    topk, group_topk, best = config.moe_router_topk, config.moe_router_group_topk, config.moe_router_group_score_topk
+    return (
+        (config.moe_router_enable_expert_bias and config.moe_router_score_function == "softmax")
+        or config.norm_topk_prob not in (None, _normed_by_megatron(config))
+        or config.moe_norm_min is not None
+        or bool(group_topk and best not in (None, topk // group_topk))
+    )
+
+
+def _normed_by_megatron(config: Any) -> bool:
+    if config.moe_router_score_function == "softmax":
+        return not config.moe_router_pre_softmax
+    return config.moe_router_topk > 1
+
+
+def use(layer: Any, config: Any) -> None:
+    """Put `Router` into the specification of a layer with experts, where it is needed."""
+    feed_forward = layer.submodules.mlp
+    if feed_forward.module is MoELayer and is_needed(config):
+        feed_forward.submodules.router = Router
+
+
+class Router(TopKRouter):
+    """megatron-core's router with another choice of experts: losses, dropping and updates of the bias are its own."""
+
+    def __init__(self, config: Any, pg_collection: Any = None) -> None:
+        for field, harmless in REFUSED:
+            if getattr(config, field) != harmless:
+                raise ConfigError(
+                    f"model.{field}: {getattr(config, field)!r} does not go with this model's choice of experts; "
+                    f"set {harmless}"
+                )
+        if config.moe_router_load_balancing_type == "sinkhorn":
+            raise ConfigError(
+                "model.moe_router_load_balancing_type: 'sinkhorn' does not go with this model's choice of experts; "
+                "set aux_loss"
+            )
+        super().__init__(config=config, pg_collection=pg_collection)
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """TopKRouter.routing with the choice replaced.
+
+        `logits` [sequence, batch, experts] -> weights (0 where not chosen) and choice (bool), [tokens, experts].
+        """
+        length, batch = logits.shape[:2]
+        logits = logits.view(-1, self.config.num_moe_experts)
+        padding_mask = None if padding_mask is None else padding_mask.reshape(-1)
+        logits = self.apply_z_loss(logits, padding_mask=padding_mask)
+        probs, routing_map = choose(logits, self.expert_bias, self.config)
+        if self.config.moe_expert_capacity_factor is not None:
+            probs, routing_map = apply_router_token_dropping(
+                probs,
+                routing_map,
+                router_topk=self.topk,
+                capacity_factor=self.config.moe_expert_capacity_factor,
+                drop_policy=self.config.moe_token_drop_policy,
+                pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
+            )
+        if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
+            chosen, scores = compute_routing_scores_for_aux_loss(
+                logits, self.topk, self.score_function, padding_mask=padding_mask
+            )
+            masked = {"with_padding_mask": padding_mask is not None}
+            probs = self._apply_aux_loss(probs, scores, chosen, **masked)
+            probs = self._apply_seq_aux_loss(probs, scores, chosen, length, batch, **masked)
+            probs = self._apply_global_aux_loss(probs, scores, chosen, **masked)
+        self._apply_expert_bias(routing_map, padding_mask=padding_mask)
+        return probs, routing_map
+
+
+def choose(logits: Tensor, expert_bias: Tensor | None, config: Any) -> tuple[Tensor, Tensor]:
+    """Weights and choice of experts, [tokens, experts], from logits [tokens, experts] and a bias [experts].
+
+    Scores, bias and sums are float32. transformers: DeepseekV2TopkRouter, DeepseekV3TopkRouter (2412.19437, 2.1.2),
+    Ernie4_5_MoeTopKRouter.
+    """
+    softmax = config.moe_router_score_function == "softmax"
+    scores = torch.softmax(logits, dim=-1, dtype=torch.float32) if softmax else torch.sigmoid(logits.float())
+    ranked = scores.detach() if expert_bias is None else scores.detach() + expert_bias
+    if config.moe_router_group_topk:
+        ranked = ranked.masked_fill(~_open_experts(ranked, config), float("-inf"))
+    indices = torch.topk(ranked, config.moe_router_topk, dim=-1).indices
+    weights = scores.gather(-1, indices)
+    normed = config.norm_topk_prob
+    if _normed_by_megatron(config) if normed is None else normed:
+        total = weights.sum(dim=-1, keepdim=True)
+        least = config.moe_norm_min
+        weights = weights / (total + 1e-20 if least is None else total.clamp(min=least))
+    if config.moe_router_topk_scaling_factor:
+        weights = weights * config.moe_router_topk_scaling_factor
+    probs = torch.zeros_like(logits).scatter(-1, indices, weights.type_as(logits))
+    return probs, torch.zeros_like(logits, dtype=torch.bool).scatter(-1, indices, True)
+
+
+def _open_experts(scores: Tensor, config: Any) -> Tensor:
+    """Experts of the groups that are open to a token, bool [tokens, experts]."""
+    tokens, experts = scores.shape
+    groups, chosen = config.moe_router_num_groups, config.moe_router_group_topk
+    best = config.moe_router_group_score_topk or config.moe_router_topk // chosen
+    by_group = scores.view(tokens, groups, -1).topk(best, dim=-1).values.sum(dim=-1)
+    is_open = torch.zeros_like(by_group, dtype=torch.bool)
+    is_open = is_open.scatter(-1, by_group.topk(chosen, dim=-1).indices, True)
+    return is_open[:, :, None].expand(tokens, groups, experts // groups).reshape(tokens, experts)
