@@ -42,8 +42,8 @@ FORMAT = {
     "common_backend_version": 1,
 }
 DCP_VERSION = "1.0.0"
-# What megatron-core's own scripts ask of a checkpoint before they load its tensors: content_metadata is what they hand to
-# `sharded_state_dict` (layers under keys of their own), and the order of rows in linear_qkv is that of version 3.
+# What megatron-core's own scripts ask of a checkpoint before they load its tensors: content_metadata is what they hand
+# to `sharded_state_dict` (layers under keys of their own), and the order of rows in linear_qkv is that of version 3.
 COMMON = {"content_metadata": {"non_homogeneous_layers": True}, "checkpoint_version": 3.0, "iteration": 0}
 
 
