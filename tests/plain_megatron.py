@@ -17,8 +17,12 @@ EXPERTS, EXPERT_FFN = 8, 40
 PADDED = 384  # 259 rounded up to Megatron-LM's default multiple of 128
 
 
-def build(kind: str, *, tp: int, pp: int) -> Any:
-    """This rank's GPTModel of kind llama, qwen3_tied or qwen3_moe_no_dense, after the usual initialisation."""
+def build(kind: str, *, tp: int, pp: int, te_keys: bool = False) -> Any:
+    """This rank's GPTModel of kind llama, qwen3_tied or qwen3_moe_no_dense, after the usual initialisation.
+
+    `te_keys`: the norm before experts has the key it has with Transformer Engine's layers; megatron-core's two specs do
+    not agree on it.
+    """
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -50,9 +54,12 @@ def build(kind: str, *, tp: int, pp: int) -> Any:
         use_cpu_initialization=True,
         bias_activation_fusion=False,
     )
+    spec = get_gpt_layer_local_spec(config.num_moe_experts, qk_layernorm=qwen3, normalization="RMSNorm")
+    if experts and te_keys:
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return GPTModel(
         config,
-        get_gpt_layer_local_spec(config.num_moe_experts, qk_layernorm=qwen3, normalization="RMSNorm"),
+        spec,
         vocab_size=PADDED,
         max_sequence_length=64,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -116,7 +123,7 @@ def _layer_part(place: str, hf: dict[str, Tensor], layer: str, *, rank: int, siz
 
 
 def save(kind: str, hf: Path, directory: Path, layout: dict[str, int], metadata: dict[str, Any] | None, prefix: str):
-    """Run on every rank: a checkpoint as training scripts write it, with arguments and random state beside the model."""
+    """Run on every rank: a checkpoint as training scripts write it, with random state and counters beside the model."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
@@ -139,7 +146,7 @@ def load(kind: str, hf: Path, directory: Path, layout: dict[str, int]) -> int:
     """Run on every rank: load as Megatron-LM's load_checkpoint does, then `count_wrong`."""
     from megatron.core import dist_checkpointing
 
-    model = build(kind, **layout)
+    model = build(kind, te_keys=True, **layout)
     common = dist_checkpointing.load_common_state_dict(str(directory))
     assert common["checkpoint_version"] >= 3  # else rows of linear_qkv are put into another order
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)

@@ -1,5 +1,7 @@
 """Checkpoints by plain megatron-core scripts convert, and what we write loads in such scripts."""
 
+import sys
+
 import pytest
 import torch
 import yaml
@@ -13,6 +15,7 @@ from bridge.convert.import_ import import_hf
 from bridge.convert.initial import load_initial
 from bridge.convert.verify import verify
 from bridge.errors import ConfigError, ConversionError
+from bridge.launch.convert import main
 from bridge.models import gpt, hf_config
 from bridge.weights import locate
 from bridge.weights.dist_files import open_dist
@@ -92,9 +95,7 @@ def test_a_live_run_takes_its_own_section(llama, capsys):
     wrong = route({"model": section | {"num_layers": 3}})
     with parallel.single_process(routed.transformer), pytest.raises(ConfigError, match="^model: num_layers is 3, but"):
         load_initial(gpt.build(wrong), root, wrong)
-    with pytest.raises(
-        ConfigError, match=r"^path: .* has no model.yaml, .*; write its `model` section to .*model.yaml"
-    ):
+    with pytest.raises(ConfigError, match=r"^path: .* has no model.yaml, .*; write its `model` section to"):
         bridge.load_model(root)
 
 
@@ -131,14 +132,10 @@ def test_arguments_of_megatron_lm_leave_less_to_say(llama, tmp_path):
     with pytest.raises(ConfigError, match=r"^model: lacks vocab_size \("):
         export_hf(root, tmp_path / "hf", model={"family": "llama"})
     assert verify(source, root, model={"family": "llama", "vocab_size": 259})["passed"]
-    with pytest.raises(
-        ConfigError, match=r"^model: rotary_base is 500, but Megatron-LM trained .* with 1234 \(common.pt\)"
-    ):
+    with pytest.raises(ConfigError, match=r"^model: rotary_base is 500, but Megatron-LM .* with 1234 \(common.pt\)"):
         export_hf(root, tmp_path / "hf", model={"family": "llama", "vocab_size": 259, "rotary_base": 500})
     keep_arguments(root, norm_epsilon=1e-6)
-    with pytest.raises(
-        ConfigError, match="^reference: layernorm_epsilon is 0.005, but Megatron-LM trained .* with 1e-06"
-    ):
+    with pytest.raises(ConfigError, match="^reference: layernorm_epsilon is 0.005, but Megatron-LM .* with 1e-06"):
         verify(source, root, reference=source)
 
 
@@ -150,7 +147,7 @@ def test_arguments_of_megatron_lm_leave_less_to_say(llama, tmp_path):
         (
             {"hidden_size": 96},
             ConfigError,
-            r"^model: hidden_size is 96, but .* has 48 \(embedding.word_embeddings.weight",
+            r"^model: hidden_size is 96, but .* has 48 \(embedding.word_embeddings",
         ),
         (
             {"share_embeddings_and_output_weights": True},
@@ -217,3 +214,32 @@ def test_model_yaml_of_a_run_serves_as_a_file(llama, tmp_path):
     for name, message in (("none.yaml", "cannot be read"), ("model.yaml", "holds no `model` section")):
         with pytest.raises(ConfigError, match=f"^model: .*{name} {message}"):
             read_model(tmp_path / name)
+
+
+def run_command(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code, capsys.readouterr()
+
+
+def test_command_line(llama, tmp_path, monkeypatch, capsys):
+    """model=FILE.yaml, keys on top of it or alone, and names of conf/model with their nearest one."""
+    source, root = llama
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(hf_config.to_mcore(hf_config.read(source)) | {"rotary_base": 1}))
+    given = ("mode=verify", f"hf={source}", f"megatron={root}")
+    code, output = run_command(monkeypatch, capsys, *given, f"model={file}", "model.rotary_base=1234")
+    assert code == 0 and "\nverified\n" in output.out
+    assert run_command(monkeypatch, capsys, *given, f"model={file}")[0] == 1
+    keep_arguments(root)
+    alone = ("model.family=llama", "model.vocab_size=259")
+    assert run_command(monkeypatch, capsys, *given, *alone)[0] == 0
+    for argument, message in (
+        ("model=tinny", "model: no option 'tinny'; did you mean 'tiny'?"),
+        ("model=tiny", "model: num_layers is 6, but "),
+        (f"model={tmp_path}/none.yaml", f"model: {tmp_path}/none.yaml cannot be read"),
+        (f"reference={tmp_path}", f"reference: {tmp_path} has no config.json"),
+    ):
+        code, output = run_command(monkeypatch, capsys, *given, argument)
+        assert code == 2 and output.err.startswith(message) and output.err.count("\n") == 1
