@@ -73,10 +73,8 @@ def test_experts(tmp_path):
 
 def test_norms_go_where_the_model_has_them(tmp_path):
     dist = stored(tmp_path, ALL)
-    fused = {
-        key.replace(".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"): tensor
-        for key, tensor in ALL.items()
-    }
+    places = (".input_layernorm.", ".self_attention.linear_qkv.layer_norm_")
+    fused = {key.replace(*places): tensor for key, tensor in ALL.items()}
     renamed = canonical(dist, wanted=fused)
     assert same(renamed, fused)
     assert same(canonical(renamed, wanted=ALL), ALL)
