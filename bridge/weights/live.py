@@ -8,6 +8,7 @@ from torch import Tensor
 from bridge.weights import shards
 from bridge.weights.dist_files import DistFiles
 from bridge.weights.hf_files import HfFiles
+from bridge.weights.key_layouts import canonical
 from bridge.weights.ledger import Move, check_hf, check_megatron, plan
 from bridge.weights.table import Table
 from bridge.weights.transfer import check_ignored, merge, specs_of
@@ -27,9 +28,11 @@ def load_hf(model: Sequence[torch.nn.Module], hf: HfFiles, *, table: Table, voca
 def load_megatron(model: Sequence[torch.nn.Module], dist: DistFiles, *, table: Table, vocab_size: int) -> None:
     """Copy each rank's part of every weight out of a torch_dist folder of any layout, cast to the model's dtype.
 
+    The folder may have any of megatron-core's ways to name the tensors (`key_layouts`).
     Optimizer state is passed over. Raises ConversionError as `load_hf` does.
     """
     moves = plan(table, shards.targets(model), vocab_size=vocab_size)
+    dist = canonical(dist, wanted=[move.mcore_key for move in moves])
     check_megatron(moves, specs_of(dist), source=dist.directory)
     padded = {move.mcore_key for move in moves if move.target.padded}
 
