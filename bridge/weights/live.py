@@ -1,6 +1,6 @@
-"""Between a live, possibly sharded model and Hugging Face or torch_dist files. Every rank takes part."""
+"""Weights of Hugging Face or torch_dist files into a live, possibly sharded model. Every rank takes part."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from bridge.weights.dist_files import DistFiles
 from bridge.weights.hf_files import HfFiles
 from bridge.weights.ledger import Move, check_hf, check_megatron, plan
 from bridge.weights.table import Table
-from bridge.weights.transfer import check_ignored, merge, specs_of, split
+from bridge.weights.transfer import check_ignored, merge, specs_of
 
 
 def load_hf(model: Sequence[torch.nn.Module], hf: HfFiles, *, table: Table, vocab_size: int) -> None:
@@ -40,20 +40,6 @@ def load_megatron(model: Sequence[torch.nn.Module], dist: DistFiles, *, table: T
         return dist.read(key, place)
 
     shards.load(model, read)
-
-
-def export_weights(model: Sequence[torch.nn.Module], *, table: Table, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor of the model, `(name, whole tensor)`, on every rank, one Megatron tensor at a time.
-
-    Copies that every file of the family holds come again under their own names. All ranks must run through the iterator
-    together.
-    """
-    copies = table.copies().items()
-    moves = {move.mcore_key: move for move in plan(table, shards.targets(model), vocab_size=vocab_size)}
-    for key, whole in shards.gather(model):
-        for name, part in zip(moves[key].hf_names, split(whole, moves[key]), strict=True):
-            yield name, part
-            yield from ((copy, part) for copy, original in copies if original == name)
 
 
 class _Merged:
