@@ -26,6 +26,7 @@ def run(config: ConvertConfig) -> int:
         config.hf,
         dtype=torch_dtype(config.dtype),
         max_shard_size=config.max_shard_size,
+        workers=config.workers,
         overwrite=config.overwrite,
     )
     print(summary)
@@ -39,10 +40,12 @@ def export_hf(
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: str = "5GB",
+    workers: int | None = None,
     overwrite: bool = False,
 ) -> str:
     """Write Hugging Face directory `hf` from `megatron` (a run, its checkpoints or one iteration); the summary line.
 
+    `workers` processes share the work; None: as many as cores and size make sensible.
     Raises ConversionError, ConfigError as `import_hf` does: then nothing was written.
     """
     size = parse_size(max_shard_size)
@@ -51,7 +54,13 @@ def export_hf(
         bones = skeleton(locate.read_model_section(found.root), spelling=read_form(found.directory).spelling)
         dist = open_dist(found.directory)
         summary = export_tensors(
-            dist, directory, moves=bones.moves, table=bones.table, dtype=dtype, max_shard_size=size
+            dist,
+            directory,
+            moves=bones.moves,
+            table=bones.table,
+            dtype=dtype,
+            max_shard_size=size,
+            num_workers=workers,
         )
         specs = export_specs(dist, moves=bones.moves, dtype=dtype)
         write_assets(directory, section=bones.section, assets=found.root / locate.HF_ASSETS, specs=specs.values())

@@ -17,8 +17,10 @@ from bridge.errors import ConversionError
 from bridge.models import gpt
 from bridge.weights import compare, live, locate
 from bridge.weights.dist_files import DistFiles, open_dist
-from bridge.weights.hf_files import open_hf
+from bridge.weights.hf_files import HfFiles, main_dtype
 from bridge.weights.ledger import name_some
+from bridge.weights.quantized import Dequantized, open_source
+from bridge.weights.transfer import specs_of
 
 TEXTS = (
     "The capital of France is",
@@ -48,12 +50,12 @@ def verify(
     tokenizer, else token ids. Both models are held in fp32, one after the other. Raises ConversionError, ConfigError.
     """
     found = locate.locate(megatron)
-    files = open_hf(hf)
-    bones = skeleton(locate.read_model_section(found.root), hf_names=files.tensors)
     dist = open_dist(found.directory)
+    files = open_source(hf, dtype=main_dtype(specs_of(dist).values()))
+    bones = skeleton(locate.read_model_section(found.root), hf_names=files.tensors)
     tensors = compare.compare_tensors(files, dist, moves=bones.moves, table=bones.table)
     ids = token_ids(hf, bones.routed, prompts=prompts)
-    theirs = _transformers_logits(hf, ids)
+    theirs = _transformers_logits(hf, files, ids)
     logits = compare.compare_logits(_megatron_logits(bones, dist, ids), theirs)
     return {
         "hf": str(hf),
@@ -99,8 +101,9 @@ def token_ids(hf: str | Path, routed: Routed, *, prompts: Sequence[str] | None) 
 
 
 @torch.no_grad()
-def _transformers_logits(hf: str | Path, prompts: Sequence[Tensor]) -> list[Tensor]:
-    model = reference.load(hf)
+def _transformers_logits(hf: str | Path, files: HfFiles, prompts: Sequence[Tensor]) -> list[Tensor]:
+    """Of a quantised source the weights are read by us: kernels for its format run on GPUs only."""
+    model = reference.load(hf, files=files if isinstance(files, Dequantized) else None)
     return [model(ids[None]).logits[0] for ids in prompts]
 
 

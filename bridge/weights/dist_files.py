@@ -168,6 +168,10 @@ class DataFile:
         start = torch.Size([*index, *[0] * (tensor.ndim - len(index))])
         return Written(base, tensor.dtype, Chunk(start, tensor.shape, self._append(key, tensor)))
 
+    def remove_if_empty(self) -> None:
+        if not self._path.stat().st_size:
+            self._path.unlink()
+
     def write_empty_object(self, key: str) -> Written:
         """Append None under the unique key of a megatron-core ShardedObject, such as a layer's `_extra_state`."""
         return Written(key, None, Chunk((), (), self._append(key, [None])))
@@ -228,6 +232,7 @@ class DistWriter:
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         self.file.__exit__()
+        self.file.remove_if_empty()
         if kind is None:
             self._finish()
 

@@ -74,6 +74,10 @@ class HfFiles:
     def spec(self, name: str) -> TensorSpec:
         return self._stored(name).spec
 
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor or entry."""
+        return self._stored(name).file
+
     def _stored(self, name: str) -> Stored:
         """Where a tensor, or an entry `name[3]` of a stacked one, lies."""
         base, index = names.split_index(name)
