@@ -108,6 +108,8 @@ class ConvertConfig:
     family: str | None = None
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     max_shard_size: str = "5GB"
+    workers: int | None = _from(1, None)
+    check_finite: bool = False
     overwrite: bool = False
     prompts: list[str] | None = None
     tolerance: float = _from(0, 1e-4)

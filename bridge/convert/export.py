@@ -29,6 +29,7 @@ def run(config: ConvertConfig) -> int:
         config.hf,
         dtype=torch_dtype(config.dtype),
         max_shard_size=config.max_shard_size,
+        workers=config.workers,
         overwrite=config.overwrite,
         model=config.model,
         reference=config.reference,
@@ -44,15 +45,17 @@ def export_hf(
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: str = "5GB",
+    workers: int | None = None,
     overwrite: bool = False,
     model: Mapping[str, Any] | None = None,
     reference: str | Path | None = None,
 ) -> str:
     """Write Hugging Face directory `hf` from `megatron` (a run, its checkpoints or one iteration); the summary line.
 
-    `model` (a section) or `reference` (a Hugging Face directory, whose tokenizer comes along) says which model it is
-    where there is no model.yaml, as in checkpoints by megatron-core's own scripts. Raises ConversionError and
-    ConfigError as `import_hf` does: then nothing was written.
+    `workers` processes share the work; None: as many as cores and size make sensible. `model` (a section) or
+    `reference` (a Hugging Face directory, whose tokenizer comes along) says which model it is where there is no
+    model.yaml, as in checkpoints by megatron-core's own scripts. Raises ConversionError and ConfigError as `import_hf`
+    does: then nothing was written.
     """
     size = parse_size(max_shard_size)
     found = locate.locate(megatron)
@@ -62,7 +65,13 @@ def export_hf(
         dist = canonical(open_dist(found.directory), wanted=[move.mcore_key for move in bones.moves])
         check_megatron(bones.moves, specs_of(dist), source=dist.directory, described_by=described.source)
         summary = export_tensors(
-            dist, directory, moves=bones.moves, table=bones.table, dtype=dtype, max_shard_size=size
+            dist,
+            directory,
+            moves=bones.moves,
+            table=bones.table,
+            dtype=dtype,
+            max_shard_size=size,
+            num_workers=workers,
         )
         specs = export_specs(dist, moves=bones.moves, dtype=dtype)
         write_assets(directory, section=bones.section, assets=described.assets, specs=specs.values())

@@ -14,8 +14,9 @@ from bridge.errors import ConfigError
 from bridge.models import family, hf_config
 from bridge.weights import live, locate
 from bridge.weights.dist_files import open_dist
-from bridge.weights.hf_files import main_dtype, open_hf
+from bridge.weights.hf_files import main_dtype
 from bridge.weights.ledger import OPTIMIZER_PREFIXES
+from bridge.weights.quantized import open_source
 from bridge.weights.transfer import specs_of
 
 # Model keys that may differ between a checkpoint and the run that starts from it, beside those of no architecture.
@@ -36,7 +37,7 @@ def load_initial(model: Sequence[torch.nn.Module], path: str | Path, routed: Rou
         dist = open_dist(locate.locate(path, key=key).directory)
         live.load_megatron(model, dist, table=facts.table(section), vocab_size=vocab_size)
     else:
-        hf = open_hf(path)
+        hf = open_source(path)
         table = facts.table(section, spelling=facts.spelling(section, hf.tensors))
         live.load_hf(model, hf, table=table, vocab_size=vocab_size)
 
@@ -97,4 +98,4 @@ def stored_dtype(path: Path) -> torch.dtype:
     if locate.is_megatron(path):
         dist = open_dist(locate.locate(path).directory)
         return main_dtype(spec for key, spec in specs_of(dist).items() if not key.startswith(OPTIMIZER_PREFIXES))
-    return main_dtype(specs_of(open_hf(path)).values())
+    return main_dtype(specs_of(open_source(path)).values())

@@ -18,9 +18,10 @@ from bridge.errors import ConversionError
 from bridge.models import gpt
 from bridge.weights import compare, live, locate
 from bridge.weights.dist_files import DistFiles, open_dist
-from bridge.weights.hf_files import open_hf
+from bridge.weights.hf_files import HfFiles, main_dtype
 from bridge.weights.key_layouts import canonical
 from bridge.weights.ledger import check_megatron, name_some
+from bridge.weights.quantized import Dequantized, open_source
 from bridge.weights.transfer import specs_of
 
 TEXTS = (
@@ -66,13 +67,14 @@ def verify(
     """
     found = locate.locate(megatron)
     described = model_of(found, model=model, reference=reference)
-    files = open_hf(hf)
+    stored = open_dist(found.directory)
+    files = open_source(hf, dtype=main_dtype(specs_of(stored).values()))
     bones = skeleton(described.section, hf_names=files.tensors)
-    dist = canonical(open_dist(found.directory), wanted=[move.mcore_key for move in bones.moves])
+    dist = canonical(stored, wanted=[move.mcore_key for move in bones.moves])
     check_megatron(bones.moves, specs_of(dist), source=dist.directory, described_by=described.source)
     tensors = compare.compare_tensors(files, dist, moves=bones.moves, table=bones.table)
     ids = token_ids(hf, bones.routed, prompts=prompts)
-    theirs = _transformers_logits(hf, ids)
+    theirs = _transformers_logits(hf, files, ids)
     logits = compare.compare_logits(_megatron_logits(bones, dist, ids), theirs)
     return {
         "hf": str(hf),
@@ -118,8 +120,9 @@ def token_ids(hf: str | Path, routed: Routed, *, prompts: Sequence[str] | None) 
 
 
 @torch.no_grad()
-def _transformers_logits(hf: str | Path, prompts: Sequence[Tensor]) -> list[Tensor]:
-    model = hf_reference.load(hf)
+def _transformers_logits(hf: str | Path, files: HfFiles, prompts: Sequence[Tensor]) -> list[Tensor]:
+    """Of a quantised source the weights are read by us: kernels for its format run on GPUs only."""
+    model = hf_reference.load(hf, files=files if isinstance(files, Dequantized) else None)
     return [model(ids[None]).logits[0] for ids in prompts]
 
 

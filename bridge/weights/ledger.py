@@ -34,6 +34,7 @@ class Move(NamedTuple):
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
     op: Op
+    keep_dtype: bool = False  # no cast to another dtype touches it
 
 
 def plan(table: Table, targets: Mapping[str, Target], *, vocab_size: int) -> list[Move]:
@@ -51,7 +52,7 @@ def plan(table: Table, targets: Mapping[str, Target], *, vocab_size: int) -> lis
         assert entry is not None
         shape = (vocab_size, *target.shape[1:]) if target.padded else target.shape
         shapes = [tuple(part.shape) for part in entry.op.split(torch.empty(shape, device="meta"))]
-        moves.append(Move(key, shape, target, entry.hf_names, tuple(shapes), entry.op))
+        moves.append(Move(key, shape, target, entry.hf_names, tuple(shapes), entry.op, entry.keep_dtype))
     counts = Counter(name for move in moves for name in move.hf_names)
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
