@@ -41,6 +41,10 @@ class GPT(GPTModel):
     ) -> None:
         super().__init__(config=config, rotary_base=rotary_base, **kwargs)
         self.true_vocab_size = true_vocab_size
+        if self.position_embedding_type == "learned_absolute" and self.pre_process:
+            # megatron-core leaves this module alone in float32 and on the CPU.
+            words = self.embedding.word_embeddings.weight
+            self.embedding.position_embeddings.to(device=words.device, dtype=words.dtype)
         if self.mtp_process and self.post_process and self.share_embeddings_and_output_weights:
             # The prediction modules' copy of the embedding is the output layer's weight, also on a later pipeline
             # stage, where megatron-core makes another one that it neither uses nor lets into a checkpoint.

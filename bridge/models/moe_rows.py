@@ -31,21 +31,23 @@ FC2 = "mlp.experts.{expert}.down_proj.{0}"
 FUSED_FC1, FUSED_FC2 = ("mlp.experts.gate_up_proj[{expert}]",), "mlp.experts.down_proj[{expert}]"
 
 
-def moe_table(model: Model, *, fused_experts: bool = False) -> Table:
+def moe_table(model: Model, *, fused_experts: bool = False, shared: str = "mlp.shared_experts") -> Table:
     """The table of a Llama-shaped model with experts under the names most families have."""
-    return Table(
-        [
-            *embedding(model),
-            *norms(model, mlp=None),
-            *mlp_norms(model),
-            *qk_norms(model),
-            *attention(model),
-            *dense_mlp(model),
-            *router(model),
-            *experts(model, fused_experts=fused_experts),
-            *final(model),
-        ]
-    )
+    return Table([*embedding(model), *moe_layer(model, fused_experts=fused_experts, shared=shared), *final(model)])
+
+
+def moe_layer(model: Model, *, fused_experts: bool = False, shared: str = "mlp.shared_experts") -> Rows:
+    """The rows of such a model's layers; `shared` is the name of the expert of every token, where there is one."""
+    return [
+        *norms(model, mlp=None),
+        *mlp_norms(model),
+        *qk_norms(model),
+        *attention(model),
+        *dense_mlp(model),
+        *router(model),
+        *experts(model, fused_experts=fused_experts),
+        *shared_experts(model, name=shared),
+    ]
 
 
 def mlp_norms(model: Model, name: str = "post_attention_layernorm", *, prefix: str = HF, mcore: str = MCORE) -> Rows:
