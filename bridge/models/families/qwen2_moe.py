@@ -18,8 +18,6 @@ def every_other_below(hf: Values) -> list[bool]:
     return [layer % 2 == 0 and layer < hf["max_window_layers"] for layer in range(hf["num_hidden_layers"])]
 
 
-
-
 FAMILY = Family(
     architecture="Qwen2MoeForCausalLM",
     model_type="qwen2_moe",
