@@ -20,7 +20,7 @@ from bridge.models.decoder_rows import (
     qk_norms,
 )
 from bridge.models.hf_moe import moe_layers
-from bridge.weights.ops import Stack
+from bridge.weights.ops import Op, Stack
 from bridge.weights.table import Row, Table
 
 EXPERTS = MCORE + "mlp.experts.experts."
@@ -37,7 +37,7 @@ def moe_table(model: Model, *, fused_experts: bool = False, shared: str = "mlp.s
 
 
 def moe_layer(model: Model, *, fused_experts: bool = False, shared: str = "mlp.shared_experts") -> Rows:
-    """The rows of such a model's layers; `shared` is the name of what every token visits, where there is such a thing."""
+    """The rows of such a model's layers; `shared` names the expert that every token visits, where there is one."""
     return [
         *norms(model, mlp=None),
         *mlp_norms(model),
@@ -81,6 +81,7 @@ def router(
     weight: str = "mlp.gate.weight",
     bias: str = "mlp.gate.bias",
     expert_bias: str = "mlp.gate.e_score_correction_bias",
+    expert_bias_op: Op | None = None,
     prefix: str = HF,
     mcore: str = MCORE,
 ) -> Rows:
@@ -89,7 +90,7 @@ def router(
     if model["add_bias_linear"]:
         rows.append(Row(f"{mcore}mlp.router.bias", prefix + bias))
     if model["moe_router_enable_expert_bias"]:
-        rows.append(Row(f"{mcore}mlp.router.expert_bias", prefix + expert_bias))
+        rows.append(Row(f"{mcore}mlp.router.expert_bias", prefix + expert_bias, expert_bias_op))
     return rows
 
 
