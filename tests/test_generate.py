@@ -27,7 +27,9 @@ def _without_end(ids: list[int], stop: frozenset[int]) -> list[int]:
     return ids[:-1] if ids and ids[-1] in stop else ids
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama_yarn", "mistral", "qwen2_window", "qwen3_tied"])
+@pytest.mark.parametrize(
+    "variant", ["llama", "llama_yarn", "mistral", "qwen2_window", "qwen3_tied", "gemma2", "gemma3"]
+)
 def test_tiny_models_continue_as_in_transformers(variant: str, tiny_hf: Callable[..., Path]):
     directory = tiny_hf(variant)
     with parallel.single_process():

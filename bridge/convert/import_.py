@@ -8,15 +8,24 @@ from bridge.config.schema import ConvertConfig
 from bridge.convert.skeleton import skeleton, torch_dtype
 from bridge.models import hf_config
 from bridge.weights import locate
-from bridge.weights.hf_files import copy_assets, open_hf
+from bridge.weights.hf_files import copy_assets
 from bridge.weights.output import new_directory
+from bridge.weights.quantized import open_source
 from bridge.weights.transfer import import_tensors
 
 
 def run(config: ConvertConfig) -> int:
     assert config.hf is not None and config.megatron is not None
-    dtype = torch_dtype(config.dtype)
-    print(import_hf(config.hf, config.megatron, family=config.family, dtype=dtype, overwrite=config.overwrite))
+    summary = import_hf(
+        config.hf,
+        config.megatron,
+        family=config.family,
+        dtype=torch_dtype(config.dtype),
+        check_finite=config.check_finite,
+        workers=config.workers,
+        overwrite=config.overwrite,
+    )
+    print(summary)
     print(f"wrote {config.megatron}")
     return 0
 
@@ -27,17 +36,20 @@ def import_hf(
     *,
     family: str | None = None,
     dtype: torch.dtype | None = None,
+    check_finite: bool = False,
+    workers: int | None = None,
     overwrite: bool = False,
 ) -> str:
     """Write checkpoint `megatron` (iteration 0) from directory `hf`; the summary line.
 
-    `family` is found by model_type unless given. `dtype` casts the weights; None keeps each tensor's own. Raises
-    ConversionError when the config is not understood, a tensor is missing, left over or damaged, or the output exists:
-    then nothing was written.
+    `family` is found by model_type unless given. `dtype` casts the weights; None keeps each tensor's own, and makes
+    quantised ones bfloat16. `check_finite` refuses NaN and infinity. `workers` processes share the work; None: as many
+    as cores and size make sensible. Raises ConversionError when the config is not understood, a tensor is missing, left
+    over or damaged, or the output exists: then nothing was written.
     """
     with new_directory(megatron, overwrite=overwrite, key="megatron") as root:
         section = hf_config.to_mcore(hf_config.read(hf), family=family)
-        files = open_hf(hf)
+        files = open_source(hf, dtype=dtype)
         bones = skeleton(section, hf_names=files.tensors)
         directory = locate.iteration_directory(root, iteration=0)
         directory.mkdir()
@@ -49,6 +61,8 @@ def import_hf(
             dtype=dtype,
             spelling=bones.spelling,
             object_keys=bones.object_keys,
+            check_finite=check_finite,
+            num_workers=workers,
         )
         locate.write_model_section(root, bones.section)
         (root / locate.HF_ASSETS).mkdir()

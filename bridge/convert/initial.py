@@ -6,14 +6,17 @@ from typing import Any
 
 import torch
 
+from bridge import parallel
 from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.config.routing import Routed
+from bridge.convert.described import check, model_of
 from bridge.errors import ConfigError
 from bridge.models import family, hf_config
 from bridge.weights import live, locate
 from bridge.weights.dist_files import open_dist
-from bridge.weights.hf_files import main_dtype, open_hf
+from bridge.weights.hf_files import main_dtype
 from bridge.weights.ledger import OPTIMIZER_PREFIXES
+from bridge.weights.quantized import open_source
 from bridge.weights.transfer import specs_of
 
 # Model keys that may differ between a checkpoint and the run that starts from it, beside those of no architecture.
@@ -27,17 +30,31 @@ def load_initial(model: Sequence[torch.nn.Module], path: str | Path, routed: Rou
     is neither, or naming the `model` keys that differ; ConversionError when tensors are missing, left over or damaged.
     """
     path = Path(path).expanduser().absolute()
-    section = read_section(path, key=key)
-    check_same_model(section, routed, path=path)
+    section = _checked_section(path, routed, key=key)
     facts = family.by_name(routed.family)
     vocab_size = routed.gpt["vocab_size"]
     if locate.is_megatron(path):
         dist = open_dist(locate.locate(path, key=key).directory)
         live.load_megatron(model, dist, table=facts.table(section), vocab_size=vocab_size)
     else:
-        hf = open_hf(path)
+        hf = open_source(path)
         table = facts.table(section, spelling=facts.spelling(section, hf.tensors))
         live.load_hf(model, hf, table=table, vocab_size=vocab_size)
+
+
+def _checked_section(path: Path, routed: Routed, *, key: str) -> dict[str, Any]:
+    """The `model` section of a directory, found to be that of the run; where it has none, the run's."""
+    if path.is_dir() and locate.is_megatron(path):
+        found = locate.locate(path, key=key)
+        if not (found.root / locate.MODEL_YAML).is_file():
+            ours = model_section(routed)
+            check(ours, open_dist(found.directory), source="model")
+            if parallel.is_main():
+                print(f"{key}: {found.directory} has no model.yaml; it is taken as this run's `model`", flush=True)
+            return ours
+    section = read_section(path, key=key)
+    check_same_model(section, routed, path=path)
+    return section
 
 
 def read_section(path: Path, *, key: str) -> dict[str, Any]:
@@ -45,7 +62,8 @@ def read_section(path: Path, *, key: str) -> dict[str, Any]:
     if not path.is_dir():
         raise ConfigError(f"{key}: {path} does not exist; give a Hugging Face directory or a Megatron checkpoint")
     if locate.is_megatron(path):
-        return locate.read_model_section(locate.locate(path, key=key).root)
+        found = locate.locate(path, key=key)
+        return model_of(found, key=key, ask=f"write its `model` section to {found.root / locate.MODEL_YAML}").section
     if locate.is_hf(path):
         return hf_config.to_mcore(hf_config.read(path))
     raise ConfigError(
@@ -80,4 +98,4 @@ def stored_dtype(path: Path) -> torch.dtype:
     if locate.is_megatron(path):
         dist = open_dist(locate.locate(path).directory)
         return main_dtype(spec for key, spec in specs_of(dist).items() if not key.startswith(OPTIMIZER_PREFIXES))
-    return main_dtype(specs_of(open_hf(path)).values())
+    return main_dtype(specs_of(open_source(path)).values())

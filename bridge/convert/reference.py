@@ -7,10 +7,11 @@ import torch
 
 from bridge.errors import ConversionError
 from bridge.models import family, hf_config
+from bridge.weights.hf_files import HfFiles
 
 
-def load(directory: Path | str, *, attn_implementation: str = "eager") -> Any:
-    """transformers' model in float32, in eval mode.
+def load(directory: Path | str, *, attn_implementation: str = "eager", files: HfFiles | None = None) -> Any:
+    """transformers' model in float32, in eval mode; with `files`, with those weights, as if it were not quantised.
 
     A model_type that transformers does not know is loaded as the one whose class it shares (`Family.class_of`); without
     one, ConversionError: code that ships with a model is not run.
@@ -25,12 +26,17 @@ def load(directory: Path | str, *, attn_implementation: str = "eager") -> Any:
     class_of = next((facts.class_of for facts in families if facts.model_type == kind), None)
     if not class_of and kind not in CONFIG_MAPPING:
         raise ConversionError(f"{directory}: model_type {kind!r} is not in transformers, so no logits can be compared")
-    config = {"config": _config(directory, class_of)} if class_of else {}
-    options = {"dtype": torch.float32, "attn_implementation": attn_implementation}
-    return AutoModelForCausalLM.from_pretrained(directory, **options, **config).eval()
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attn_implementation}
+    if class_of or files:
+        options["config"] = _config(directory, str(class_of or kind))
+    if files:
+        options["state_dict"] = {name: files.read(name) for name in files.tensors}
+    path: Any = None if files else directory  # None: from config and state_dict
+    return AutoModelForCausalLM.from_pretrained(path, **options).eval()
 
 
 def _config(directory: Path | str, model_type: str) -> Any:
     from transformers import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[model_type].from_dict({**hf_config.read(directory), "model_type": model_type})
+    fields = {name: value for name, value in hf_config.read(directory).items() if name != "quantization_config"}
+    return CONFIG_MAPPING[model_type].from_dict({**fields, "model_type": model_type})

@@ -9,6 +9,7 @@ from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.errors import ConversionError
 from bridge.models.family import Family, by_name, complete, known_names, mcore_defaults, name_of_hf_config
 from bridge.models.hf_fields import Part
+from bridge.weights import quantized
 from bridge.weights.hf_files import INDEX, open_hf
 
 # Fields that cannot change the logits of a decoder: bookkeeping, tokens, generation, what forward() returns.
@@ -32,8 +33,8 @@ NEUTRAL: dict[str, Any] = {
     "cross_attention_hidden_size": None,
     "is_encoder_decoder": False,
     "pruned_heads": {},
-    "quantization_config": None,
 }
+QUANTIZATION = "quantization_config"  # how the files store the weights: no architecture, and no part of an export
 
 
 def read(directory: Path | str) -> dict[str, Any]:
@@ -86,7 +87,9 @@ def to_mcore(hf: Mapping[str, Any], *, family: str | None = None) -> dict[str, A
 def _account_for(hf: Mapping[str, Any], facts: Family) -> None:
     understood = {name for part in facts.parts for name in part.hf_names} | IRRELEVANT
     for name, value in hf.items():
-        if name in NEUTRAL:
+        if name == QUANTIZATION:
+            quantized.check_config(value)
+        elif name in NEUTRAL:
             if value not in (NEUTRAL[name], None):
                 raise ConversionError(f"config.json: {name}: {value!r} is not supported")
         elif name not in understood:
@@ -135,7 +138,7 @@ def to_hf(model: Mapping[str, Any], *, dtype: str, source: Mapping[str, Any] | N
         head = {"architectures": [facts.architecture], "model_type": facts.model_type, "torch_dtype": dtype}
         return head | fields | tokens | {"use_cache": True}
     before = complete(to_mcore(source, family=model["family"]))
-    result = dict(source)
+    result = {name: value for name, value in source.items() if name != QUANTIZATION}
     for part in facts.parts:
         if part.write(before) != part.write(full):
             result = _rewritten(result, part, full)

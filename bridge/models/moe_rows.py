@@ -37,7 +37,7 @@ def moe_table(model: Model, *, fused_experts: bool = False, shared: str = "mlp.s
 
 
 def moe_layer(model: Model, *, fused_experts: bool = False, shared: str = "mlp.shared_experts") -> Rows:
-    """The rows of such a model's layers; `shared` names the expert that every token visits, where there is one."""
+    """The rows of such a model's layers; `shared` is the name of the expert of every token, where there is one."""
     return [
         *norms(model, mlp=None),
         *mlp_norms(model),

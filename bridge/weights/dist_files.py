@@ -8,6 +8,7 @@ files and chunks; here its tensors are put together one at a time.
 
 import io
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -31,10 +32,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from bridge.errors import ConversionError
-from bridge.weights import names
+from bridge.weights import names, pages
 from bridge.weights.spec import TensorSpec
 
-DATA_FILE = "__0_0.distcp"
+ALIGNMENT = 64  # of chunks; torch.save aligns within them, so that tensors can be mapped as they are
 FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -42,6 +43,9 @@ FORMAT = {
     "common_backend_version": 1,
 }
 DCP_VERSION = "1.0.0"
+# What megatron-core's own scripts ask of a checkpoint before they load its tensors: content_metadata is what they hand
+# to `sharded_state_dict` (layers under keys of their own), and the order of rows in linear_qkv is that of version 3.
+COMMON = {"content_metadata": {"non_homogeneous_layers": True}, "checkpoint_version": 3.0, "iteration": 0}
 
 
 class Chunk(NamedTuple):
@@ -70,10 +74,12 @@ class DistFiles:
     tensors: Mapping[str, Stored]
 
     def spec(self, key: str) -> TensorSpec:
-        return self._stored(key).spec
+        return self.stored(key).spec
 
-    def _stored(self, key: str) -> Stored:
+    def stored(self, key: str) -> Stored:
         """What is stored under a key, or for an entry `key[3]` of a stacked tensor."""
+        if key in self.tensors:  # entries may be stored one by one
+            return self.tensors[key]
         base, index = names.split_index(key)
         stored = self.tensors[base]
         for number in index:
@@ -85,7 +91,7 @@ class DistFiles:
 
         Only chunks that touch the part are read. Raises ConversionError naming file and key.
         """
-        spec, chunks = self._stored(key)
+        spec, chunks = self.stored(key)
         place = place or tuple(slice(0, size) for size in spec.shape)
         ends = tuple(min(cut.stop, size) for cut, size in zip(place, spec.shape, strict=True))
         starts = tuple(min(cut.start, end) for cut, end in zip(place, ends, strict=True))
@@ -101,17 +107,20 @@ class DistFiles:
         return part
 
     def _read_chunk(self, key: str, chunk: Chunk) -> Tensor:
+        """The saved tensor is described without its elements, which are then mapped from where they lie."""
         file = self.directory / chunk.storage.relative_path
         try:
             with file.open("rb") as stream:
                 view = _create_file_view(stream, chunk.storage.offset, chunk.storage.length)
-                tensor = torch.load(cast(IO[bytes], view), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+                saved = torch.load(cast(IO[bytes], view), map_location="meta", weights_only=True)
+            if isinstance(saved, Tensor):
+                saved = _mapped(saved, file, chunk.storage.offset)
+        except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConversionError(f"{file}: tensor {key} cannot be read ({reason}); the file is damaged") from error
-        if not isinstance(tensor, Tensor) or tuple(tensor[chunk.entry].shape) != chunk.sizes:
+        if not isinstance(saved, Tensor) or tuple(saved[chunk.entry].shape) != chunk.sizes:
             raise ConversionError(f"{file}: what is stored for {key} at {chunk.offsets} is not what .metadata promises")
-        return tensor[chunk.entry]
+        return saved[chunk.entry]
 
 
 def open_dist(directory: str | Path) -> DistFiles:
@@ -134,8 +143,62 @@ def open_dist(directory: str | Path) -> DistFiles:
     return DistFiles(directory, tensors)
 
 
+class Written(NamedTuple):
+    """What was appended to a data file: a tensor's chunk, or with no dtype an object."""
+
+    key: str
+    dtype: torch.dtype | None
+    chunk: Chunk
+
+
+class DataFile:
+    """One file of chunks in a folder that is being written. Each process that writes has one, by `number`."""
+
+    def __init__(self, directory: Path, number: int) -> None:
+        self._path = directory / f"__{number}_0.distcp"
+
+    def __enter__(self) -> "DataFile":
+        self._stream = self._path.open("wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def write(self, key: str, tensor: Tensor) -> Written:
+        """Append one tensor, or one entry (`key[3]`) of a stack. Raises ConversionError when the disk is full."""
+        base, index = names.split_index(key)
+        tensor = tensor.detach().cpu().contiguous().view((1,) * len(index) + tensor.shape)
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()  # torch.save writes the whole storage behind a view
+        start = torch.Size([*index, *[0] * (tensor.ndim - len(index))])
+        return Written(base, tensor.dtype, Chunk(start, tensor.shape, self._append(key, tensor)))
+
+    def remove_if_empty(self) -> None:
+        if not self._path.stat().st_size:
+            self._path.unlink()
+
+    def write_empty_object(self, key: str) -> Written:
+        """Append None under the unique key of a megatron-core ShardedObject, such as a layer's `_extra_state`."""
+        return Written(key, None, Chunk((), (), self._append(key, [None])))
+
+    def _append(self, key: str, value: object) -> _StorageInfo:
+        try:
+            begin = self._stream.seek(-self._stream.tell() % ALIGNMENT, os.SEEK_CUR)
+            torch.save(value, self._stream)
+            self._stream.flush()
+        except (OSError, RuntimeError) as error:
+            reason = _system_reason(error)
+            if reason is None:
+                raise
+            raise ConversionError(f"{self._path}: tensor {key} cannot be written ({reason})") from error
+        return _StorageInfo(self._path.name, begin, self._stream.tell() - begin)
+
+
 class DistWriter:
-    """Writes whole tensors one at a time into a new torch_dist folder, readable once the `with` block ended well."""
+    """Writes whole tensors one at a time into a new torch_dist folder, readable once the `with` block ended well.
+
+    Other processes write into DataFiles of their own, and what they have written is added here.
+    """
 
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
@@ -143,35 +206,38 @@ class DistWriter:
         self._chunks: dict[str, list[ChunkStorageMetadata]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
+        self.file = DataFile(self._directory, 0)
 
     def __enter__(self) -> "DistWriter":
-        self._stream = (self._directory / DATA_FILE).open("wb")
+        self.file.__enter__()
         return self
 
     def write(self, key: str, tensor: Tensor) -> None:
         """Append one tensor, or one entry (`key[3]`) of a stack that is complete in the end, under its key."""
-        base, index = names.split_index(key)
-        tensor = tensor.detach().cpu().contiguous().view((1,) * len(index) + tensor.shape)
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # torch.save writes the whole storage behind a view
-        start = torch.Size([*index, *[0] * (tensor.ndim - len(index))])
-        place = MetadataIndex(base, start)
-        assert place not in self._storage, key
-        begin = self._stream.tell()
-        torch.save(tensor, self._stream)
-        self._storage[place] = _StorageInfo(DATA_FILE, begin, self._stream.tell() - begin)
-        self._chunks.setdefault(base, []).append(ChunkStorageMetadata(offsets=start, sizes=tensor.shape))
-        assert self._dtypes.setdefault(base, tensor.dtype) == tensor.dtype, key
+        self.add(self.file.write(key, tensor))
 
     def write_empty_object(self, key: str) -> None:
         """Append None under the unique key of a megatron-core ShardedObject, such as a layer's `_extra_state`."""
-        begin = self._stream.tell()
-        torch.save([None], self._stream)
-        self._storage[MetadataIndex(key)] = _StorageInfo(DATA_FILE, begin, self._stream.tell() - begin)
-        self._objects[key] = BytesStorageMetadata()
+        self.add(self.file.write_empty_object(key))
+
+    def add(self, written: Written) -> None:
+        """Enter what a DataFile of this folder has appended into the index."""
+        key, dtype, chunk = written
+        if dtype is None:
+            self._objects[key] = BytesStorageMetadata()
+            self._storage[MetadataIndex(key)] = chunk.storage
+            return
+        place = MetadataIndex(key, torch.Size(chunk.offsets))
+        assert place not in self._storage, (key, chunk.offsets)
+        assert self._dtypes.setdefault(key, dtype) == dtype, key
+        self._storage[place] = chunk.storage
+        self._chunks.setdefault(key, []).append(
+            ChunkStorageMetadata(offsets=torch.Size(chunk.offsets), sizes=torch.Size(chunk.sizes))
+        )
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        self._stream.close()
+        self.file.__exit__()
+        self.file.remove_if_empty()
         if kind is None:
             self._finish()
 
@@ -185,7 +251,7 @@ class DistWriter:
         )
         with (self._directory / ".metadata").open("wb") as stream:
             pickle.dump(metadata, stream)
-        torch.save({}, self._directory / "common.pt")
+        torch.save(COMMON, self._directory / "common.pt")
         (self._directory / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
 
     def _tensor(self, key: str) -> TensorStorageMetadata:
@@ -204,6 +270,22 @@ def _entry(stored: Stored, number: int) -> Stored:
         if chunk.offsets[0] <= number < chunk.ends[0]
     )
     return Stored(TensorSpec(stored.spec.dtype, stored.spec.shape[1:]), chunks)
+
+
+def _mapped(saved: Tensor, file: Path, start: int) -> Tensor:
+    """The tensor that torch.load described on the meta device, mapped from the chunk that begins at `start`."""
+    storage: Any = saved.untyped_storage()
+    flat = TensorSpec(saved.dtype, (storage.nbytes() // saved.dtype.itemsize,))
+    data = pages.mapped(file, start + storage._checkpoint_offset, flat)
+    return data.as_strided(saved.shape, saved.stride(), saved.storage_offset())
+
+
+def _system_reason(error: BaseException) -> str | None:
+    """Why the system refused: torch.save hides the OSError of the stream it writes to behind one of its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause.strerror if isinstance(cause, OSError) else None
 
 
 def _box(low: Sequence[int], high: Sequence[int], *, origin: Sequence[int] | None = None) -> tuple[slice, ...]:

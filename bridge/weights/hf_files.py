@@ -1,26 +1,25 @@
 """Hugging Face model directories as streams of tensors: safetensors headers, lazy reads, sharded writes, small assets.
 
 A safetensors file is a little-endian u64 header length, a JSON header `{name: {dtype, shape, data_offsets}}` and the
-raw bytes (https://github.com/huggingface/safetensors#format). Reads map the tensor's own pages only, so slicing a read
-tensor touches no more of the file than the slice, and nothing stays resident once the tensor is dropped.
+raw bytes (https://github.com/huggingface/safetensors#format).
 """
 
 import json
-import mmap
 import re
 import shutil
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bridge.errors import ConversionError
-from bridge.weights import names
+from bridge.weights import names, pages
 from bridge.weights.spec import TensorSpec
 
 INDEX = "model.safetensors.index.json"
@@ -75,6 +74,10 @@ class HfFiles:
     def spec(self, name: str) -> TensorSpec:
         return self._stored(name).spec
 
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor or entry."""
+        return self._stored(name).file
+
     def _stored(self, name: str) -> Stored:
         """Where a tensor, or an entry `name[3]` of a stacked one, lies."""
         base, index = names.split_index(name)
@@ -85,17 +88,15 @@ class HfFiles:
         return stored
 
     def read(self, name: str) -> Tensor:
-        """The tensor or entry, mapped from its file (private pages: writing to it does not write the file)."""
+        """The tensor or entry, mapped from its file (private pages: writing to it does not write the file).
+
+        Raises ConversionError naming file and tensor.
+        """
         spec, file, start = self._stored(name)
-        if not spec.num_bytes:
-            return torch.empty(spec.shape, dtype=spec.dtype)
-        page = start % mmap.ALLOCATIONGRANULARITY
-        with file.open("rb") as handle:
-            pages = mmap.mmap(handle.fileno(), page + spec.num_bytes, access=mmap.ACCESS_COPY, offset=start - page)
-        data = torch.frombuffer(pages, dtype=torch.uint8, count=spec.num_bytes, offset=page)
-        if start % spec.dtype.itemsize:  # old writers did not align
-            data = data.clone()
-        return data.view(spec.dtype).view(spec.shape)
+        try:
+            return pages.mapped(file, start, spec)
+        except (OSError, ValueError) as error:  # it was there when the headers were read
+            raise ConversionError(f"{file}: tensor {name} cannot be read ({error}); fetch the file again") from error
 
 
 def open_hf(directory: str | Path) -> HfFiles:
@@ -163,7 +164,7 @@ class HfWriter:
         self._missing = set(tensors)
         tensors = names.stack(tensors)
         shards = _plan_shards(tensors, max_shard_size)
-        self._files: dict[Path, IO[bytes]] = {}
+        self._files: dict[Path, FileIO] = {}
         self._places: dict[str, Stored] = {}
         for number, shard in enumerate(shards, start=1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -184,19 +185,28 @@ class HfWriter:
         text += b" " * (-len(text) % 8)
         for name in tensors:
             self._places[name] = self._places[name]._replace(start=8 + len(text) + self._places[name].start)
-        self._files[file] = file.open("wb")
-        self._files[file].write(struct.pack("<Q", len(text)) + text)
+        self._files[file] = file.open("wb", buffering=0)
+        pages.write_at(self._files[file].fileno(), memoryview(struct.pack("<Q", len(text)) + text), 0)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; its dtype and shape must be the ones promised."""
+        """Write one tensor; its dtype and shape must be the ones promised. Forked processes may share the work.
+
+        Raises ConversionError naming file and tensor when the disk does not take it.
+        """
         base, index = names.split_index(name)
         whole, file, start = self._places[base]
         spec = TensorSpec(whole.dtype, whole.shape[len(index) :])
         assert (tensor.dtype, tuple(tensor.shape)) == spec, (name, tensor.dtype, tensor.shape, spec)
         self._missing.remove(name)
-        handle = self._files[file]
-        handle.seek(start + (index[0] * spec.num_bytes if index else 0))
-        handle.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        try:
+            begin = start + (index[0] * spec.num_bytes if index else 0)
+            pages.write_at(self._files[file].fileno(), pages.data_of(tensor), begin)
+        except OSError as error:
+            raise ConversionError(f"{file}: tensor {name} cannot be written ({error.strerror})") from error
+
+    def wrote(self, name: str) -> None:
+        """Account for a tensor that a forked process has written; for one written here it changes nothing."""
+        self._missing.discard(name)
 
     def close(self) -> int:
         """Finish the files and the index; the bytes of all tensors."""

@@ -36,6 +36,16 @@ def new_directory(path: str | Path, *, overwrite: bool, key: str) -> Iterator[Pa
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_space(directory: Path, num_bytes: int) -> None:
+    """Raise ConversionError when the disk of `directory` has no room for `num_bytes`, before any is written."""
+    free = shutil.disk_usage(directory).free
+    if free < num_bytes:
+        raise ConversionError(
+            f"{directory}: the tensors take {num_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
+            "free some space or choose another path"
+        )
+
+
 def _check_free(path: Path, *, overwrite: bool, key: str) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return

@@ -14,16 +14,23 @@ from bridge.weights.ops import Copy, Op
 
 @dataclass(frozen=True)
 class Row:
-    """One Megatron tensor, by its canonical checkpoint key, and the Hugging Face tensors `op` merges into it."""
+    """One Megatron tensor, by its canonical checkpoint key, and the Hugging Face tensors `op` merges into it.
+
+    With `keep_dtype` no cast to another dtype touches it: Hugging Face keeps it in fp32 (`_keep_in_fp32_modules`).
+    """
 
     mcore_key: str
     hf_names: tuple[str, ...]
     op: Op
+    keep_dtype: bool
 
-    def __init__(self, mcore_key: str, hf_names: str | Iterable[str], op: Op | None = None) -> None:
+    def __init__(
+        self, mcore_key: str, hf_names: str | Iterable[str], op: Op | None = None, *, keep_dtype: bool = False
+    ) -> None:
         object.__setattr__(self, "mcore_key", mcore_key)
         object.__setattr__(self, "hf_names", (hf_names,) if isinstance(hf_names, str) else tuple(hf_names))
         object.__setattr__(self, "op", op or Copy())
+        object.__setattr__(self, "keep_dtype", keep_dtype)
         assert len(self.hf_names) == self.op.num_parts, self
         assert all(_holes(name) == _holes(mcore_key) for name in self.hf_names), self
 
@@ -48,6 +55,7 @@ class Entry(NamedTuple):
     mcore_key: str
     hf_names: tuple[str, ...]
     op: Op
+    keep_dtype: bool
 
 
 @dataclass(frozen=True)
@@ -144,4 +152,5 @@ def _hf_names(row: Row | Ignore) -> tuple[str, ...]:
 
 def _fill(row: Row | Ignore, holes: dict[str, str]) -> Entry:
     assert isinstance(row, Row)
-    return Entry(row.mcore_key.format(**holes), tuple(name.format(**holes) for name in row.hf_names), row.op)
+    names = tuple(name.format(**holes) for name in row.hf_names)
+    return Entry(row.mcore_key.format(**holes), names, row.op, row.keep_dtype)

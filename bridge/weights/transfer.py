@@ -5,7 +5,8 @@ takes the type that holds them all exactly, and the form beside the tensors keep
 """
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bridge.errors import ConversionError
-from bridge.weights.dist_files import DistFiles, DistWriter
+from bridge.weights import finite, output
+from bridge.weights.dist_files import DataFile, DistFiles, DistWriter
 from bridge.weights.hf_files import NAMES, HfFiles, HfWriter
 from bridge.weights.hf_form import HfForm, read_form, write_form
 from bridge.weights.ledger import Ledger, Move, check_hf, check_megatron
@@ -21,6 +23,7 @@ from bridge.weights.names import spread
 from bridge.weights.progress import Progress
 from bridge.weights.spec import TensorSpec
 from bridge.weights.table import Table
+from bridge.weights.workers import Task, Workers, count
 
 
 def import_tensors(
@@ -32,33 +35,63 @@ def import_tensors(
     dtype: torch.dtype | None,
     spelling: str = "",
     object_keys: Iterable[str] = (),
+    check_finite: bool = False,
+    num_workers: int | None = 1,
 ) -> str:
     """Write every move's tensor into a new torch_dist folder `directory`; the summary line.
 
     `dtype` casts floating-point tensors; None keeps each source's. `spelling` is the table's. `object_keys` are written
-    as empty objects. Raises ConversionError naming what is missing, left over, misshapen or damaged: the first three
-    before anything is written.
+    as empty objects. `check_finite` refuses NaN and infinity. `num_workers` processes share the work; None: as many as
+    make sense. Raises ConversionError naming what is missing, left over, misshapen, damaged or not finite, or that the
+    disk is full: all that can be known beforehand before anything is written.
     """
     check_hf(moves, specs_of(hf), table=table, source=hf.directory)
     ignored = check_ignored(hf, table)
     wanted = [name for move in moves for name in move.hf_names]
     ledger = Ledger(read=spread(specs_of(hf), wanted=wanted), written=[move.mcore_key for move in moves])
-    progress = Progress("import", num_tensors=len(moves), num_bytes=sum(hf.spec(name).num_bytes for name in wanted))
+    sizes = [sum(hf.spec(name).num_bytes for name in move.hf_names) for move in moves]
+    output.check_space(directory, sum(sizes) if dtype is None else _num_bytes_at(dtype, hf, moves))
+    progress = Progress("import", num_tensors=len(moves), num_bytes=sum(sizes))
     for name in ignored.names:
         ledger.read(name)
     with DistWriter(directory) as writer:
-        for move in moves:
-            # No name holds the tensor: the next one is not read while this one is still in memory.
-            writer.write(move.mcore_key, pad_rows(cast(merge(hf, move), dtype), move))
-            ledger.wrote(move.mcore_key)
-            for name in move.hf_names:
+
+        @contextmanager
+        def open_task(number: int) -> Iterator[Task]:
+            with DataFile(directory, number) if number else nullcontext(writer.file) as file:
+                # No name holds the tensor: the next one is not read while this one is still in memory.
+                yield lambda index: file.write(
+                    moves[index].mcore_key, _imported(hf, moves[index], dtype=dtype, check_finite=check_finite)
+                )
+
+        workers = Workers(count(num_workers, num_bytes=sum(sizes), largest=max(sizes, default=0)), open_task)
+        for index, written in workers.run(len(moves)):
+            writer.add(written)
+            ledger.wrote(moves[index].mcore_key)
+            for name in moves[index].hf_names:
                 ledger.read(name)
-            progress.add(sum(hf.spec(name).num_bytes for name in move.hf_names), name=move.mcore_key)
+            progress.add(sizes[index], name=moves[index].mcore_key)
         for key in object_keys:
             writer.write_empty_object(key)
         ledger.balance()
     write_form(directory, HfForm(spelling, {} if dtype else _part_dtypes(hf, moves), ignored.copies))
-    return progress.finish()
+    return progress.finish(workers=workers.peak_memory)
+
+
+def _imported(hf: HfFiles, move: Move, *, dtype: torch.dtype | None, check_finite: bool) -> Tensor:
+    """What an import writes for a move."""
+    tensor = merge(hf, move)
+    if check_finite:
+        finite.check_finite(hf, move, tensor)
+    return pad_rows(cast(tensor, None if move.keep_dtype else dtype), move)
+
+
+def _num_bytes_at(dtype: torch.dtype, hf: HfFiles, moves: Iterable[Move]) -> int:
+    """Bytes of all tensors after a cast; those that keep their dtype are few and small."""
+    return sum(
+        TensorSpec(dtype if spec.dtype.is_floating_point else spec.dtype, spec.shape).num_bytes
+        for spec in (hf.spec(name) for move in moves for name in move.hf_names)
+    )
 
 
 def export_tensors(
@@ -69,26 +102,37 @@ def export_tensors(
     table: Table,
     dtype: torch.dtype | None,
     max_shard_size: int,
+    num_workers: int | None = 1,
 ) -> str:
     """Write every move's Hugging Face tensors into safetensors files in `directory`; the summary line.
 
-    Optimizer state in `dist` is passed over. Raises ConversionError as `import_tensors` does.
+    Optimizer state in `dist` is passed over. `num_workers` and ConversionError as in `import_tensors`.
     """
     check_megatron(moves, specs_of(dist), source=dist.directory)
     specs = export_specs(dist, moves=moves, dtype=dtype)
     copies = copies_of(table, read_form(dist.directory), specs)
     specs |= {copy: specs[original] for copy, original in copies.items()}
     ledger = Ledger(read=[move.mcore_key for move in moves], written=specs)
-    progress = Progress("export", num_tensors=len(specs), num_bytes=sum(spec.num_bytes for spec in specs.values()))
+    num_bytes = sum(spec.num_bytes for spec in specs.values())
+    output.check_space(directory, num_bytes)
+    progress = Progress("export", num_tensors=len(specs), num_bytes=num_bytes)
     writer = HfWriter(directory, specs, max_shard_size=max_shard_size)
-    for move in moves:
-        for name in _export_one(dist, writer, move=move, specs=specs, copies=copies):
+
+    @contextmanager
+    def open_task(_: int) -> Iterator[Task]:
+        yield lambda index: _export_one(dist, writer, move=moves[index], specs=specs, copies=copies)
+
+    largest = max((dist.spec(move.mcore_key).num_bytes for move in moves), default=0)
+    workers = Workers(count(num_workers, num_bytes=num_bytes, largest=largest), open_task)
+    for index, written in workers.run(len(moves)):
+        for name in written:
+            writer.wrote(name)
             ledger.wrote(name)
             progress.add(specs[name].num_bytes, name=name)
-        ledger.read(move.mcore_key)
+        ledger.read(moves[index].mcore_key)
     ledger.balance()
     writer.close()
-    return progress.finish()
+    return progress.finish(workers=workers.peak_memory)
 
 
 def _export_one(
@@ -122,7 +166,8 @@ def export_specs(dist: DistFiles, *, moves: Iterable[Move], dtype: torch.dtype |
         stored = dist.spec(move.mcore_key).dtype
         for name, shape in zip(move.hf_names, move.hf_shapes, strict=True):
             own = kept.get(name, stored)
-            specs[name] = TensorSpec(dtype if dtype and own.is_floating_point else own, shape)
+            castable = own.is_floating_point and not move.keep_dtype
+            specs[name] = TensorSpec(dtype if dtype and castable else own, shape)
     return specs
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import bridge
 from bridge import parallel
+from bridge.errors import ConfigError
 from bridge.models import hf_config
 from bridge.weights import locate
 from tests import families, hf_models
@@ -31,6 +32,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
     "tp2_ep2_etp2": (4, TP2 | EP2 | {"expert_tensor_parallel_size": 2}, "ep2"),
 }
 
+# megatron-core has no biases of experts divided over tensor ranks, and wrong gradients of undivided ones without EP.
+REFUSED = {"gpt_oss": {"tp2", "tp2_pp2", "tp2_ep2_etp2"}}
+
 
 def export(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in bridge.export_weights(model)}
@@ -42,6 +46,10 @@ def load_and_save(directories: dict[str, Path], layout: str, target: Path) -> di
 
     wrong = {}
     for name, directory in directories.items():
+        if layout in REFUSED.get(name, ()):
+            with pytest.raises(ConfigError):
+                bridge.load_model(directory, parallelism=LAYOUTS[layout][1])
+            continue
         model = bridge.load_model(directory, parallelism=LAYOUTS[layout][1])
         wrong[name] = differences(export(model), directory)
         root = target / name
@@ -64,6 +72,7 @@ def load_saved(directories: dict[str, Path], layout: str, target: Path) -> dict[
     return {
         name: differences(export(bridge.load_model(target / name, parallelism=fields)), directory)
         for name, directory in directories.items()
+        if (target / name).is_dir() and layout not in REFUSED.get(name, ())
     }
 
 

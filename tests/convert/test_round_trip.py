@@ -45,9 +45,10 @@ def test_bit_equal_from_and_into_several_files(variant, tiny_hf, tmp_path):
     assert_same(tensors(back), tensors(source))
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in families.names() if "fused_experts" in family.by_name(name).spellings]
-)
+FUSED = [name for name in families.names() if "fused_experts" in family.by_name(name).spellings]
+
+
+@pytest.mark.parametrize("name", FUSED)
 def test_names_that_transformers_writes_without_its_conversions(name, tmp_path):
     """Such as all experts of a layer in one tensor: they come back as they were, and are the same model."""
     variant = next(iter(families.facts(name).VARIANTS))

@@ -28,6 +28,16 @@ MODEL: dict[str, Any] = {
     "attention_dropout": 0.0,
 }
 
+# Norms behind branches, a cap on scores, and two rotary embeddings: the pieces of Gemma 2 and 3.
+GEMMA: dict[str, Any] = {
+    "norm_placement": "sandwich",
+    "layernorm_zero_centered_gamma": True,
+    "attn_logit_softcapping": 0.5,
+    "window_size": [4, 0],
+    "window_attn_skip_freq": 2,
+    "rope_local_base_freq": 10,
+}
+
 
 def routed(
     *, precision: dict[str, Any] | None = None, parallelism: dict[str, Any] | None = None, **model: Any
@@ -75,8 +85,9 @@ def test_loss_and_gradients_do_not_depend_on_vocabulary_padding(tied: bool):
     ],
     ids=["selective", "full"],
 )
-def test_recomputation_changes_nothing(settings: dict[str, Any]):
-    (plain,), (recomputing,) = gpt.build(routed()), gpt.build(routed(**settings))
+@pytest.mark.parametrize("pieces", [{}, GEMMA], ids=["plain", "gemma"])
+def test_recomputation_changes_nothing(settings: dict[str, Any], pieces: dict[str, Any]):
+    (plain,), (recomputing,) = gpt.build(routed(**pieces)), gpt.build(routed(**pieces, **settings))
     recomputing.load_state_dict(plain.state_dict())
     (loss, gradients), (same_loss, same_gradients) = loss_and_gradients(plain), loss_and_gradients(recomputing)
     assert torch.equal(loss, same_loss)
@@ -174,6 +185,14 @@ def test_padded_size_is_a_multiple_of_tensor_ranks_too():
             )
         ),
         ({"recompute_granularity": "full"}, "model.recompute_granularity.*: megatron-core refuses it"),
+        (
+            {"rope_local_base_freq": 10},
+            "model.rope_local_base_freq: 10 has no effect while window_size is None",
+        ),
+        (
+            {**GEMMA, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            "attention factor of 1.1386.* would also reach the layers with a window",
+        ),
         ({"attention_softmax_in_fp32": False}, "attention_softmax_in_fp32: False needs Transformer Engine"),
     ],
 )
@@ -212,6 +231,8 @@ def test_a_value_lost_after_the_build_is_found():
 def test_precision(precision: dict[str, Any], dtype: torch.dtype | None, expected: torch.dtype):
     (model,) = gpt.build(routed(precision=precision), dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    (learned,) = gpt.build(routed(precision=precision, position_embedding_type="learned_absolute"), dtype=dtype)
+    assert {parameter.dtype for parameter in learned.parameters()} == {expected}
     assert model.config.pipeline_dtype == expected
     (wrapped,) = gpt.build(routed(precision=precision), dtype=dtype, wrap=True)
     assert (type(wrapped).__name__ == "Float16Module") == (expected != torch.float32)

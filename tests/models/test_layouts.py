@@ -28,7 +28,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2": {"context_parallel_size": 2},
 }
 # Between them: biases everywhere, tied weights, a window in half of the layers, qk-norm, an attention factor, factors
-# on embedding, branches and logits, layers without rope, an output projection alone without bias, unequal layers.
+# on embedding, branches and logits, layers without rope, an output projection alone without bias, unequal layers,
+# norms behind branches, caps on scores and logits, two rotary embeddings, neighbouring pairs, norms over all heads,
+# an attention factor on some channels, query, key and value in one tensor, LayerNorm, learned positions.
 VARIANTS = (
     "llama_all_bias",
     "llama_yarn_options",
@@ -42,6 +44,14 @@ VARIANTS = (
     "seed_oss_tied",
     "llama_nemotron_all_bias",
     "llama_nemotron_empty",
+    "gemma2",
+    "gemma3_untied",
+    "glm4",
+    "olmo2",
+    "nemotron_yarn",
+    "phi3_partial",
+    "starcoder2",
+    "gpt2_no_dropout",
 )
 
 

@@ -23,7 +23,7 @@ def run(stream, monkeypatch):
 def test_plain_lines_come_every_ten_seconds(monkeypatch):
     stream = io.StringIO()
     summary = run(stream, monkeypatch)
-    assert stream.getvalue() == "import  50%  2/3 tensors  2.00 GB  tensor1\n"
+    assert stream.getvalue() == "import  50%  2/3 tensors  2.00 GB  0.10 GB/s  0:20 left  tensor1\n"
     assert summary.startswith("import: 3 tensors, 3.00 GB in 40.0 s (0.07 GB/s), peak memory ")
 
 
