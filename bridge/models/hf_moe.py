@@ -205,6 +205,27 @@ def layers_after_dense() -> Part:
     return _layer_part(("first_k_dense_replace",), read, write)
 
 
+def layers_between(first: str, last: str, step: str) -> Part:
+    """Experts in every `step`-th layer of those from `first` to `last`, -1 for the last there is."""
+
+    def pattern(begin: int, end: int, every: int, count: int) -> list[bool]:
+        return [begin <= layer <= end and (layer + 1) % every == 0 for layer in range(count)]
+
+    def read(hf: Values) -> list[bool]:
+        count, end = hf["num_hidden_layers"], hf[last]
+        return pattern(hf[first], count - 1 if end == -1 else end, hf[step], count)
+
+    def write(layers: list[bool]) -> dict[str, Any]:
+        count = len(layers)
+        places = [layer for layer, with_experts in enumerate(layers) if with_experts] or [count, count - 1]
+        for every in range(1, count + 1):
+            if pattern(places[0], places[-1], every, count) == layers:
+                return {first: places[0], last: places[-1], step: every}
+        raise refused("model.moe_layer_freq", list(map(int, layers)), "in this family it is every n-th of a range")
+
+    return _layer_part((first, last, step), read, write)
+
+
 SHARED = "moe_shared_expert_intermediate_size"
 
 

@@ -20,7 +20,7 @@ from bridge.models.decoder_rows import (
     qk_norms,
 )
 from bridge.models.hf_moe import moe_layers
-from bridge.weights.ops import Stack
+from bridge.weights.ops import Op, Stack
 from bridge.weights.table import Row, Table
 
 EXPERTS = MCORE + "mlp.experts.experts."
@@ -81,6 +81,7 @@ def router(
     weight: str = "mlp.gate.weight",
     bias: str = "mlp.gate.bias",
     expert_bias: str = "mlp.gate.e_score_correction_bias",
+    expert_bias_op: Op | None = None,
     prefix: str = HF,
     mcore: str = MCORE,
 ) -> Rows:
@@ -89,7 +90,7 @@ def router(
     if model["add_bias_linear"]:
         rows.append(Row(f"{mcore}mlp.router.bias", prefix + bias))
     if model["moe_router_enable_expert_bias"]:
-        rows.append(Row(f"{mcore}mlp.router.expert_bias", prefix + expert_bias))
+        rows.append(Row(f"{mcore}mlp.router.expert_bias", prefix + expert_bias, expert_bias_op))
     return rows
 
 
