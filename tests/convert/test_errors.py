@@ -11,7 +11,7 @@ from bridge.convert.export import export_hf
 from bridge.convert.import_ import import_hf
 from bridge.errors import BridgeError, ConfigError, ConversionError
 from bridge.weights import locate
-from bridge.weights.dist_files import DistWriter, open_dist
+from bridge.weights.dist_files import DataFile, DistWriter, open_dist
 
 LAYER = "model.layers.{}.mlp.up_proj."
 
@@ -58,15 +58,15 @@ def test_a_field_that_may_change_the_logits(tiny_hf, tmp_path):
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
 def test_interrupted_import(tiny_hf, tmp_path, monkeypatch, stop):
     source, out = tiny_hf("llama"), tmp_path / "out"
-    write, written = DistWriter.write, []
+    write, written = DataFile.write, []
 
     def failing(self, key, tensor):
         if len(written) == 5:
             raise stop
         written.append(key)
-        write(self, key, tensor)
+        return write(self, key, tensor)
 
-    monkeypatch.setattr(DistWriter, "write", failing)
+    monkeypatch.setattr(DataFile, "write", failing)
     with pytest.raises(stop):
         import_hf(source, out / "megatron")
     assert os.listdir(out) == []
