@@ -1,4 +1,4 @@
-"""Quantised Hugging Face files seen as what they stand for: tensors under their plain names, dequantised as they are read.
+"""Quantised Hugging Face files seen as what they stand for: tensors under their plain names, dequantised when read.
 
 Two kinds are known, both exact products of a small number and the scale of its block:
     fp8    `X.weight` F8_E4M3 [rows, cols] and `X.weight_scale_inv` [ceil(rows / 128), ceil(cols / 128)]: each block of
@@ -119,7 +119,7 @@ def check_config(config: object) -> str | None:
 
 
 def from_fp8(numbers: Tensor, scales: Tensor, *, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """`numbers` float8 [..., rows, cols] times `scales` [..., ceil(rows / block), ceil(cols / block)], computed in fp32."""
+    """`numbers` float8 [..., rows, cols] times `scales` [..., ceil(rows / block), ceil(cols / block)], in fp32."""
     rows, cols = numbers.shape[-2:]
     values = torch.empty(numbers.shape, dtype=dtype)
     step = max(ROWS // block[0], 1) * block[0]
@@ -212,7 +212,9 @@ def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
 
 def _refuse_quantized(raw: HfFiles, *, method: str | None = None, known: Collection[str] = ()) -> None:
     """Raise ConversionError naming a tensor that is quantised, by dtype or name, and not among the `known`."""
-    why = "config.json has no quantization_config" if method is None else f"in no pair of numbers and scales of {method}"
+    why = (
+        "config.json has no quantization_config" if method is None else f"in no pair of numbers and scales of {method}"
+    )
     for name, stored in raw.tensors.items():
         eight = stored.spec.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
         four = name.endswith((BLOCKS, SCALES)) and stored.spec.dtype == torch.uint8
