@@ -31,7 +31,7 @@ def load(directory: Path | str, *, attn_implementation: str = "eager", files: Hf
         options["config"] = _config(directory, str(class_of or kind))
     if files is None:
         return AutoModelForCausalLM.from_pretrained(directory, **options).eval()
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(options["config"])]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(options["config"])]
     state = {name: files.read(name) for name in files.tensors}
     return model_class.from_pretrained(None, state_dict=state, **options).eval()
 
