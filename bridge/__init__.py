@@ -6,9 +6,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bridge.api import export_weights, load_model, save_hf
+    from bridge.api import AutoBridge, export_weights, load_model, logprobs, logprobs_from_logits, save_hf
 
-__all__ = ["export_weights", "load_model", "save_hf"]
+__all__ = ["AutoBridge", "export_weights", "load_model", "logprobs", "logprobs_from_logits", "save_hf"]
 
 
 def __getattr__(name: str) -> Any:

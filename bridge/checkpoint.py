@@ -10,7 +10,7 @@ and another layout read them; optimizer state is stored per parameter, independe
 import os
 import queue
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,16 +83,26 @@ def save(root: Path, state: Trainable, *, progress: Progress, keep_last: int | N
         "progress": progress._asdict(),
         "format": FORMAT,
     }
-    # megatron-core's own queue lives in a process that first imports torch (2 s); a synchronous save needs no other.
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(content, str(unfinished), content_metadata=METADATA)
-    parallel.barrier()
+    _write(unfinished, content)
     if parallel.is_main():
         _publish(unfinished, final)
         if keep_last is not None:
             _retain(final, keep=keep_last)
     parallel.barrier()
     return final
+
+
+def save_weights(directory: Path, model: Sequence[Any]) -> None:
+    """Write the weights of `model` (this rank's chunks, wrapped or not), and nothing else, as a torch_dist folder into
+    `directory`, which is empty. All ranks call this."""
+    _write(directory, _weights(model))
+
+
+def _write(directory: Path, content: dict[str, Any]) -> None:
+    # megatron-core's own queue lives in a process that first imports torch (2 s); a synchronous save needs no other.
+    filesystem_async._results_queue = queue.Queue()
+    dist_checkpointing.save(content, str(directory), content_metadata=METADATA)
+    parallel.barrier()
 
 
 def load(path: CheckpointPath, state: Trainable) -> Progress:
@@ -122,8 +132,8 @@ def load(path: CheckpointPath, state: Trainable) -> Progress:
     return Progress(**loaded["progress"])
 
 
-def _weights(model: list[Any]) -> dict[str, Any]:
-    chunks = unwrap_model(model)
+def _weights(model: Sequence[Any]) -> dict[str, Any]:
+    chunks = unwrap_model(list(model))
     return {f"model{index}": chunk.sharded_state_dict(metadata=dict(METADATA)) for index, chunk in enumerate(chunks)}
 
 

@@ -37,13 +37,16 @@ def initialize(
 
     `fields` holds TransformerConfig fields (`Routed.transformer`); only the parallel sizes and the choice of random
     state tracker are read. With RANK and WORLD_SIZE in the environment all ranks meet at MASTER_ADDR:MASTER_PORT;
-    without them this is a world of one, with no rendezvous. May be called again after `teardown()`.
+    without them this is a world of one, with no rendezvous. A process group that another program made is used as it is.
+    May be called again after `teardown()`.
     """
     import torch.distributed as dist
 
     platform.prepare()
     timeout = timedelta(minutes=timeout_minutes)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if dist.is_initialized():
+        pass  # whoever made it has chosen this process's device
+    elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         platform.set_local_rank(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group(platform.backend(), timeout=timeout)
     else:
@@ -54,7 +57,7 @@ def initialize(
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
         num_distributed_optimizer_instances=num_distributed_optimizer_instances,
     )
-    _seed(fields, seed=seed)
+    seed_generators(fields, seed=seed)
 
 
 def _make_groups(fields: Mapping[str, Any], **options: Any) -> None:
@@ -64,8 +67,11 @@ def _make_groups(fields: Mapping[str, Any], **options: Any) -> None:
     parallel_state.initialize_model_parallel(**sizes, **options)
 
 
-def _seed(fields: Mapping[str, Any], *, seed: int) -> None:
-    """Seeds differ between pipeline stages and, for sharded weights, between tensor ranks; data ranks share theirs."""
+def seed_generators(fields: Mapping[str, Any], *, seed: int) -> None:
+    """Seed Python, NumPy, torch and megatron-core's trackers.
+
+    Seeds differ between pipeline stages and, for sharded weights, between tensor ranks; data ranks share theirs.
+    """
     import numpy
     import torch
     from megatron.core import parallel_state, tensor_parallel
@@ -79,14 +85,18 @@ def _seed(fields: Mapping[str, Any], *, seed: int) -> None:
     )
 
 
-def teardown() -> None:
-    """Destroy all process groups; a later `initialize()` starts afresh. Does nothing when nothing was initialised."""
+def teardown(*, keep_world: bool = False) -> None:
+    """Destroy all process groups; a later `initialize()` starts afresh. Does nothing when nothing was initialised.
+
+    keep_world: only megatron-core's groups; the world is another program's.
+    """
     import torch.distributed as dist
     from megatron.core import parallel_state
 
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        if not keep_world:
+            dist.destroy_process_group()
 
 
 def is_initialized() -> bool:
@@ -94,6 +104,13 @@ def is_initialized() -> bool:
     import torch.distributed as dist
 
     return dist.is_initialized()
+
+
+def has_groups() -> bool:
+    """True when megatron-core's groups exist, whoever made them; a process group alone (`is_initialized`) has none."""
+    from megatron.core import parallel_state
+
+    return is_initialized() and parallel_state.model_parallel_is_initialized()
 
 
 @contextlib.contextmanager
@@ -125,7 +142,7 @@ def fake(world_size: int, rank: int, fields: Mapping[str, Any]) -> Iterator[None
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         _make_groups(fields, create_gloo_process_groups=False)
-        _seed(fields, seed=0)
+        seed_generators(fields, seed=0)
         yield
     finally:
         teardown()
@@ -219,6 +236,48 @@ def pipeline_size() -> int:
     from megatron.core import parallel_state
 
     return parallel_state.get_pipeline_model_parallel_world_size()
+
+
+def virtual_pipeline_size() -> int:
+    """Number of model chunks on every pipeline stage; megatron-core picks its schedule by it."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+
+
+def pipeline_group() -> "ProcessGroup":
+    """The processes that hold the stages of one model."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def last_stage_rank() -> int:
+    """The rank in the world of this pipeline's last stage."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_last_rank()
+
+
+def expert_parallel_size() -> int:
+    """Number of parts the experts of every layer are dealt into."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_expert_model_parallel_world_size()
+
+
+def expert_tensor_parallel_size() -> int:
+    """Number of slices every expert is cut into."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_expert_tensor_parallel_world_size()
+
+
+def context_parallel_rank() -> int:
+    """This process's number among those that hold parts of the same sequence."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_context_parallel_rank()
 
 
 def is_pipeline_first_stage(*, vp_stage: int | None = None, vp_size: int | None = None) -> bool:

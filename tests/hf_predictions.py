@@ -70,7 +70,7 @@ class Reference(NamedTuple):
             "embed": self.main.model.embed_tokens.weight.grad,
             "norm": self.main.model.norm.weight.grad,
             "eh_proj": last.eh_proj.weight.grad,
-            "kv_a": last.mtp_block.self_attn.kv_a_proj_with_mqa.weight.grad,
+            "o_proj": last.mtp_block.self_attn.o_proj.weight.grad,
         }
 
 

@@ -85,6 +85,20 @@ def check(
     return layout
 
 
+def check_model(routed: Routed, *, world_size: int) -> Layout:
+    """The rules of `check` that need no batch, for programs with a training loop of their own."""
+    fields = _Fields(routed)
+    _check_sizes(fields)
+    layout = derive(routed, world_size=world_size)
+    _check_heads(fields)
+    _check_tensor_parallel(fields, layout)
+    _check_interleaving(fields, layout)
+    _check_point_to_point(fields, layout)
+    _check_layers(fields, layout)
+    _check_experts(fields, layout)
+    return layout
+
+
 def derive(routed: Routed, *, world_size: int) -> Layout:
     """The sizes alone, with DP as what is left. Raises ConfigError when `world_size` cannot be divided as asked."""
     fields = _Fields(routed)
@@ -128,11 +142,15 @@ def _check_sizes(fields: _Fields) -> None:
             raise ConfigError(f"{fields.key(name)}: {fields.get(name)} is not positive; set a whole number from 1 up")
 
 
-def _check_model(fields: _Fields, batch: Batch) -> None:
+def _check_heads(fields: _Fields) -> None:
     heads = fields.number("num_attention_heads")
     if fields.get("kv_channels") is None:
         divisibility.require(fields.number("hidden_size"), by=[heads])
     divisibility.require(heads, by=[fields.number("num_query_groups")])
+
+
+def _check_model(fields: _Fields, batch: Batch) -> None:
+    _check_heads(fields)
     length, longest = batch.sequence_length, fields.get("max_sequence_length")
     if length > longest:
         raise ConfigError(
@@ -204,12 +222,16 @@ def _count_stages(spelled: str | list[Any]) -> int:
     return len(unrolled.split("|"))
 
 
-def _check_pipeline(fields: _Fields, layout: Layout) -> None:
+def _check_interleaving(fields: _Fields, layout: Layout) -> None:
     if layout.vpp > 1 and layout.pp == 1:
         raise ConfigError(
             f"{fields.key('virtual_pipeline_model_parallel_size')}: PP > 1 must hold for VPP > 1, but PP = 1 and VPP = "
             f"{layout.vpp}; set it to null, or parallelism.pipeline_model_parallel_size to 2 or more"
         )
+
+
+def _check_pipeline(fields: _Fields, layout: Layout) -> None:
+    _check_interleaving(fields, layout)
     if layout.pp > 1 and fields.get("pipeline_dtype") is None:
         raise ConfigError(
             f"precision.pipeline_dtype: is missing with PP = {layout.pp}; set the dtype of training (precision=...)"

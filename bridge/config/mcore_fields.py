@@ -48,6 +48,11 @@ def mla_only() -> frozenset[str]:
     return frozenset(_merged(_DATACLASSES["mla"]).keys() - _merged(_DATACLASSES["transformer"]).keys())
 
 
+def model_parallel() -> frozenset[str]:
+    """Names of the fields of ModelParallelConfig: layout, precision and communication, never architecture."""
+    return frozenset(_merged(_DATACLASSES["transformer"][:1]))
+
+
 @cache
 def gpt_arguments() -> dict[str, Field]:
     """The arguments of GPTModel.__init__, except self."""

@@ -79,6 +79,23 @@ def read(path: Path | str) -> RunConfig:
     return from_dict(loaded)
 
 
+def read_model(path: Path | str) -> dict[str, Any]:
+    """The `model` section in a YAML file: that of a whole configuration, or all of a file like those in conf/model.
+
+    Raises ConfigError when there is none.
+    """
+    try:
+        loaded = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"model: {path} cannot be read ({error.strerror}); give a YAML file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"model: {path} is not readable as YAML ({' '.join(str(error).split())})") from error
+    section = loaded.get("model", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(section, dict) or not section:
+        raise ConfigError(f"model: {path} holds no `model` section; give a file like those in conf/model")
+    return section
+
+
 def write(config: RunConfig, path: Path | str) -> None:
     """Writes `config` as YAML that `read` gives back equal."""
     Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
@@ -90,7 +107,10 @@ def convert_from_dict(config: Mapping[str, Any]) -> ConvertConfig:
     for key in _CONVERT_NEEDS[convert.mode]:
         if getattr(convert, key) is None:
             raise ConfigError(f"{key}: is missing; mode={convert.mode} needs it: set {key}=DIR")
-    return convert
+    for key in ("model", "reference"):
+        if getattr(convert, key) and convert.mode not in ("export", "verify"):
+            raise ConfigError(f"{key}: has no effect with mode={convert.mode}; leave it out")
+    return dataclasses.replace(convert, model=convert.model or None)
 
 
 def _check_named(config: Mapping[str, Any], section: str, selector: str, *, package: str) -> None:

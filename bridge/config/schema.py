@@ -103,6 +103,8 @@ class ConvertConfig:
     mode: Literal["import", "export", "verify", "yaml"]
     hf: str | None = None
     megatron: str | None = None
+    model: dict[str, Any] | None = None
+    reference: str | None = None
     family: str | None = None
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     max_shard_size: str = "5GB"

@@ -8,15 +8,18 @@ from typing import Any
 import torch
 
 from bridge.config.schema import ConvertConfig
+from bridge.convert.described import model_of
 from bridge.convert.skeleton import skeleton, torch_dtype
 from bridge.models import hf_config
 from bridge.weights import locate
 from bridge.weights.dist_files import open_dist
 from bridge.weights.hf_files import copy_assets, main_dtype, parse_size
 from bridge.weights.hf_form import read_form
+from bridge.weights.key_layouts import canonical
+from bridge.weights.ledger import check_megatron
 from bridge.weights.output import new_directory
 from bridge.weights.spec import TensorSpec
-from bridge.weights.transfer import export_specs, export_tensors
+from bridge.weights.transfer import export_specs, export_tensors, specs_of
 
 
 def run(config: ConvertConfig) -> int:
@@ -28,6 +31,8 @@ def run(config: ConvertConfig) -> int:
         max_shard_size=config.max_shard_size,
         workers=config.workers,
         overwrite=config.overwrite,
+        model=config.model,
+        reference=config.reference,
     )
     print(summary)
     print(f"wrote {config.hf}")
@@ -42,17 +47,23 @@ def export_hf(
     max_shard_size: str = "5GB",
     workers: int | None = None,
     overwrite: bool = False,
+    model: Mapping[str, Any] | None = None,
+    reference: str | Path | None = None,
 ) -> str:
     """Write Hugging Face directory `hf` from `megatron` (a run, its checkpoints or one iteration); the summary line.
 
-    `workers` processes share the work; None: as many as cores and size make sensible.
-    Raises ConversionError, ConfigError as `import_hf` does: then nothing was written.
+    `workers` processes share the work; None: as many as cores and size make sensible. `model` (a section) or
+    `reference` (a Hugging Face directory, whose tokenizer comes along) says which model it is where there is no
+    model.yaml, as in checkpoints by megatron-core's own scripts. Raises ConversionError and ConfigError as `import_hf`
+    does: then nothing was written.
     """
     size = parse_size(max_shard_size)
     found = locate.locate(megatron)
     with new_directory(hf, overwrite=overwrite, key="hf") as directory:
-        bones = skeleton(locate.read_model_section(found.root), spelling=read_form(found.directory).spelling)
-        dist = open_dist(found.directory)
+        described = model_of(found, model=model, reference=reference)
+        bones = skeleton(described.section, spelling=read_form(found.directory).spelling)
+        dist = canonical(open_dist(found.directory), wanted=[move.mcore_key for move in bones.moves])
+        check_megatron(bones.moves, specs_of(dist), source=dist.directory, described_by=described.source)
         summary = export_tensors(
             dist,
             directory,
@@ -63,7 +74,7 @@ def export_hf(
             num_workers=workers,
         )
         specs = export_specs(dist, moves=bones.moves, dtype=dtype)
-        write_assets(directory, section=bones.section, assets=found.root / locate.HF_ASSETS, specs=specs.values())
+        write_assets(directory, section=bones.section, assets=described.assets, specs=specs.values())
     return summary
 
 

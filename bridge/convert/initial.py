@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from bridge import parallel
 from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.config.routing import Routed
+from bridge.convert.described import check, model_of
 from bridge.errors import ConfigError
 from bridge.models import family, hf_config
 from bridge.weights import live, locate
@@ -28,8 +30,7 @@ def load_initial(model: Sequence[torch.nn.Module], path: str | Path, routed: Rou
     is neither, or naming the `model` keys that differ; ConversionError when tensors are missing, left over or damaged.
     """
     path = Path(path).expanduser().absolute()
-    section = read_section(path, key=key)
-    check_same_model(section, routed, path=path)
+    section = _checked_section(path, routed, key=key)
     facts = family.by_name(routed.family)
     vocab_size = routed.gpt["vocab_size"]
     if locate.is_megatron(path):
@@ -41,12 +42,28 @@ def load_initial(model: Sequence[torch.nn.Module], path: str | Path, routed: Rou
         live.load_hf(model, hf, table=table, vocab_size=vocab_size)
 
 
+def _checked_section(path: Path, routed: Routed, *, key: str) -> dict[str, Any]:
+    """The `model` section of a directory, found to be that of the run; where it has none, the run's."""
+    if path.is_dir() and locate.is_megatron(path):
+        found = locate.locate(path, key=key)
+        if not (found.root / locate.MODEL_YAML).is_file():
+            ours = model_section(routed)
+            check(ours, open_dist(found.directory), source="model")
+            if parallel.is_main():
+                print(f"{key}: {found.directory} has no model.yaml; it is taken as this run's `model`", flush=True)
+            return ours
+    section = read_section(path, key=key)
+    check_same_model(section, routed, path=path)
+    return section
+
+
 def read_section(path: Path, *, key: str) -> dict[str, Any]:
     """The `model` section of a model directory of either kind. Raises ConfigError naming `key`, ConversionError."""
     if not path.is_dir():
         raise ConfigError(f"{key}: {path} does not exist; give a Hugging Face directory or a Megatron checkpoint")
     if locate.is_megatron(path):
-        return locate.read_model_section(locate.locate(path, key=key).root)
+        found = locate.locate(path, key=key)
+        return model_of(found, key=key, ask=f"write its `model` section to {found.root / locate.MODEL_YAML}").section
     if locate.is_hf(path):
         return hf_config.to_mcore(hf_config.read(path))
     raise ConfigError(

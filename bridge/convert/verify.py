@@ -1,7 +1,7 @@
 """mode=verify: is a Megatron checkpoint the same model as a Hugging Face directory? Tensors bit by bit, and logits."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ from torch import Tensor
 from bridge import parallel, platform
 from bridge.config.routing import Routed
 from bridge.config.schema import ConvertConfig
-from bridge.convert import reference
+from bridge.convert import reference as hf_reference
+from bridge.convert.described import model_of
 from bridge.convert.skeleton import Skeleton, skeleton
 from bridge.errors import ConversionError
 from bridge.models import gpt
 from bridge.weights import compare, live, locate
 from bridge.weights.dist_files import DistFiles, open_dist
 from bridge.weights.hf_files import HfFiles, main_dtype
-from bridge.weights.ledger import name_some
+from bridge.weights.key_layouts import canonical
+from bridge.weights.ledger import check_megatron, name_some
 from bridge.weights.quantized import Dequantized, open_source
 from bridge.weights.transfer import specs_of
 
@@ -34,7 +36,14 @@ REPORT = "verify.json"
 def run(config: ConvertConfig) -> int:
     assert config.hf is not None and config.megatron is not None
     file = Path(config.report) if config.report else locate.locate(config.megatron).root / REPORT
-    report = verify(config.hf, config.megatron, prompts=config.prompts, tolerance=config.tolerance)
+    report = verify(
+        config.hf,
+        config.megatron,
+        prompts=config.prompts,
+        tolerance=config.tolerance,
+        model=config.model,
+        reference=config.reference,
+    )
     file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(describe(report))
     print(f"report: {file}")
@@ -42,17 +51,27 @@ def run(config: ConvertConfig) -> int:
 
 
 def verify(
-    hf: str | Path, megatron: str | Path, *, prompts: Sequence[str] | None = None, tolerance: float = 1e-4
+    hf: str | Path,
+    megatron: str | Path,
+    *,
+    prompts: Sequence[str] | None = None,
+    tolerance: float = 1e-4,
+    model: Mapping[str, Any] | None = None,
+    reference: str | Path | None = None,
 ) -> dict[str, Any]:
     """Compare all tensors and the fp32 logits of transformers and megatron-core; the report, ready for JSON.
 
     `passed`: every tensor equal and no logit further apart than `tolerance`. Prompts are texts when there is a
-    tokenizer, else token ids. Both models are held in fp32, one after the other. Raises ConversionError, ConfigError.
+    tokenizer, else token ids. Both models are held in fp32, one after the other. `model` and `reference` are as for
+    `export_hf`. Raises ConversionError, ConfigError.
     """
     found = locate.locate(megatron)
-    dist = open_dist(found.directory)
-    files = open_source(hf, dtype=main_dtype(specs_of(dist).values()))
-    bones = skeleton(locate.read_model_section(found.root), hf_names=files.tensors)
+    described = model_of(found, model=model, reference=reference)
+    stored = open_dist(found.directory)
+    files = open_source(hf, dtype=main_dtype(specs_of(stored).values()))
+    bones = skeleton(described.section, hf_names=files.tensors)
+    dist = canonical(stored, wanted=[move.mcore_key for move in bones.moves])
+    check_megatron(bones.moves, specs_of(dist), source=dist.directory, described_by=described.source)
     tensors = compare.compare_tensors(files, dist, moves=bones.moves, table=bones.table)
     ids = token_ids(hf, bones.routed, prompts=prompts)
     theirs = _transformers_logits(hf, files, ids)
@@ -103,7 +122,7 @@ def token_ids(hf: str | Path, routed: Routed, *, prompts: Sequence[str] | None) 
 @torch.no_grad()
 def _transformers_logits(hf: str | Path, files: HfFiles, prompts: Sequence[Tensor]) -> list[Tensor]:
     """Of a quantised source the weights are read by us: kernels for its format run on GPUs only."""
-    model = reference.load(hf, files=files if isinstance(files, Dequantized) else None)
+    model = hf_reference.load(hf, files=files if isinstance(files, Dequantized) else None)
     return [model(ids[None]).logits[0] for ids in prompts]
 
 

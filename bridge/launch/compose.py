@@ -64,6 +64,11 @@ def run(config_name: str, job: Callable[[Job], float]) -> None:
         raise failures[0]
 
 
+def add_option(group: str, name: str, values: Mapping[str, Any]) -> None:
+    """Make `group=name` choose `values`, as a file conf/GROUP/NAME.yaml would."""
+    ConfigStore.instance().store(group=group, name=name, node=OmegaConf.create(dict(values)))
+
+
 def absolute(settings: Mapping[str, Any], *, names: frozenset[str]) -> dict[str, Any]:
     """`settings` with its paths made absolute: every text under a key in `names` or ending in _path, _paths or _dir."""
 
@@ -79,12 +84,13 @@ def absolute(settings: Mapping[str, Any], *, names: frozenset[str]) -> dict[str,
 
 
 def _declare_open_sections() -> None:
-    """Register the `open_sections` entry of the primary files' defaults lists.
+    """Register the entries `open_sections` and `open_model` of the primary files' defaults lists.
 
     Hydra closes the composed tree; a node with its own struct=False stays open: `model.qk_layernorm=true` needs no '+'.
     """
     sections = {name: DictConfig({}, flags={"struct": False}) for name in OPEN_SECTIONS}
     ConfigStore.instance().store(name="open_sections", node=OmegaConf.create(sections))
+    ConfigStore.instance().store(name="open_model", node=OmegaConf.create({"model": sections["model"]}))
 
 
 def _choice(group: str, *, _root_: DictConfig) -> str:

@@ -8,7 +8,8 @@ from bridge.launch import compose
 from bridge.launch.driver import guarded
 
 INTERRUPTED = 130  # what shells report after SIGINT
-PATH_KEYS = frozenset({"hf", "megatron", "report"})
+PATH_KEYS = frozenset({"hf", "megatron", "reference", "report"})
+FILE_OPTION = "from_file"
 
 
 def main() -> None:
@@ -25,6 +26,7 @@ def main() -> None:
 
 def _command() -> int:
     jobs: list[compose.Job] = []
+    sys.argv[1:] = [_with_model_file(argument) for argument in sys.argv[1:]]
     compose.run("convert", lambda job: jobs.append(job) or 0.0)  # type: ignore[func-returns-value]
     codes = [_convert(job) for job in jobs]
     return max(codes, default=0)
@@ -34,3 +36,12 @@ def _convert(job: compose.Job) -> int:
     settings = compose.absolute(job.settings, names=PATH_KEYS)
     config = run_config.convert_from_dict(settings)
     return conversion.run(config)
+
+
+def _with_model_file(argument: str) -> str:
+    """`model=FILE.yaml` as the choice of an option of Hydra's group `model`, which is made of that file here."""
+    key, _, value = argument.partition("=")
+    if key != "model" or not value.endswith((".yaml", ".yml")):
+        return argument
+    compose.add_option("model", FILE_OPTION, run_config.read_model(value))
+    return f"model={FILE_OPTION}"

@@ -122,7 +122,8 @@ class CoreAttention(MegatronModule):
             "scale": self.softmax_scale if self.softmax_scale is not None else 1 / math.sqrt(q.size(-1)),
             "enable_gqa": q.size(1) != k.size(1),
         }
-        plain = self.window is None and self.softmax_offset is None and packing is None and q.size(2) == k.size(2)
+        windowed = self.window is not None and self.window < k.size(2) - 1
+        plain = not windowed and self.softmax_offset is None and packing is None and q.size(2) == k.size(2)
         if plain:  # no mask tensor: torch may take its flash kernel
             return self.attend(q, k, v, is_causal=True, **options)
         allowed = self._allowed(q.size(2), k.size(2), packing, q.device)

@@ -5,7 +5,6 @@ import copy
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
@@ -14,11 +13,10 @@ from torch import Tensor
 from bridge import parallel, platform
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
-from bridge.models import rope, scales
-from bridge.models.latent_attention import LatentRotaryEmbedding, share_rotary_embedding
+from bridge.models import scales
 from bridge.models.layer_spec import block_spec, prediction_spec
-from bridge.models.local_rope import GlobalAndLocalRotary
 from bridge.models.mcore_config import Config, MLAConfig, check_keys, check_live, transformer_config
+from bridge.models.rotary import place_rotary_embeddings
 
 __all__ = ["GPT", "build", "check_live", "padded_vocab_size", "transformer_config"]
 
@@ -28,7 +26,7 @@ OWN_KEYS = ("family", "vocab_size", "make_vocab_size_divisible_by")
 
 
 class GPT(GPTModel):
-    """megatron-core's GPTModel whose loss ignores the padding of the vocabulary, and with scaled rotary embeddings.
+    """megatron-core's GPTModel whose loss ignores the padding of the vocabulary, with every family's rotary embeddings.
 
     `vocab_size` is the padded size, as in megatron-core; `true_vocab_size` the number of tokens there are. Logits come
     with the padded columns; cut them with `[..., :true_vocab_size]`. `routed` is the configuration it was built from.
@@ -43,42 +41,17 @@ class GPT(GPTModel):
     ) -> None:
         super().__init__(config=config, rotary_base=rotary_base, **kwargs)
         self.true_vocab_size = true_vocab_size
+        if self.position_embedding_type == "learned_absolute" and self.pre_process:
+            # megatron-core leaves this module alone in float32 and on the CPU.
+            words = self.embedding.word_embeddings.weight
+            self.embedding.position_embeddings.to(device=words.device, dtype=words.dtype)
         if self.mtp_process and self.post_process and self.share_embeddings_and_output_weights:
             # The prediction modules' copy of the embedding is the output layer's weight, also on a later pipeline
             # stage, where megatron-core makes another one that it neither uses nor lets into a checkpoint.
             self.output_layer.weight = None
         MTPLossLoggingHelper.tracker.clear()  # its size is that of the process's last model with prediction modules
-        shared = {
-            "rotary_percent": self.rotary_percent,
-            "rotary_interleaved": self.config.rotary_interleaved,
-            "rotary_base": rotary_base,
-            "max_sequence_length": self.max_sequence_length,
-            "cp_group": self.pg_collection.cp,
-        }
-        if isinstance(config, MLAConfig):
-            channels = config.qk_pos_emb_head_dim
-            embedding = LatentRotaryEmbedding(config.rope_parameters or {}, kv_channels=channels, **shared)
-            share_rotary_embedding(self, embedding)
-        elif config.rope_parameters and self.position_embedding_type == "rope":
-            self.rotary_pos_emb = rope.ScaledRotaryEmbedding(
-                config.rope_parameters, kv_channels=config.kv_channels, **shared
-            )
-        if config.rope_local_base_freq is not None:
-            local = RotaryEmbedding(
-                kv_channels=config.kv_channels,
-                rotary_percent=self.rotary_percent,
-                rotary_interleaved=config.rotary_interleaved,
-                rotary_base=config.rope_local_base_freq,
-                use_cpu_initialization=True,
-                cp_group=self.pg_collection.cp,
-            )
-            self.rotary_pos_emb = GlobalAndLocalRotary(self.rotary_pos_emb, local)
-        if self.pre_process and config.embedding_multiplier != 1.0:
-            scales.scale_embeddings(self.embedding.word_embeddings, config.embedding_multiplier)
-        if self.post_process and config.final_logit_softcapping is not None:
-            scales.cap_logits(self.output_layer, config.final_logit_softcapping)
-        if self.post_process and config.logits_scaling != 1.0:
-            scales.divide_logits(self.output_layer, config.logits_scaling)
+        place_rotary_embeddings(self, rotary_base=rotary_base)
+        scales.apply_at_both_ends(self)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Logits, or the loss when there are labels; multi-token prediction only where its own loss has a gradient.
@@ -123,27 +96,38 @@ def _required(routed: Routed, key: str) -> Any:
 
 
 def build(
-    routed: Routed, *, dtype: torch.dtype | None = None, meta: bool = False, wrap: bool = False
+    routed: Routed,
+    *,
+    dtype: torch.dtype | None = None,
+    meta: bool = False,
+    wrap: bool = False,
+    only_stage: int | None = None,
 ) -> list[GPT] | list[Float16Module]:
     """The model chunks of this process, one unless virtual pipeline stages are used, on this platform's device.
 
     Process groups must exist (`bridge.parallel`). `dtype` overrides the precision fields. `meta`: shapes, no storage.
     `wrap`: put bf16 and fp16 chunks into Float16Module, as megatron-core's schedules and optimizers expect.
+    `only_stage`: of several virtual pipeline stages, this one alone.
     Raises ConfigError when a value cannot be honoured.
     """
     check_keys(routed)
     config = transformer_config(routed, dtype=dtype, meta=meta)
     vp_size = config.virtual_pipeline_model_parallel_size
+    stages = (None,) if not vp_size else range(vp_size) if only_stage is None else (only_stage,)
     with torch.device("meta") if meta else contextlib.nullcontext():
-        chunks = [_chunk(routed, config, vp_stage=stage) for stage in (range(vp_size) if vp_size else (None,))]
+        chunks = [_chunk(routed, config, vp_stage=stage) for stage in stages]
     for chunk in chunks:
         chunk.routed = routed
         check_live(routed, chunk, dtype=dtype, meta=meta)
         if not meta:  # routers and shared-expert gates are built on the CPU whatever use_cpu_initialization says
             chunk.to(platform.device())
-    if wrap and (config.bf16 or config.fp16):
-        return [Float16Module(config, chunk) for chunk in chunks]
-    return chunks
+    return in_float16_module(chunks) if wrap else chunks
+
+
+def in_float16_module(chunks: list[GPT]) -> list[GPT] | list[Float16Module]:
+    """Each chunk in megatron-core's Float16Module if it computes in bf16 or fp16, else the chunks."""
+    config = chunks[0].config
+    return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 or config.fp16 else chunks
 
 
 def _chunk(routed: Routed, config: Config, *, vp_stage: int | None) -> GPT:

@@ -43,21 +43,39 @@ def _last(hf: Values, names: tuple[str, ...]) -> int:
     return int(next(hf[name] for name in reversed(names) if hf.get(name) is not None))
 
 
+def width_of_experts(hf_name: str = "intermediate_size") -> Part:
+    """The width of an expert under the name of the MLP's, in families without dense layers."""
+    keys = ("ffn_hidden_size", "moe_ffn_hidden_size")
+
+    def write(model: Values) -> dict[str, Any]:
+        if not all(moe_layers(model)):
+            raise refused("model.moe_layer_freq", model["moe_layer_freq"], "every layer of this family has experts")
+        return {hf_name: model["moe_ffn_hidden_size"] or model["ffn_hidden_size"]}
+
+    return Part((hf_name,), (*keys, "moe_layer_freq"), lambda hf: dict.fromkeys(keys, int(hf[hf_name])), write)
+
+
 def softmax_weights(hf_name: str | None = "norm_topk_prob") -> Part:
     """Softmax scores, whose chosen ones are divided by their sum or not; without a field always.
 
-    A softmax over all experts, divided by the sum over the chosen, is a softmax over the chosen alone.
+    A softmax over all experts, divided by the sum over the chosen, is a softmax over the chosen alone; which
+    megatron-core has for more than one expert per token.
     """
 
     def read(hf: Values) -> dict[str, Any]:
-        return {"moe_router_pre_softmax": hf_name is not None and not hf[hf_name]}
+        normed = hf_name is None or bool(hf[hf_name])
+        if normed and hf.get("num_experts_per_tok") == 1:
+            return {"moe_router_pre_softmax": True, "norm_topk_prob": True}
+        return {"moe_router_pre_softmax": not normed}
 
     def write(model: Values) -> dict[str, Any]:
-        if not hf_name and model["moe_router_pre_softmax"]:
+        normed = model["norm_topk_prob"]
+        normed = not model["moe_router_pre_softmax"] if normed is None else normed
+        if not hf_name and not normed:
             raise refused("model.moe_router_pre_softmax", True, "this family divides the weights by their sum")
-        return {hf_name: not model["moe_router_pre_softmax"]} if hf_name else {}
+        return {hf_name: normed} if hf_name else {}
 
-    return Part((hf_name,) if hf_name else (), ("moe_router_pre_softmax",), read, write)
+    return Part((hf_name,) if hf_name else (), ("moe_router_pre_softmax", "norm_topk_prob"), read, write)
 
 
 def sigmoid_weights() -> Part:
@@ -116,6 +134,20 @@ def groups(*, best: int) -> Part:
     return Part(("n_group", "topk_group"), keys, read, write)
 
 
+def jitter(hf_name: str = "router_jitter_noise") -> Part:
+    """Noise on the input of the router in training. transformers' reaches the experts as well, ours does not."""
+
+    def read(hf: Values) -> dict[str, Any]:
+        return {"moe_input_jitter_eps": float(hf[hf_name])} if hf[hf_name] else {}
+
+    return Part(
+        (hf_name,),
+        ("moe_input_jitter_eps",),
+        read,
+        lambda model: {hf_name: float(model["moe_input_jitter_eps"] or 0.0)},
+    )
+
+
 def aux_loss(hf_name: str = "router_aux_loss_coef") -> Part:
     """The coefficient of the balancing loss; a list, for several losses, has no counterpart and is not written."""
 
@@ -171,6 +203,27 @@ def layers_after_dense() -> Part:
         return {"first_k_dense_replace": first}
 
     return _layer_part(("first_k_dense_replace",), read, write)
+
+
+def layers_between(first: str, last: str, step: str) -> Part:
+    """Experts in every `step`-th layer of those from `first` to `last`, -1 for the last there is."""
+
+    def pattern(begin: int, end: int, every: int, count: int) -> list[bool]:
+        return [begin <= layer <= end and (layer + 1) % every == 0 for layer in range(count)]
+
+    def read(hf: Values) -> list[bool]:
+        count, end = hf["num_hidden_layers"], hf[last]
+        return pattern(hf[first], count - 1 if end == -1 else end, hf[step], count)
+
+    def write(layers: list[bool]) -> dict[str, Any]:
+        count = len(layers)
+        places = [layer for layer, with_experts in enumerate(layers) if with_experts] or [count, count - 1]
+        for every in range(1, count + 1):
+            if pattern(places[0], places[-1], every, count) == layers:
+                return {first: places[0], last: places[-1], step: every}
+        raise refused("model.moe_layer_freq", list(map(int, layers)), "in this family it is every n-th of a range")
+
+    return _layer_part((first, last, step), read, write)
 
 
 SHARED = "moe_shared_expert_intermediate_size"

@@ -9,7 +9,7 @@ from typing import Any
 from bridge.models import decoder_rows
 from bridge.models.decoder_rows import HF, MCORE, Model, Rows
 from bridge.models.hf_fields import Part, Values
-from bridge.weights.table import Ignore, Row
+from bridge.weights.table import Ignore, Row, Table
 
 # The name in files of the hub, and the one of transformers' config class, whose default counts when both are absent.
 MTP_NAMES = ("num_nextn_predict_layers", "num_mtp_layers")
@@ -44,6 +44,13 @@ def without_missing_predictions(hf: Values, names: Collection[str]) -> Mapping[s
             stacklevel=3,
         )
     return {**hf, MTP_NAMES[0]: 0}
+
+
+def predicting_table(model: Model, layer: Callable[[Model], Rows]) -> Table:
+    """The table of a model with prediction modules, where it has any; `layer` gives the rows of a model's layers."""
+    return Table(
+        [*decoder_rows.embedding(model), *prediction_rows(model, layer), *layer(model), *decoder_rows.final(model)]
+    )
 
 
 def prediction_rows(model: Model, layer: Callable[[Model], Rows]) -> Rows:

@@ -20,7 +20,7 @@ from bridge.models.decoder_rows import (
     qk_norms,
 )
 from bridge.models.hf_moe import moe_layers
-from bridge.weights.ops import Stack
+from bridge.weights.ops import Op, Stack
 from bridge.weights.table import Row, Table
 
 EXPERTS = MCORE + "mlp.experts.experts."
@@ -31,21 +31,23 @@ FC2 = "mlp.experts.{expert}.down_proj.{0}"
 FUSED_FC1, FUSED_FC2 = ("mlp.experts.gate_up_proj[{expert}]",), "mlp.experts.down_proj[{expert}]"
 
 
-def moe_table(model: Model, *, fused_experts: bool = False) -> Table:
+def moe_table(model: Model, *, fused_experts: bool = False, shared: str = "mlp.shared_experts") -> Table:
     """The table of a Llama-shaped model with experts under the names most families have."""
-    return Table(
-        [
-            *embedding(model),
-            *norms(model, mlp=None),
-            *mlp_norms(model),
-            *qk_norms(model),
-            *attention(model),
-            *dense_mlp(model),
-            *router(model),
-            *experts(model, fused_experts=fused_experts),
-            *final(model),
-        ]
-    )
+    return Table([*embedding(model), *moe_layer(model, fused_experts=fused_experts, shared=shared), *final(model)])
+
+
+def moe_layer(model: Model, *, fused_experts: bool = False, shared: str = "mlp.shared_experts") -> Rows:
+    """The rows of such a model's layers; `shared` is the name of the expert of every token, where there is one."""
+    return [
+        *norms(model, mlp=None),
+        *mlp_norms(model),
+        *qk_norms(model),
+        *attention(model),
+        *dense_mlp(model),
+        *router(model),
+        *experts(model, fused_experts=fused_experts),
+        *shared_experts(model, name=shared),
+    ]
 
 
 def mlp_norms(model: Model, name: str = "post_attention_layernorm", *, prefix: str = HF, mcore: str = MCORE) -> Rows:
@@ -79,6 +81,7 @@ def router(
     weight: str = "mlp.gate.weight",
     bias: str = "mlp.gate.bias",
     expert_bias: str = "mlp.gate.e_score_correction_bias",
+    expert_bias_op: Op | None = None,
     prefix: str = HF,
     mcore: str = MCORE,
 ) -> Rows:
@@ -87,7 +90,7 @@ def router(
     if model["add_bias_linear"]:
         rows.append(Row(f"{mcore}mlp.router.bias", prefix + bias))
     if model["moe_router_enable_expert_bias"]:
-        rows.append(Row(f"{mcore}mlp.router.expert_bias", prefix + expert_bias))
+        rows.append(Row(f"{mcore}mlp.router.expert_bias", prefix + expert_bias, expert_bias_op))
     return rows
 
 

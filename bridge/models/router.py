@@ -21,7 +21,7 @@ REFUSED = (
 def is_needed(config: Any) -> bool:
     """Whether this model needs `Router`: megatron-core's (moe_utils.topk_routing_with_score_function) adds a bias to
     sigmoid scores only, always divides these by their sum, without a least sum, and scores a group of experts by its
-    best moe_router_topk // moe_router_group_topk.
+    best moe_router_topk // moe_router_group_topk. Its jitter would go on after training.
     """
     if config.num_moe_experts is None:
         return False
@@ -30,6 +30,7 @@ def is_needed(config: Any) -> bool:
         (config.moe_router_enable_expert_bias and config.moe_router_score_function == "softmax")
         or config.norm_topk_prob not in (None, _normed_by_megatron(config))
         or config.moe_norm_min is not None
+        or config.moe_input_jitter_eps is not None
         or bool(group_topk and best not in (None, topk // group_topk))
     )
 
@@ -63,6 +64,10 @@ class Router(TopKRouter):
                 "set aux_loss"
             )
         super().__init__(config=config, pg_collection=pg_collection)
+
+    def apply_input_jitter(self, input: Tensor) -> Tensor:
+        """Noise on hidden states [sequence, batch, hidden], in training alone."""
+        return super().apply_input_jitter(input) if self.training else input
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """TopKRouter.routing with the choice replaced.

@@ -11,6 +11,17 @@ import torch
 from torch import Tensor
 
 
+def apply_at_both_ends(model: Any) -> None:
+    """The factor on the embedding, the factor and the cap on the logits that a GPT's config asks for."""
+    config = model.config
+    if model.pre_process and config.embedding_multiplier != 1.0:
+        scale_embeddings(model.embedding.word_embeddings, config.embedding_multiplier)
+    if model.post_process and config.final_logit_softcapping is not None:
+        cap_logits(model.output_layer, config.final_logit_softcapping)
+    if model.post_process and config.logits_scaling != 1.0:
+        divide_logits(model.output_layer, config.logits_scaling)
+
+
 def scale_embeddings(embedding: torch.nn.Module, multiplier: float) -> None:
     """Multiply what a word embedding returns, not its weight, which the output layer may share.
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config, unwrap_model
 
@@ -16,7 +16,7 @@ from bridge.config.run_config import RunConfig
 from bridge.data import source
 from bridge.data.source import Datasets, Prepared
 from bridge.errors import ConfigError
-from bridge.models import gpt
+from bridge.models import ddp, gpt
 from bridge.optim import optimizer as optimizers
 from bridge.optim import schedule
 from bridge.training import initial
@@ -81,7 +81,7 @@ def build(config: RunConfig, data: Data) -> Job:
     latest = checkpoint.latest(config.run_dir / "checkpoints")
     if latest is None:
         initial.load(unwrap_model(chunks), routed=routed, path=config.init.path)
-    model = _distributed(chunks, routed)
+    model = ddp.wrap(chunks, DistributedDataParallelConfig(**routed.ddp))
     optimizer = optimizers.build(routed, model=model)
     scheduler = schedule.build(config.scheduler, optimizer=optimizer, fields=routed.optimizer, steps=config.train.steps)
     _connect(model, optimizer)
@@ -107,18 +107,6 @@ def per_token_loss(routed: Routed) -> Routed:
         key = routed.origin["calculate_per_token_loss"]
         raise ConfigError(f"{key}: false would make the loss depend on the micro-batch split; set true or leave it out")
     return routed._replace(transformer={**routed.transformer, "calculate_per_token_loss": True})
-
-
-def _distributed(chunks: list[Any], routed: Routed) -> list[Any]:
-    """megatron-core's DDP around each chunk. Only the first chunk's gradients are bucketed: the others are in flight
-    while its backward still runs, so that splitting them would only add messages."""
-    settings = DistributedDataParallelConfig(**routed.ddp)
-    return [
-        DistributedDataParallel(
-            config=get_model_config(chunk), ddp_config=settings, module=chunk, disable_bucketing=index > 0
-        )
-        for index, chunk in enumerate(chunks)
-    ]
 
 
 def _connect(model: list[Any], optimizer: Any) -> None:

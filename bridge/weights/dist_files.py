@@ -44,6 +44,9 @@ FORMAT = {
     "common_backend_version": 1,
 }
 DCP_VERSION = "1.0.0"
+# What megatron-core's own scripts ask of a checkpoint before they load its tensors: content_metadata is what they hand
+# to `sharded_state_dict` (layers under keys of their own), and the order of rows in linear_qkv is that of version 3.
+COMMON = {"content_metadata": {"non_homogeneous_layers": True}, "checkpoint_version": 3.0, "iteration": 0}
 
 
 class Chunk(NamedTuple):
@@ -72,10 +75,12 @@ class DistFiles:
     tensors: Mapping[str, Stored]
 
     def spec(self, key: str) -> TensorSpec:
-        return self._stored(key).spec
+        return self.stored(key).spec
 
-    def _stored(self, key: str) -> Stored:
+    def stored(self, key: str) -> Stored:
         """What is stored under a key, or for an entry `key[3]` of a stacked tensor."""
+        if key in self.tensors:  # entries may be stored one by one
+            return self.tensors[key]
         base, index = names.split_index(key)
         stored = self.tensors[base]
         for number in index:
@@ -87,7 +92,7 @@ class DistFiles:
 
         Only chunks that touch the part are read. Raises ConversionError naming file and key.
         """
-        spec, chunks = self._stored(key)
+        spec, chunks = self.stored(key)
         place = place or tuple(slice(0, size) for size in spec.shape)
         ends = tuple(min(cut.stop, size) for cut, size in zip(place, spec.shape, strict=True))
         starts = tuple(min(cut.start, end) for cut, end in zip(place, ends, strict=True))
@@ -248,7 +253,7 @@ class DistWriter:
         )
         with (self._directory / ".metadata").open("wb") as stream:
             pickle.dump(metadata, stream)
-        torch.save({}, self._directory / "common.pt")
+        torch.save(COMMON, self._directory / "common.pt")
         (self._directory / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
 
     def _tensor(self, key: str) -> TensorStorageMetadata:

@@ -76,26 +76,31 @@ def check_hf(moves: Iterable[Move], found: Mapping[str, TensorSpec], *, table: T
         raise ConversionError(f"{source}: {name_some(extra)} would be lost; the model's config has no place for it")
 
 
-def check_megatron(moves: Iterable[Move], found: Mapping[str, TensorSpec], *, source: object) -> None:
+def check_megatron(
+    moves: Iterable[Move], found: Mapping[str, TensorSpec], *, source: object, described_by: str = "model.yaml"
+) -> None:
     """Every key the moves need is there with the right shape; all others are optimizer state. Else ConversionError.
 
+    `described_by` is what the message calls the place that says which model it is.
     A padded tensor may have any number of rows from the true vocabulary up.
     """
     wanted = {move.mcore_key: move for move in moves}
     found = names.spread(found, wanted=wanted)
     missing = [key for key in wanted if key not in found]
     if missing:
-        raise ConversionError(f"{source}: {name_some(missing)} missing; model.yaml asks for it")
+        raise ConversionError(f"{source}: {name_some(missing)} missing; {described_by} asks for it")
     for key, move in wanted.items():
         shape = found[key].shape
         fits = shape == move.shape
         if move.target.padded and len(shape) == len(move.shape):
             fits = shape[0] >= move.shape[0] and shape[1:] == move.shape[1:]
         if not fits:
-            raise ConversionError(f"{source}: {key} has shape {list(shape)}, model.yaml makes it {list(move.shape)}")
+            raise ConversionError(
+                f"{source}: {key} has shape {list(shape)}, {described_by} makes it {list(move.shape)}"
+            )
     extra = [key for key in found if key not in wanted and not key.startswith(OPTIMIZER_PREFIXES)]
     if extra:
-        raise ConversionError(f"{source}: {name_some(extra)} would be lost; model.yaml has no place for it")
+        raise ConversionError(f"{source}: {name_some(extra)} would be lost; {described_by} has no place for it")
 
 
 class Ledger:

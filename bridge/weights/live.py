@@ -1,6 +1,6 @@
-"""Between a live, possibly sharded model and Hugging Face or torch_dist files. Every rank takes part."""
+"""Weights of Hugging Face or torch_dist files into a live, possibly sharded model. Every rank takes part."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -8,9 +8,10 @@ from torch import Tensor
 from bridge.weights import shards
 from bridge.weights.dist_files import DistFiles
 from bridge.weights.hf_files import HfFiles
+from bridge.weights.key_layouts import canonical
 from bridge.weights.ledger import Move, check_hf, check_megatron, plan
 from bridge.weights.table import Table
-from bridge.weights.transfer import check_ignored, merge, specs_of, split
+from bridge.weights.transfer import check_ignored, merge, specs_of
 
 
 def load_hf(model: Sequence[torch.nn.Module], hf: HfFiles, *, table: Table, vocab_size: int) -> None:
@@ -27,9 +28,11 @@ def load_hf(model: Sequence[torch.nn.Module], hf: HfFiles, *, table: Table, voca
 def load_megatron(model: Sequence[torch.nn.Module], dist: DistFiles, *, table: Table, vocab_size: int) -> None:
     """Copy each rank's part of every weight out of a torch_dist folder of any layout, cast to the model's dtype.
 
+    The folder may have any of megatron-core's ways to name the tensors (`key_layouts`).
     Optimizer state is passed over. Raises ConversionError as `load_hf` does.
     """
     moves = plan(table, shards.targets(model), vocab_size=vocab_size)
+    dist = canonical(dist, wanted=[move.mcore_key for move in moves])
     check_megatron(moves, specs_of(dist), source=dist.directory)
     padded = {move.mcore_key for move in moves if move.target.padded}
 
@@ -40,20 +43,6 @@ def load_megatron(model: Sequence[torch.nn.Module], dist: DistFiles, *, table: T
         return dist.read(key, place)
 
     shards.load(model, read)
-
-
-def export_weights(model: Sequence[torch.nn.Module], *, table: Table, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor of the model, `(name, whole tensor)`, on every rank, one Megatron tensor at a time.
-
-    Copies that every file of the family holds come again under their own names. All ranks must run through the iterator
-    together.
-    """
-    copies = table.copies().items()
-    moves = {move.mcore_key: move for move in plan(table, shards.targets(model), vocab_size=vocab_size)}
-    for key, whole in shards.gather(model):
-        for name, part in zip(moves[key].hf_names, split(whole, moves[key]), strict=True):
-            yield name, part
-            yield from ((copy, part) for copy, original in copies if original == name)
 
 
 class _Merged:

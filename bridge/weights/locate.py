@@ -5,9 +5,11 @@
     ROOT/hf/                                 config.json, tokenizer and generation config, for the export
     ROOT/iter_0000100/                       megatron-core torch_dist folder
 
-A run directory keeps its ROOT in `checkpoints/`.
+A run directory keeps its ROOT in `checkpoints/`. Of a checkpoint by other scripts there may be no more than the
+torch_dist folder, under any name: then it is its own ROOT. Megatron-LM's "release" instead of a number is iteration 0.
 """
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +20,12 @@ from bridge.errors import ConfigError
 LATEST = "latest_checkpointed_iteration.txt"
 MODEL_YAML = "model.yaml"
 HF_ASSETS = "hf"
+RELEASE = "release"
+TORCH_DIST = "torch_dist"
 
 
 class CheckpointPath(NamedTuple):
-    """One iteration of a Megatron checkpoint: `directory` is ROOT/iter_*, a torch_dist folder."""
+    """One iteration of a Megatron checkpoint: `directory` is a torch_dist folder, ROOT/iter_* or ROOT itself."""
 
     root: Path
     iteration: int
@@ -41,7 +45,7 @@ def is_hf(path: str | Path) -> bool:
 def is_megatron(path: str | Path) -> bool:
     """Whether `locate` has something to look at: a run directory, a checkpoint root or an iteration directory."""
     path = Path(path)
-    return _root(path) is not None or _iteration(path) is not None
+    return _root(path) is not None or _iteration(path) is not None or _format(path) is not None
 
 
 def locate(path: str | Path, *, key: str = "megatron") -> CheckpointPath:
@@ -53,17 +57,18 @@ def locate(path: str | Path, *, key: str = "megatron") -> CheckpointPath:
     path = Path(path).expanduser().absolute()
     if not path.is_dir():
         raise ConfigError(f"{key}: {path} is not a directory; give a run directory or a Megatron checkpoint")
-    iteration = _iteration(path)
-    if iteration is None:
-        root = _root(path)
-        if root is None:
+    if _iteration(path) is not None:
+        root = path.parent
+    elif _format(path) is not None:
+        root = path
+    else:
+        found = _root(path)
+        if found is None:
             kind = "a Hugging Face directory" if is_hf(path) else "neither a run nor a Megatron checkpoint"
             raise ConfigError(f"{key}: {path} is {kind}; give a directory with checkpoints/, {LATEST} or metadata.json")
-        iteration = _latest(root, key=key)
-        path = iteration_directory(root, iteration=iteration)
-    if not (path / "metadata.json").is_file() or not (path / ".metadata").is_file():
-        raise ConfigError(f"{key}: {path} is no complete torch_dist checkpoint (.metadata or metadata.json is missing)")
-    return CheckpointPath(path.parent, iteration, path)
+        root, path = found, _latest(found, key=key)
+    _check_format(path, key=key)
+    return CheckpointPath(root, _iteration(path) or 0, path)
 
 
 def read_model_section(root: str | Path) -> dict[str, Any]:
@@ -92,12 +97,48 @@ def _root(path: Path) -> Path | None:
 
 
 def _iteration(path: Path) -> int | None:
+    if path.name == RELEASE:
+        return 0
     number = path.name.removeprefix("iter_")
     return int(number) if number != path.name and number.isdigit() else None
 
 
-def _latest(root: Path, *, key: str) -> int:
+def _latest(root: Path, *, key: str) -> Path:
     text = (root / LATEST).read_text(encoding="utf-8").strip()
+    if text == RELEASE:
+        return root / RELEASE
     if not text.isdigit():
         raise ConfigError(f"{key}: {root / LATEST} holds {text!r}, not an iteration number")
-    return int(text)
+    return iteration_directory(root, iteration=int(text))
+
+
+def _format(path: Path) -> str | None:
+    """The value of Megatron-LM's --ckpt-format that wrote a directory, or None when nothing tells."""
+    if any(path.glob("mp_rank_*/*.pt")):
+        return "torch"
+    if not (path / "metadata.json").is_file():
+        return "torch_dcp or fsdp_dtensor" if (path / ".metadata").is_file() else None
+    try:
+        content = json.loads((path / "metadata.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return content.get("sharded_backend") if isinstance(content, dict) else None
+
+
+def _check_format(path: Path, *, key: str) -> None:
+    kind = _format(path)
+    if kind == TORCH_DIST and (path / ".metadata").is_file():
+        return
+    if kind in (None, TORCH_DIST):
+        raise ConfigError(
+            f"{key}: {path} is no complete torch_dist checkpoint (.metadata or metadata.json is missing or damaged)"
+        )
+    if kind in ("torch", "zarr"):
+        raise ConfigError(
+            f"{key}: {path} is in Megatron-LM's old format '{kind}'; load it with Megatron-LM's training script and "
+            "--ckpt-convert-format torch_dist --ckpt-convert-save DIR, then give DIR"
+        )
+    raise ConfigError(
+        f"{key}: {path} has .metadata but no metadata.json: its save was interrupted, or its format is {kind}; "
+        "save it with --ckpt-format torch_dist"
+    )

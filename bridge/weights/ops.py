@@ -1,8 +1,9 @@
 """How the tensors of a Hugging Face model make one Megatron tensor, and back.
 
 An op is a pair: `merge(parts) -> fused` and `split(fused) -> parts`, with `split(merge(parts)) == parts` bit for bit.
-It works along dim 0 and keeps the trailing dims (Transposed apart), so a weight `[out, in]` and its bias `[out]` use
-the same op. It always sees whole tensors: ranks and shards are none of its business. Meta tensors tell shapes.
+It works along dim 0 and keeps the trailing dims (Transposed and Flat apart), so a weight `[out, in]` and its bias
+`[out]` use the same op. It always sees whole tensors: ranks and shards are none of its business. Meta tensors tell
+shapes.
 """
 
 from collections.abc import Sequence
@@ -107,6 +108,20 @@ class Interleaved:
 
     def split(self, fused: Tensor) -> tuple[Tensor, ...]:
         return (fused.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1),)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """One tensor with a first dim of 1, `[1, ...]`, without it."""
+
+    num_parts: int = 1
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        (part,) = parts
+        return part.squeeze(0)
+
+    def split(self, fused: Tensor) -> tuple[Tensor, ...]:
+        return (fused.unsqueeze(0),)
 
 
 @dataclass(frozen=True)

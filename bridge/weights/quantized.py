@@ -119,7 +119,7 @@ def check_config(config: object) -> str | None:
 
 
 def from_fp8(numbers: Tensor, scales: Tensor, *, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """`numbers` float8 [..., rows, cols] times `scales` [..., ceil(rows / block), ceil(cols / block)], in fp32."""
+    """`numbers` float8 [..., rows, cols] times `scales` [..., ceil(rows / block), ceil(cols / block)], in float32."""
     rows, cols = numbers.shape[-2:]
     values = torch.empty(numbers.shape, dtype=dtype)
     step = max(ROWS // block[0], 1) * block[0]
@@ -212,9 +212,7 @@ def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
 
 def _refuse_quantized(raw: HfFiles, *, method: str | None = None, known: Collection[str] = ()) -> None:
     """Raise ConversionError naming a tensor that is quantised, by dtype or name, and not among the `known`."""
-    why = (
-        "config.json has no quantization_config" if method is None else f"in no pair of numbers and scales of {method}"
-    )
+    why = f"in no pair of numbers and scales of {method}" if method else "config.json has no quantization_config"
     for name, stored in raw.tensors.items():
         eight = stored.spec.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
         four = name.endswith((BLOCKS, SCALES)) and stored.spec.dtype == torch.uint8

@@ -5,7 +5,7 @@ shape, offset), for tensor, pipeline, virtual-pipeline and expert parallelism al
 whole tensors; gathering puts whole tensors together again. No layout is known here.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -110,15 +110,17 @@ def load(model: Sequence[torch.nn.Module], read: Callable[[str, tuple[slice, ...
 
 
 @torch.no_grad()
-def gather(model: Sequence[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
+def gather(model: Sequence[torch.nn.Module], keys: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Every whole tensor, padding included, by key, on every rank and on the model's device, one at a time.
 
-    All ranks must run through the iterator together: each tensor is put together by broadcasts.
+    `keys`: only these, in their order. All ranks must run through the iterator together: each tensor is put together by
+    broadcasts.
     """
     local = pieces(model)
     sources, wholes = _sources(local)
     device = next(iter(local.values())).pieces[0].data.device
-    for key, target in wholes.items():
+    for key in wholes if keys is None else keys:
+        target = wholes[key]
         whole = torch.empty(target.shape, dtype=target.dtype, device=device)
         for source in sources[key]:
             if source.rank == parallel.rank():

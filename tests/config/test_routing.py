@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from bridge.config import mcore_fields, routing
+from bridge.config import mcore_fields, modules, routing
 from bridge.errors import ConfigError
 
 MODEL = {
@@ -132,7 +132,7 @@ def test_every_function_and_object_is_refused_by_name(part: str):
             "model",
             "family",
             "lama",
-            "model.family: 'lama' is not known; set one of llama, mistral, qwen2, qwen3",
+            f"model.family: 'lama' is not known; set one of {', '.join(modules.known('models/families'))}",
         ),
         (
             "parallelism",

@@ -141,7 +141,16 @@ def test_source_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_convert_section():
     convert = run_config.convert_from_dict({"mode": "import", "hf": "a", "megatron": "b"})
     assert convert == schema.ConvertConfig(mode="import", hf="a", megatron="b")
+    section = {"family": "llama", "num_layers": 2}
+    export = {"mode": "export", "hf": "a", "megatron": "b"}
+    assert run_config.convert_from_dict(export | {"model": section}).model == section
+    assert run_config.convert_from_dict(export | {"model": {}}).model is None
     for values, expected in [
+        ({"mode": "yaml", "hf": "a", "model": section}, "model: has no effect with mode=yaml; leave it out"),
+        (
+            {"mode": "import", "hf": "a", "megatron": "b", "reference": "c"},
+            "reference: has no effect with mode=import; leave it out",
+        ),
         (
             {"mode": "imprt"},
             "mode: 'imprt' does not fit; set one of 'import', 'export', 'verify', 'yaml'; did you mean 'import'?",

@@ -12,6 +12,7 @@ VARIANTS = {
     "gpt2": {},
     "gpt2_untied": {"tie_word_embeddings": False},
     "gpt2_inner": {"n_inner": 88},
+    "gpt2_no_dropout": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "gpt2_unscaled": {"scale_attn_weights": False},
 }
 CHANGES = {

@@ -36,4 +36,4 @@ REFUSED = {
     "attention_bias": True,
     "full_attn_mod": 2,
 }
-SIZES = {"phi3_mini_4k": 3_821_079_552, "phi4": 14_659_507_200}
+SIZES = {"phi3_mini_4k": 3_821_079_552, "phi4_mini": 3_836_021_760, "phi4": 14_659_507_200}

@@ -23,3 +23,4 @@ CHANGES = {
 }
 SHAPES = {"decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size"}
 ON = {"use_sliding_window": True, "sliding_window": 5}
+SIZES = {"qwen3_30b_a3b": 30_532_122_624, "qwen3_235b_a22b": 235_093_634_560}

@@ -43,13 +43,13 @@ def special(name: str) -> str:
 
 def parity(name: str) -> str:
     """Number of variants, largest difference of logits, largest logit."""
-    from tests.models.test_families import mcore_logits
+    from tests.models.test_families import mcore_logits, prompts
 
     differences, largest = [], 0.0
     for variant in hf_models.variants(name):
         with tempfile.TemporaryDirectory() as folder:
             directory = hf_models.save(variant, Path(folder), tokenizer=False)
-            ids = hf_models.prompts()
+            ids = prompts(variant)
             theirs = hf_models.logits(directory, ids)
             differences.append(float((mcore_logits(directory, ids) - theirs).abs().max()))
             largest = max(largest, float(theirs.abs().max()))

@@ -68,7 +68,7 @@ def by_hand(q, k, v, *, window=None, sink=None, segment=None, cap=None) -> torch
 
 
 @pytest.mark.parametrize("queries", [12, 3, 1], ids=["all", "chunk", "decode"])
-@pytest.mark.parametrize("window", [None, 0, 3])
+@pytest.mark.parametrize("window", [None, 0, 3, 10, 11])
 @pytest.mark.parametrize("softmax", ["vanilla", "off-by-one", "learnable"])
 @pytest.mark.parametrize("cap", [None, 0.5])
 def test_equals_attention_by_hand(queries: int, window: int | None, softmax: str, cap: float | None):

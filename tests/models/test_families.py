@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+import bridge
 from bridge import parallel, platform
 from bridge.config.routing import route
 from bridge.errors import ConversionError
 from bridge.models import family, gpt, hf_config
-from bridge.weights import live
+from bridge.weights import live, shards
 from bridge.weights.hf_files import open_hf
 from tests import families, hf_models
 
@@ -38,14 +39,50 @@ def mcore_logits(
             ].cpu()
 
 
+WITH_EXPERTS = [
+    name for name in family.known_names() if any("experts" in field for field in family.by_name(name).hf_defaults)
+]
+
+
+def prompts(variant: str) -> torch.Tensor:
+    """Enough tokens for every expert to be chosen, and to be beyond the length that dynamic rope starts at."""
+    name, config = hf_models.VARIANTS[variant]
+    if name in WITH_EXPERTS:
+        return hf_models.prompts(batch=16, length=60)
+    scaling = config.get("rope_parameters") or {}
+    return hf_models.prompts(length=80 if scaling.get("rope_type") == "dynamic" else 24)
+
+
 @pytest.mark.parametrize("variant", hf_models.variants())
 def test_logits_equal_transformers(variant: str, tmp_path: Path):
     directory = hf_models.save(variant, tmp_path, tokenizer=False)
-    scaling = hf_models.VARIANTS[variant].config.get("rope_parameters") or {}
-    ids = hf_models.prompts(length=80 if scaling.get("rope_type") == "dynamic" else 24)
+    ids = prompts(variant)
     expected = hf_models.logits(directory, ids)
     assert expected.std() > 0.5, "logits so flat that errors hide"
     torch.testing.assert_close(mcore_logits(directory, ids), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_every_expert_has_a_part_in_the_logits(name: str, tmp_path: Path):
+    """So that the comparison with transformers is one of all experts of all layers."""
+    variant = next(iter(families.facts(name).VARIANTS))
+    directory = hf_models.save(variant, tmp_path, tokenizer=False)
+    with parallel.single_process():
+        (model,) = bridge.load_model(directory)
+        ids = prompts(variant).to(platform.device())
+        positions = torch.arange(ids.size(1)).to(ids).expand_as(ids)
+        with torch.no_grad():
+            logits = model.eval()(ids, positions, None)
+            experts = {key: held for key, held in shards.pieces([model]).items() if "linear_fc2.weight[" in key}
+            assert len(experts) > 4
+            for key, held in experts.items():
+                if key.startswith("mtp."):
+                    continue  # predicts a further token: no part of these logits
+                weight = held.pieces[0].data
+                kept = weight.clone()
+                weight.zero_()
+                assert (model(ids, positions, None) - logits).abs().max() > 10 * TOLERANCE, key
+                weight.copy_(kept)
 
 
 # Lists by layer that transformers works out from other fields, which are all that files on the hub have.
@@ -106,6 +143,24 @@ def test_defaults_are_those_of_the_transformers_class(name: str):
     for field, value in defaults.items():
         if field in shaped and field not in facts.hf_defaults | dict.fromkeys(hf_config.REQUIRED):
             assert value is None, f"{field}: transformers' default {value} is not in hf_defaults"
+
+
+@pytest.mark.parametrize("name", family.known_names())
+def test_a_config_that_says_nothing_of_rotary_embeddings_means_what_transformers_fills_in(name: str, tmp_path: Path):
+    variant = next(iter(families.facts(name).VARIANTS))
+    hf_models.config(variant).save_pretrained(tmp_path)
+    silent = {key: value for key, value in hf_config.read(tmp_path).items() if not key.startswith(("rope_", "partial"))}
+    silent["model_type"] = family.by_name(name).class_of or silent["model_type"]
+    (tmp_path / "config.json").write_text(json.dumps(silent))
+    filled = auto_config(tmp_path)
+    filled.save_pretrained(tmp_path / "filled")
+    assert hf_config.to_mcore(silent) == hf_config.to_mcore(hf_config.read(tmp_path / "filled"))
+
+
+def auto_config(directory: Path) -> Any:
+    from tests.auto import AutoConfig
+
+    return AutoConfig.from_pretrained(directory)
 
 
 # Another value for every field of the config classes.

@@ -231,6 +231,8 @@ def test_a_value_lost_after_the_build_is_found():
 def test_precision(precision: dict[str, Any], dtype: torch.dtype | None, expected: torch.dtype):
     (model,) = gpt.build(routed(precision=precision), dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
+    (learned,) = gpt.build(routed(precision=precision, position_embedding_type="learned_absolute"), dtype=dtype)
+    assert {parameter.dtype for parameter in learned.parameters()} == {expected}
     assert model.config.pipeline_dtype == expected
     (wrapped,) = gpt.build(routed(precision=precision), dtype=dtype, wrap=True)
     assert (type(wrapped).__name__ == "Float16Module") == (expected != torch.float32)

@@ -29,7 +29,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 # Between them: biases everywhere, tied weights, a window in half of the layers, qk-norm, an attention factor, factors
 # on embedding, branches and logits, layers without rope, an output projection alone without bias, unequal layers,
-# norms behind branches, caps on scores and logits, two rotary embeddings, neighbouring pairs, norms over all heads.
+# norms behind branches, caps on scores and logits, two rotary embeddings, neighbouring pairs, norms over all heads,
+# an attention factor on some channels, query, key and value in one tensor, LayerNorm, learned positions.
 VARIANTS = (
     "llama_all_bias",
     "llama_yarn_options",
@@ -47,6 +48,10 @@ VARIANTS = (
     "gemma3_untied",
     "glm4",
     "olmo2",
+    "nemotron_yarn",
+    "phi3_partial",
+    "starcoder2",
+    "gpt2_no_dropout",
 )
 
 

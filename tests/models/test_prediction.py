@@ -32,7 +32,10 @@ def build(directory: Path) -> tuple[gpt.GPT, dict[str, Any]]:
     return model, section
 
 
-@pytest.mark.parametrize("variant", ["deepseek_v3", "deepseek_v3_yarn", "deepseek_v3_tied"])
+@pytest.mark.parametrize(
+    "variant",
+    ["deepseek_v3", "deepseek_v3_yarn", "deepseek_v3_tied", "glm4_moe", "glm4_moe_two_predictions", "glm4_moe_tied"],
+)
 def test_logits_and_gradients_equal_transformers(variant: str, tmp_path: Path):
     """Both losses, per token and weighed as in DeepSeek-V3 (2412.19437, 2.2), and gradients down to the embedding."""
     directory = hf_models.save(variant, tmp_path, tokenizer=False)
@@ -63,7 +66,7 @@ def test_logits_and_gradients_equal_transformers(variant: str, tmp_path: Path):
             "embed": model.embedding.word_embeddings.weight,
             "norm": model.decoder.final_layernorm.weight,
             "eh_proj": model.mtp.layers[-1].eh_proj.weight,
-            "kv_a": model.mtp.layers[-1].transformer_layer.self_attention.linear_kv_down_proj.weight,
+            "o_proj": model.mtp.layers[-1].transformer_layer.self_attention.linear_proj.weight,
         }
         for name, parameter in ours.items():
             difference = (parameter.grad / labels.numel() - theirs[name]).abs().max()
@@ -168,3 +171,26 @@ def test_copies_are_written_whatever_the_source_had(tmp_path: Path):
     back = tensors(tmp_path / "back")
     assert back.keys() == whole.keys()
     assert all(torch.equal(back[name], whole[name]) for name in whole)
+
+
+def test_modules_of_ernie_are_left_out_with_a_warning(tmp_path: Path):
+    """As in Baidu's files, whose modules transformers does not read either."""
+    source = hf_models.save("ernie4_5_moe", tmp_path / "hf", tokenizer=False)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    whole = tensors(source)
+    modules = {name: whole[f"model.layers.0.{name}"] for name in ("mlp.up_proj.weight", "input_layernorm.weight")}
+    modules = {f"model.mtp_block.0.{name}": tensor.clone() for name, tensor in modules.items()}
+    modules["model.mtp_emb_norm.0.weight"] = torch.ones(48)
+    save_file(whole | modules, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=r"num_nextn_predict_layers: 1: .* \(model.mtp_\*\) are not supported"):
+        import_hf(source, tmp_path / "megatron")
+    export_hf(tmp_path / "megatron", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+    assert tensors(tmp_path / "back").keys() == whole.keys()
+
+
+def test_a_model_of_ernie_with_modules_has_no_table():
+    section = hf_config.to_mcore({**hf_models.config("ernie4_5_moe").to_dict(), "num_nextn_predict_layers": 1})
+    with pytest.raises(ConversionError, match="model.mtp_num_layers: 1 cannot be converted"):
+        family.by_name("ernie4_5_moe").table(section)

@@ -21,6 +21,7 @@ PLAIN: dict[str, Any] = {
     "moe_router_enable_expert_bias": False,
     "norm_topk_prob": None,
     "moe_norm_min": None,
+    "moe_input_jitter_eps": None,
 }
 SIGMOID = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
 GROUPS = {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
@@ -138,3 +139,21 @@ def test_equals_transformers(case: str):
     for result in (probs, expected):
         (result * draw(TOKENS, EXPERTS, seed=2)).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_jitter_is_for_training_alone():
+    from bridge import parallel
+    from bridge.config.routing import route
+    from bridge.models import gpt, hf_config
+    from tests import hf_models
+
+    section = hf_config.to_mcore(hf_models.config("mixtral_jitter").to_dict())
+    assert section["moe_input_jitter_eps"] == 0.1
+    with parallel.single_process():
+        (model,) = gpt.build(route({"model": section}), dtype=torch.float32)
+        router = model.decoder.layers[0].mlp.router
+        hidden = draw(5, 2, 48).to(router.weight.device)
+        noise = model.train() and router.apply_input_jitter(hidden) / hidden
+        assert 0.89 < noise.min() < 0.95
+        assert 1.05 < noise.max() < 1.11
+        assert torch.equal(model.eval() and router.apply_input_jitter(hidden), hidden)

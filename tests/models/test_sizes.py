@@ -37,4 +37,5 @@ def test_parameters_and_config(name: str):
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**exported))
     predictions = sum(parameter.numel() for name, parameter in model.named_parameters() if name.startswith("mtp."))
-    assert sum(parameter.numel() for parameter in hf.parameters()) == count - predictions  # transformers builds none
+    # transformers builds no such modules, and has a parameter without gradient where megatron-core has a buffer.
+    assert sum(parameter.numel() for parameter in hf.parameters() if parameter.requires_grad) == count - predictions

@@ -15,7 +15,7 @@ def run_dir(tmp_path):
     for iteration in (50, 100):
         directory = locate.iteration_directory(root, iteration=iteration)
         directory.mkdir(parents=True)
-        (directory / "metadata.json").touch()
+        (directory / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
         (directory / ".metadata").touch()
     (root / locate.LATEST).write_text("100\n")
     return tmp_path / "run"
@@ -33,15 +33,49 @@ def test_an_iteration_directory_need_not_be_the_latest(run_dir):
 
 
 def test_unfinished_iteration(run_dir):
-    (run_dir / "checkpoints" / "iter_0000100" / "metadata.json").unlink()
+    unfinished = run_dir / "checkpoints" / "iter_0000100"
+    (unfinished / "metadata.json").write_text("{")
+    with pytest.raises(ConfigError, match="^megatron: .*iter_0000100 is no complete torch_dist checkpoint"):
+        locate.locate(run_dir)
+    (unfinished / "metadata.json").unlink()
+    with pytest.raises(ConfigError, match="^megatron: .*iter_0000100 has .metadata but no metadata.json: its save was"):
+        locate.locate(run_dir)
+    (unfinished / ".metadata").unlink()
     with pytest.raises(ConfigError, match="^megatron: .*iter_0000100 is no complete torch_dist checkpoint"):
         locate.locate(run_dir)
 
 
 def test_damaged_tracker(run_dir):
-    (run_dir / "checkpoints" / locate.LATEST).write_text("release")
-    with pytest.raises(ConfigError, match="holds 'release', not an iteration number"):
+    (run_dir / "checkpoints" / locate.LATEST).write_text("new")
+    with pytest.raises(ConfigError, match="holds 'new', not an iteration number"):
         locate.locate(run_dir)
+
+
+def test_release_of_megatron_lm(run_dir):
+    root = run_dir / "checkpoints"
+    (root / "iter_0000100").rename(root / "release")
+    (root / locate.LATEST).write_text("release")
+    for path in (run_dir, root / "release"):
+        assert locate.locate(path) == (root, 0, root / "release")
+
+
+def test_a_torch_dist_folder_by_any_name(run_dir):
+    folder = (run_dir / "checkpoints" / "iter_0000100").rename(run_dir / "weights")
+    assert locate.is_megatron(folder)
+    assert locate.locate(folder) == (folder, 0, folder)
+
+
+def test_other_formats_are_refused_by_name(run_dir):
+    folder = run_dir / "checkpoints" / "iter_0000100"
+    (folder / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    with pytest.raises(ConfigError, match="old format 'zarr'; load it with .* --ckpt-convert-format torch_dist"):
+        locate.locate(run_dir)
+    (folder / "mp_rank_00_000").mkdir()
+    (folder / "mp_rank_00_000" / "model_optim_rng.pt").touch()
+    with pytest.raises(ConfigError, match="^megatron: .*00100 is in Megatron-LM's old format 'torch'; load it with"):
+        locate.locate(run_dir)
+    with pytest.raises(ConfigError, match="^megatron: .*old is in Megatron-LM's old format 'torch'; load it with"):
+        locate.locate(folder.rename(run_dir / "old"))
 
 
 def test_other_directories(tmp_path):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from bridge.weights.ops import Copy, Interleaved, Joined, Qkv, Stack, Transposed
+from bridge.weights.ops import Copy, Flat, Interleaved, Joined, Qkv, Stack, Transposed
 
 
 @pytest.mark.parametrize("trailing", [(), (3,), (3, 2)])
@@ -70,3 +70,12 @@ def test_transposed_weights_lie_on_their_side_and_biases_do_not(op):
     assert back.is_contiguous()
     assert torch.equal(Transposed(op).merge([bias]), op.merge([bias]))
     assert torch.equal(Transposed(op).split(op.merge([bias]))[0], bias)
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (1, 1), (1, 4, 3)])
+def test_a_dim_of_one_goes_and_comes_back(shape):
+    part = torch.randn(shape)
+    fused = Flat().merge([part])
+    assert fused.shape == shape[1:]
+    (again,) = Flat().split(fused)
+    assert torch.equal(again, part)

@@ -2,14 +2,14 @@
 score with a bias that only the choice sees, and modules that predict one more token each."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from bridge.models import hf_moe
-from bridge.models.decoder_rows import embedding, final
 from bridge.models.families.deepseek_v2 import DEEPSEEK_CONSTANTS, DEEPSEEK_DEFAULTS, DEEPSEEK_PARTS, deepseek_layer
 from bridge.models.family import Family
 from bridge.models.hf_fields import only
-from bridge.models.hf_prediction import multi_token_prediction, prediction_rows, without_missing_predictions
+from bridge.models.hf_prediction import multi_token_prediction, predicting_table, without_missing_predictions
 from bridge.weights.table import Table
 
 V3_DEFAULTS = {
@@ -45,9 +45,7 @@ V3_CONSTANTS = {
 
 
 def v3_table(model: Mapping[str, Any], *, fused_experts: bool = False) -> Table:
-    """The table of a model with prediction modules, where it has any."""
-    modules = prediction_rows(model, lambda like: deepseek_layer(like, fused_experts=fused_experts))
-    return Table([*embedding(model), *modules, *deepseek_layer(model, fused_experts=fused_experts), *final(model)])
+    return predicting_table(model, partial(deepseek_layer, fused_experts=fused_experts))
 
 
 FAMILY = Family(
@@ -58,5 +56,5 @@ FAMILY = Family(
     constants=V3_CONSTANTS,
     rows=v3_table,
     stored=without_missing_predictions,
-    spellings={"fused_experts": lambda model: v3_table(model, fused_experts=True)},
+    spellings={"fused_experts": partial(v3_table, fused_experts=True)},
 )

@@ -8,6 +8,7 @@ from bridge.models.hf_rope import HF_NAMES, rope
 
 # transformers' class has no attention_dropout, and another base of the rotary embedding.
 REPLACED = (HF_NAMES, ("attention_dropout",))
+DECODER_PARTS = (*(part for part in DECODER if part.hf_names not in REPLACED), rope(theta=500000.0))
 
 FAMILY = Family(
     architecture="Ernie4_5ForCausalLM",
@@ -22,8 +23,7 @@ FAMILY = Family(
         "use_bias": False,
     },
     parts=(
-        *(part for part in DECODER if part.hf_names not in REPLACED),
-        rope(theta=500000.0),
+        *DECODER_PARTS,
         attention_shape(),
         same("use_bias", "add_bias_linear", bool),
     ),

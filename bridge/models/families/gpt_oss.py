@@ -5,8 +5,8 @@ from typing import Any
 from bridge.models.decoder_rows import BOTH, HF, MCORE, Model, Rows, attention, embedding, final, linear, norms
 from bridge.models.families.llama import CONSTANTS, DECODER, HF_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import Part, Values, attention_shape, only, refused, same, unread, window_by_pattern
-from bridge.models.hf_moe import aux_loss, experts
+from bridge.models.hf_fields import Part, Values, attention_shape, only, same, unread, window_by_pattern
+from bridge.models.hf_moe import aux_loss, experts, width_of_experts
 from bridge.models.hf_rope import rope
 from bridge.models.moe_rows import EXPERTS, mlp_norms
 from bridge.weights.ops import Copy, Interleaved, Transposed
@@ -33,21 +33,6 @@ def attention_bias() -> Part:
         return {"attention_bias": model["add_attention_bias"] is not False}
 
     return Part(("attention_bias",), ("add_attention_bias",), read, write)
-
-
-def widths() -> Part:
-    """`intermediate_size` is that of an expert: no layer is dense."""
-
-    def read(hf: Values) -> dict[str, Any]:
-        return dict.fromkeys(("ffn_hidden_size", "moe_ffn_hidden_size"), int(hf["intermediate_size"]))
-
-    def write(model: Values) -> dict[str, Any]:
-        width = model["moe_ffn_hidden_size"] or model["ffn_hidden_size"]
-        if model["moe_layer_freq"] != 1:
-            raise refused("model.moe_layer_freq", model["moe_layer_freq"], "every layer of this family has experts")
-        return {"intermediate_size": width}
-
-    return Part(("intermediate_size",), ("ffn_hidden_size", "moe_ffn_hidden_size", "moe_layer_freq"), read, write)
 
 
 def rows(model: Model) -> Table:
@@ -105,7 +90,7 @@ FAMILY = Family(
         rope(theta=150000.0, scaling=SCALING),
         attention_shape(),
         attention_bias(),
-        widths(),
+        width_of_experts(),
         window_by_pattern(2, unused=128),
         experts("num_local_experts", "num_experts", per_token=("num_experts_per_tok", "experts_per_token")),
         same("swiglu_limit", "activation_func_clamp_value", float),
