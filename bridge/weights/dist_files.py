@@ -159,6 +159,7 @@ class DataFile:
         self._path = directory / f"__{number}_0.distcp"
 
     def __enter__(self) -> "DataFile":
+        self._path.unlink(missing_ok=True)  # a file someone has mapped must not shrink
         self._stream = self._path.open("wb")
         return self
 

@@ -32,10 +32,8 @@ def fp8(tensor):
     return numbers, scales
 
 
-@pytest.fixture
-def quantised(tiny_hf):
-    """A tiny Llama as DeepSeek stores its own: linear weights in fp8, embeddings and norms in bf16."""
-    source = tiny_hf("llama", dtype=torch.bfloat16, intermediate_size=96)
+def quantise(source):
+    """Make a tiny Llama what DeepSeek stores: linear weights in fp8, embeddings and norms in bf16."""
     stored = {}
     for name, tensor in load_file(source / "model.safetensors").items():
         stored[name] = tensor
@@ -45,6 +43,12 @@ def quantised(tiny_hf):
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"quantization_config": CONFIG}))
     return source
+
+
+@pytest.fixture
+def quantised(tiny_hf):
+    """Keys and values have 24 rows, one block and a half."""
+    return quantise(tiny_hf("llama", dtype=torch.bfloat16, intermediate_size=96))
 
 
 def test_import_verify_export(quantised, tmp_path, capsys):
@@ -62,13 +66,11 @@ def test_import_verify_export(quantised, tmp_path, capsys):
     assert config["dtype"] == "bfloat16"
 
 
-def test_transformers_reads_the_quantised_directory_as_we_do(quantised):
-    """It dequantises by itself where there is no GPU, but rounds the scales to bf16 first: here they are such numbers."""
+def test_transformers_reads_the_quantised_directory_as_we_do(tiny_hf):
+    """It dequantises by itself where there is no GPU; blocks cut at an edge it gets wrong, so here there are none."""
     from transformers import AutoModelForCausalLM
 
-    stored = load_file(quantised / "model.safetensors")
-    rounded = {name: tensor.bfloat16().float() for name, tensor in stored.items() if name.endswith("_scale_inv")}
-    save_file(stored | rounded, quantised / "model.safetensors", metadata={"format": "pt"})
+    quantised = quantise(tiny_hf("llama", dtype=torch.bfloat16, intermediate_size=96, num_key_value_heads=4))
     theirs = AutoModelForCausalLM.from_pretrained(quantised, dtype=torch.float32).state_dict()
     files = open_source(quantised)
     assert theirs.keys() == files.tensors.keys()

@@ -1,5 +1,6 @@
 """Tasks by forked processes: every result once, errors as if raised here, and no process left."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -28,7 +29,7 @@ def test_every_task_is_done_once_and_every_worker_closes(tmp_path, num_workers, 
     assert {index: square for index, (_, square) in results.items()} == {index: index**2 for index in range(50)}
     assert {str(number) for number, _ in results.values()} <= numbers
     assert set(os.listdir(tmp_path)) == numbers
-    assert children() == []
+    assert multiprocessing.active_children() == []
 
 
 def failing(error):
@@ -44,16 +45,11 @@ def failing(error):
     return open_task
 
 
-def children():
-    with open(f"/proc/self/task/{os.getpid()}/children") as file:
-        return [pid for pid in file.read().split() if "python" in open(f"/proc/{pid}/cmdline").read()]
-
-
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_users_error_is_raised_as_it_is(num_workers):
     with pytest.raises(ConversionError, match="^file: tensor x is damaged$"):
         list(Workers(num_workers, failing(ConversionError("file: tensor x is damaged"))).run(1000))
-    assert children() == []
+    assert multiprocessing.active_children() == []
 
 
 def test_an_error_of_ours_keeps_its_traceback():
@@ -68,14 +64,14 @@ def test_a_killed_worker_is_told():
 
     with pytest.raises(ConversionError, match="^workers: one was killed, probably for want of memory; set workers=1"):
         list(Workers(2, open_task).run(1000))
-    assert children() == []
+    assert multiprocessing.active_children() == []
 
 
 def test_leaving_early_ends_the_workers():
     results = Workers(2, failing(ConversionError("never"))).run(4)
     next(results)
     results.close()
-    assert children() == []
+    assert multiprocessing.active_children() == []
 
 
 def test_memory_of_the_workers_is_counted():
