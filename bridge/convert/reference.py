@@ -16,7 +16,7 @@ def load(directory: Path | str, *, attn_implementation: str = "eager", files: Hf
     A model_type that transformers does not know is loaded as the one whose class it shares (`Family.class_of`); without
     one, ConversionError: code that ships with a model is not run.
     """
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -29,10 +29,11 @@ def load(directory: Path | str, *, attn_implementation: str = "eager", files: Hf
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attn_implementation}
     if class_of or files:
         options["config"] = _config(directory, str(class_of or kind))
-    if files:
-        options["state_dict"] = {name: files.read(name) for name in files.tensors}
-    path: Any = None if files else directory  # None: from config and state_dict
-    return AutoModelForCausalLM.from_pretrained(path, **options).eval()
+    if files is None:
+        return AutoModelForCausalLM.from_pretrained(directory, **options).eval()
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(options["config"])]
+    state = {name: files.read(name) for name in files.tensors}
+    return model_class.from_pretrained(None, state_dict=state, **options).eval()
 
 
 def _config(directory: Path | str, model_type: str) -> Any:

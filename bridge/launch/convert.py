@@ -7,13 +7,21 @@ from bridge.config import run_config
 from bridge.launch import compose
 from bridge.launch.driver import guarded
 
+INTERRUPTED = 130  # what shells report after SIGINT
 PATH_KEYS = frozenset({"hf", "megatron", "reference", "report"})
 FILE_OPTION = "from_file"
 
 
 def main() -> None:
-    """Entry of convert.py and bridge-convert. Exit codes: 0 done, 1 out of tolerance or failed, 2 wrong input."""
-    sys.exit(guarded(_command))
+    """Entry of convert.py and bridge-convert.
+
+    Exit codes: 0 done, 1 out of tolerance or failed, 2 wrong input or a full disk, 130 Ctrl-C, 143 SIGTERM.
+    """
+    try:
+        sys.exit(guarded(_command))
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
 
 
 def _command() -> int:

@@ -12,6 +12,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -158,12 +159,13 @@ class DataFile:
         self._path = directory / f"__{number}_0.distcp"
 
     def __enter__(self) -> "DataFile":
-        self._path.unlink(missing_ok=True)  # truncating it would take the pages of tensors mapped from it
-        self._stream = self._path.open("xb")
+        self._path.unlink(missing_ok=True)  # a file someone has mapped must not shrink
+        self._stream = self._path.open("wb")
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        with suppress(OSError) if kind else nullcontext():  # on a full disk closing fails for the same reason
+            self._stream.close()
 
     def write(self, key: str, tensor: Tensor) -> Written:
         """Append one tensor, or one entry (`key[3]`) of a stack. Raises ConversionError when the disk is full."""
@@ -237,9 +239,9 @@ class DistWriter:
         )
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        self.file.__exit__()
-        self.file.remove_if_empty()
+        self.file.__exit__(kind)
         if kind is None:
+            self.file.remove_if_empty()
             self._finish()
 
     def _finish(self) -> None:

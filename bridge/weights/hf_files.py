@@ -185,6 +185,7 @@ class HfWriter:
         text += b" " * (-len(text) % 8)
         for name in tensors:
             self._places[name] = self._places[name]._replace(start=8 + len(text) + self._places[name].start)
+        file.unlink(missing_ok=True)  # a file someone has mapped must not shrink
         self._files[file] = file.open("wb", buffering=0)
         pages.write_at(self._files[file].fileno(), memoryview(struct.pack("<Q", len(text)) + text), 0)
 

@@ -1,5 +1,6 @@
 """An output directory that appears by rename: whole, or not at all."""
 
+import errno
 import os
 import shutil
 import signal
@@ -13,14 +14,17 @@ from types import FrameType
 from bridge.errors import ConversionError
 from bridge.weights.locate import LATEST, is_hf
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 @contextmanager
 def new_directory(path: str | Path, *, overwrite: bool, key: str) -> Iterator[Path]:
     """A temporary sibling of `path` to fill; it takes the name `path` when the block ends without an exception.
 
     An exception, Ctrl-C or SIGTERM leaves nothing behind and an old `path` untouched; what a killed process left is
-    removed by the next one. Raises ConversionError when `path` exists (an empty directory does not count) and
-    `overwrite` is false, or is no model directory and so is not ours to replace. `key` names the user's setting.
+    removed by the next one. Raises ConversionError when the disk is full, when `path` exists (an empty directory does
+    not count) and `overwrite` is false, or is no model directory and so is not ours to replace. `key` names the user's
+    setting.
     """
     path = Path(path).expanduser().absolute()
     _check_free(path, overwrite=overwrite, key=key)
@@ -32,6 +36,10 @@ def new_directory(path: str | Path, *, overwrite: bool, key: str) -> Iterator[Pa
         with _sigterm_raises():
             yield partial
         _replace(path, partial)
+    except OSError as error:  # tensors name their file; this is for all that is small
+        if error.errno not in FULL:
+            raise
+        raise ConversionError(f"{key}: {path} cannot be written ({error.strerror}); free some space") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,0 +1,106 @@
+"""Options of a conversion that change how it is done, or what is refused, but not what comes out."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bridge.convert.export import export_hf
+from bridge.convert.import_ import import_hf
+from bridge.errors import ConversionError
+from bridge.models.families import llama
+from bridge.weights import locate, transfer
+from bridge.weights.table import Row, Table
+from tests.convert.test_round_trip import assert_same, load_by_mcore, tensors
+from tests.distributed import run_distributed
+from tests.test_docs import ROOT
+
+
+def test_workers_write_the_same_model(tiny_hf, tmp_path):
+    """Each has files of its own on import; megatron-core reads them all, at any layout."""
+    source = tiny_hf("llama", dtype=torch.bfloat16, max_shard_size="60KB")
+    summary = import_hf(source, tmp_path / "megatron", workers=3)
+    assert summary.startswith("import: 27 tensors, ")
+    directory = locate.locate(tmp_path / "megatron").directory
+    assert {file.name for file in directory.glob("*.distcp")} >= {"__1_0.distcp", "__2_0.distcp", "__3_0.distcp"}
+    summary = export_hf(tmp_path / "megatron", tmp_path / "back", workers=2, max_shard_size="50KB")
+    assert summary.startswith("export: 39 tensors, ")
+    assert_same(tensors(tmp_path / "back"), tensors(source))
+    ranks = run_distributed(load_by_mcore, 2, tmp_path / "megatron", {"tensor_model_parallel_size": 2})
+    assert torch.equal(ranks[0]["decoder.final_layernorm.weight"], tensors(source)["model.norm.weight"].float())
+
+
+def test_an_error_in_a_worker_is_the_same_line(tiny_hf, tmp_path):
+    source = tiny_hf("llama")
+    stored = load_file(source / "model.safetensors")
+    stored["model.layers.2.mlp.up_proj.weight"][1, 1] = torch.inf
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    for workers in (1, 2):
+        with pytest.raises(ConversionError, match="model.safetensors: tensor model.layers.2.mlp.up_proj.weight has 1 "):
+            import_hf(source, tmp_path / "out" / "megatron", check_finite=True, workers=workers)
+        assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.3.self_attn.k_proj.weight"])
+def test_check_finite_names_file_and_tensor(tiny_hf, tmp_path, value, name):
+    source = tiny_hf("llama", dtype=torch.bfloat16)
+    import_hf(source, tmp_path / "megatron", check_finite=True)
+    stored = load_file(source / "model.safetensors")
+    stored[name].view(-1)[:2] = value
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match=rf"model.safetensors: tensor {name} has 2 of \d+ values that are NaN"):
+        import_hf(source, tmp_path / "checked", check_finite=True)
+    import_hf(source, tmp_path / "unchecked")
+
+
+def test_rows_that_keep_their_dtype(tiny_hf, tmp_path, monkeypatch):
+    """As the correction bias of a router: fp32, whatever the rest is cast to, on import and on export."""
+    kept = "model.norm.weight"
+
+    def table(model):
+        rows = llama.llama_table(model).rows
+        return Table(
+            Row(row.mcore_key, row.hf_names, row.op, keep_dtype=True)
+            if isinstance(row, Row) and row.hf_names == (kept,)
+            else row
+            for row in rows
+        )
+
+    monkeypatch.setitem(llama.FAMILY.__dict__, "rows", table)
+    source = tiny_hf("llama")
+    wanted = {name: tensor if name == kept else tensor.bfloat16() for name, tensor in tensors(source).items()}
+    import_hf(source, tmp_path / "half", dtype=torch.bfloat16)
+    export_hf(tmp_path / "half", tmp_path / "a")
+    import_hf(source, tmp_path / "full")
+    export_hf(tmp_path / "full", tmp_path / "b", dtype=torch.bfloat16)
+    for name in ("a", "b"):
+        assert_same(tensors(tmp_path / name), wanted)
+
+
+def test_a_file_that_shrinks_meanwhile_is_named(tiny_hf, tmp_path, monkeypatch):
+    source = tiny_hf("llama")
+    check = transfer.check_ignored
+
+    def shrinking(*arguments):
+        with (source / "model.safetensors").open("r+b") as file:
+            file.truncate(20_000)
+        return check(*arguments)
+
+    monkeypatch.setattr(transfer, "check_ignored", shrinking)
+    with pytest.raises(ConversionError, match="model.safetensors: tensor model.* cannot be read"):
+        import_hf(source, tmp_path / "out" / "megatron")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_benchmark_runs_small(tmp_path):
+    command = [sys.executable, "-W", "ignore", "benchmarks/convert.py", "--size", "20MB", "--transformers-size", "5MB"]
+    command += ["--directory", str(tmp_path), "--workers", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) GB \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ GB", done.stdout, re.MULTILINE)
+    assert [row[0] for row in rows] == ["plain", "import", "export", "transformers"]
+    assert not list(tmp_path.iterdir())
