@@ -158,7 +158,8 @@ class DataFile:
         self._path = directory / f"__{number}_0.distcp"
 
     def __enter__(self) -> "DataFile":
-        self._stream = self._path.open("wb")
+        self._path.unlink(missing_ok=True)  # truncating it would take the pages of tensors mapped from it
+        self._stream = self._path.open("xb")
         return self
 
     def __exit__(self, *_: object) -> None:
