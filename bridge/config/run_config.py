@@ -20,6 +20,14 @@ _CONVERT_NEEDS = {
     "verify": ("hf", "megatron"),
     "yaml": ("hf",),
 }
+_WRITES = {"mode", "hf", "megatron", "dtype", "workers", "overwrite"}
+# Keys that have an effect in each mode; another one that is set is an error.
+_CONVERT_READS = {
+    "import": {*_WRITES, "family", "make_vocab_size_divisible_by", "check_finite"},
+    "export": {*_WRITES, "model", "reference", "max_shard_size"},
+    "verify": {"mode", "hf", "megatron", "model", "reference", "prompts", "tolerance", "report"},
+    "yaml": {"mode", "hf", "family"},
+}
 
 
 @dataclass(frozen=True)
@@ -104,13 +112,14 @@ def write(config: RunConfig, path: Path | str) -> None:
 def convert_from_dict(config: Mapping[str, Any]) -> ConvertConfig:
     """Checks a composed conf/convert.yaml. Raises ConfigError with the full key on the first fault."""
     convert = sections.build(ConvertConfig, config, "")
-    for key in _CONVERT_NEEDS[convert.mode]:
-        if getattr(convert, key) is None:
-            raise ConfigError(f"{key}: is missing; mode={convert.mode} needs it: set {key}=DIR")
-    for key in ("model", "reference"):
-        if getattr(convert, key) and convert.mode not in ("export", "verify"):
-            raise ConfigError(f"{key}: has no effect with mode={convert.mode}; leave it out")
-    return dataclasses.replace(convert, model=convert.model or None)
+    for name in _CONVERT_NEEDS[convert.mode]:
+        if getattr(convert, name) is None:
+            raise ConfigError(f"{name}: is missing; mode={convert.mode} needs it: set {name}=DIR")
+    convert = dataclasses.replace(convert, model=convert.model or None)
+    for key in dataclasses.fields(ConvertConfig):
+        if key.name not in _CONVERT_READS[convert.mode] and getattr(convert, key.name) != key.default:
+            raise ConfigError(f"{key.name}: has no effect with mode={convert.mode}; leave it out")
+    return convert
 
 
 def _check_named(config: Mapping[str, Any], section: str, selector: str, *, package: str) -> None:

@@ -107,6 +107,7 @@ class ConvertConfig:
     reference: str | None = None
     family: str | None = None
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    make_vocab_size_divisible_by: int | None = _from(1, None)
     max_shard_size: str = "5GB"
     workers: int | None = _from(1, None)
     check_finite: bool = False

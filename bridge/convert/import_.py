@@ -21,6 +21,7 @@ def run(config: ConvertConfig) -> int:
         config.megatron,
         family=config.family,
         dtype=torch_dtype(config.dtype),
+        make_vocab_size_divisible_by=config.make_vocab_size_divisible_by,
         check_finite=config.check_finite,
         workers=config.workers,
         overwrite=config.overwrite,
@@ -36,6 +37,7 @@ def import_hf(
     *,
     family: str | None = None,
     dtype: torch.dtype | None = None,
+    make_vocab_size_divisible_by: int | None = None,
     check_finite: bool = False,
     workers: int | None = None,
     overwrite: bool = False,
@@ -43,12 +45,15 @@ def import_hf(
     """Write checkpoint `megatron` (iteration 0) from directory `hf`; the summary line.
 
     `family` is found by model_type unless given. `dtype` casts the weights; None keeps each tensor's own, and makes
-    quantised ones bfloat16. `check_finite` refuses NaN and infinity. `workers` processes share the work; None: as many
-    as cores and size make sensible. Raises ConversionError when the config is not understood, a tensor is missing, left
-    over or damaged, or the output exists: then nothing was written.
+    quantised ones bfloat16. `make_vocab_size_divisible_by`: rows of zeros pad the vocabulary to a multiple of it, for
+    programs that want them stored; megatron-core's own load pads by itself. `check_finite` refuses NaN and infinity.
+    `workers` processes share the work; None: as many as cores and size make sensible. Raises ConversionError when the
+    config is not understood, a tensor is missing, left over or damaged, or the output exists: then nothing was written.
     """
     with new_directory(megatron, overwrite=overwrite, key="megatron") as root:
         section = hf_config.to_mcore(hf_config.read(hf), family=family)
+        if make_vocab_size_divisible_by is not None:
+            section["make_vocab_size_divisible_by"] = make_vocab_size_divisible_by
         files = open_source(hf, dtype=dtype)
         bones = skeleton(section, hf_names=files.tensors)
         directory = locate.iteration_directory(root, iteration=0)
