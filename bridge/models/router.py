@@ -1,5 +1,7 @@
-"""The choice of experts where that of megatron-core's router differs from a Hugging Face family's."""
+"""megatron-core's router with balancing losses that do not depend on the layout, and with the choice of experts of a
+Hugging Face family where its own differs."""
 
+import copy
 from typing import Any
 
 import torch
@@ -18,19 +20,17 @@ REFUSED = (
 )
 
 
-def is_needed(config: Any) -> bool:
-    """Whether this model needs `Router`: megatron-core's (moe_utils.topk_routing_with_score_function) adds a bias to
-    sigmoid scores only, always divides these by their sum, without a least sum, and scores a group of experts by its
-    best moe_router_topk // moe_router_group_topk. Its jitter would go on after training.
+def chooses_otherwise(config: Any) -> bool:
+    """Whether this model's choice is not the one megatron-core has (moe_utils.topk_routing_with_score_function).
+
+    That adds a bias to sigmoid scores only, always divides these by their sum, without a least sum, and scores a group
+    of experts by its best moe_router_topk // moe_router_group_topk.
     """
-    if config.num_moe_experts is None:
-        return False
     topk, group_topk, best = config.moe_router_topk, config.moe_router_group_topk, config.moe_router_group_score_topk
     return (
         (config.moe_router_enable_expert_bias and config.moe_router_score_function == "softmax")
         or config.norm_topk_prob not in (None, _normed_by_megatron(config))
         or config.moe_norm_min is not None
-        or config.moe_input_jitter_eps is not None
         or bool(group_topk and best not in (None, topk // group_topk))
     )
 
@@ -42,38 +42,48 @@ def _normed_by_megatron(config: Any) -> bool:
 
 
 def use(layer: Any, config: Any) -> None:
-    """Put `Router` into the specification of a layer with experts, where it is needed."""
+    """Put `Router` into the specification of a layer with experts."""
     feed_forward = layer.submodules.mlp
-    if feed_forward.module is MoELayer and is_needed(config):
+    if feed_forward.module is MoELayer:
         feed_forward.submodules.router = Router
 
 
 class Router(TopKRouter):
-    """megatron-core's router with another choice of experts: losses, dropping and updates of the bias are its own."""
+    """megatron-core's router; dropping, the balancing losses themselves and updates of the bias are its own.
+
+    Two of its faults are put right. Jitter would go on after training. And with calculate_per_token_loss every rank
+    scales the gradient of its part of a balancing loss by its own number of tokens, where the number in the sequences
+    it shares with its tensor and context ranks is due, and seq_aux_loss by that of one sequence: the losses would be
+    weaker the more ranks or sequences there are.
+    """
 
     def __init__(self, config: Any, pg_collection: Any = None) -> None:
-        for field, harmless in REFUSED:
-            if getattr(config, field) != harmless:
-                raise ConfigError(
-                    f"model.{field}: {getattr(config, field)!r} does not go with this model's choice of experts; "
-                    f"set {harmless}"
-                )
-        if config.moe_router_load_balancing_type == "sinkhorn":
-            raise ConfigError(
-                "model.moe_router_load_balancing_type: 'sinkhorn' does not go with this model's choice of experts; "
-                "set aux_loss"
-            )
-        super().__init__(config=config, pg_collection=pg_collection)
+        self.own_choice = chooses_otherwise(config)
+        if self.own_choice:
+            _check(config)
+        scaled = copy.copy(config)
+        if config.calculate_per_token_loss:
+            ranks = pg_collection.tp_cp.size()
+            scaled.moe_aux_loss_coeff = _times(config.moe_aux_loss_coeff, ranks)
+            scaled.moe_z_loss_coeff = _times(config.moe_z_loss_coeff, ranks)
+        super().__init__(config=scaled, pg_collection=pg_collection)
+
+    def attach_and_log_load_balancing_loss(self, activation: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """For the tokens of all sequences of this rank, [tokens, experts] in `activation`."""
+        kwargs["valid_token_count"] = activation.shape[0]
+        return super().attach_and_log_load_balancing_loss(activation, *args, **kwargs)
 
     def apply_input_jitter(self, input: Tensor) -> Tensor:
         """Noise on hidden states [sequence, batch, hidden], in training alone."""
         return super().apply_input_jitter(input) if self.training else input
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """TopKRouter.routing with the choice replaced.
+        """TopKRouter.routing, with the choice replaced where it is another.
 
         `logits` [sequence, batch, experts] -> weights (0 where not chosen) and choice (bool), [tokens, experts].
         """
+        if not self.own_choice:
+            return super().routing(logits, padding_mask)
         length, batch = logits.shape[:2]
         logits = logits.view(-1, self.config.num_moe_experts)
         padding_mask = None if padding_mask is None else padding_mask.reshape(-1)
@@ -98,6 +108,27 @@ class Router(TopKRouter):
             probs = self._apply_global_aux_loss(probs, scores, chosen, **masked)
         self._apply_expert_bias(routing_map, padding_mask=padding_mask)
         return probs, routing_map
+
+
+def _check(config: Any) -> None:
+    for field, harmless in REFUSED:
+        if getattr(config, field) != harmless:
+            raise ConfigError(
+                f"model.{field}: {getattr(config, field)!r} does not go with this model's choice of experts; "
+                f"set {harmless}"
+            )
+    if config.moe_router_load_balancing_type == "sinkhorn":
+        raise ConfigError(
+            "model.moe_router_load_balancing_type: 'sinkhorn' does not go with this model's choice of experts; "
+            "set aux_loss"
+        )
+
+
+def _times(coefficient: Any, factor: int) -> Any:
+    """A coefficient, several, or none, each times `factor`."""
+    if coefficient is None or isinstance(coefficient, list):
+        return coefficient and [one * factor for one in coefficient]
+    return coefficient * factor
 
 
 def choose(logits: Tensor, expert_bias: Tensor | None, config: Any) -> tuple[Tensor, Tensor]:

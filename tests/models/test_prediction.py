@@ -173,8 +173,8 @@ def test_copies_are_written_whatever_the_source_had(tmp_path: Path):
     assert all(torch.equal(back[name], whole[name]) for name in whole)
 
 
-def test_modules_of_ernie_are_left_out_with_a_warning(tmp_path: Path):
-    """As in Baidu's files, whose modules transformers does not read either."""
+def test_modules_of_ernie_are_left_out_only_when_the_config_counts_none(tmp_path: Path):
+    """Baidu's files have one, which transformers does not read either."""
     source = hf_models.save("ernie4_5_moe", tmp_path / "hf", tokenizer=False)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
@@ -183,10 +183,12 @@ def test_modules_of_ernie_are_left_out_with_a_warning(tmp_path: Path):
     modules = {f"model.mtp_block.0.{name}": tensor.clone() for name, tensor in modules.items()}
     modules["model.mtp_emb_norm.0.weight"] = torch.ones(48)
     save_file(whole | modules, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.warns(UserWarning, match=r"num_nextn_predict_layers: 1: .* \(model.mtp_\*\) are not supported"):
+    with pytest.raises(ConversionError, match=r"num_nextn_predict_layers: 1, .* \(model.mtp_\*\) .*; set it to 0"):
         import_hf(source, tmp_path / "megatron")
+    (source / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+    import_hf(source, tmp_path / "megatron")
     export_hf(tmp_path / "megatron", tmp_path / "back")
-    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
+    assert json.loads((tmp_path / "back" / "config.json").read_text()).get("num_nextn_predict_layers", 0) == 0
     assert tensors(tmp_path / "back").keys() == whole.keys()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.models.router import choose, is_needed
+from bridge.models.router import choose, chooses_otherwise
 
 TOKENS, EXPERTS = 64, 16
 PLAIN: dict[str, Any] = {
@@ -48,7 +48,7 @@ def test_equals_megatron_core_where_that_has_it(fields: dict[str, Any]):
     from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
     config = SimpleNamespace(**{**PLAIN, **fields})
-    assert not is_needed(config)
+    assert not chooses_otherwise(config)
     bias = draw(EXPERTS, seed=1) if config.moe_router_enable_expert_bias else None
     ours, theirs = (draw(TOKENS, EXPERTS).requires_grad_() for _ in range(2))
     probs, chosen = choose(ours, bias, config)
@@ -128,7 +128,7 @@ def test_equals_transformers(case: str):
     router, fields = CASES[case]()
     router.weight.data.copy_(torch.eye(EXPERTS))
     config = SimpleNamespace(**{**PLAIN, **fields})
-    assert is_needed(config)
+    assert chooses_otherwise(config)
     bias = next((tensor for name, tensor in router.state_dict().items() if "correction_bias" in name), None)
     ours, theirs = (draw(TOKENS, EXPERTS).requires_grad_() for _ in range(2))
     probs, chosen = choose(ours, None if bias is None else bias.flatten(), config)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import hf_models
-from tests.models.test_families import TOLERANCE, mcore_logits
+from tests.models.test_families import TOLERANCE, WITH_EXPERTS, mcore_logits
 
 pytestmark = pytest.mark.gpu
 
@@ -21,5 +21,8 @@ def test_both_kinds_of_layers(variant: str, tmp_path: Path):
         exact = mcore_logits(directory, ids, **fields)
         torch.testing.assert_close(exact, expected, atol=TOLERANCE, rtol=0, msg=lambda m, i=implementation: f"{i}: {m}")
         rounded = mcore_logits(directory, ids, dtype=torch.bfloat16, **fields).float()
-        cosine = torch.nn.functional.cosine_similarity(rounded, expected, dim=-1).min()
-        assert cosine > 0.97, f"{implementation}: {cosine}"
+        cosine = torch.nn.functional.cosine_similarity(rounded, expected, dim=-1)
+        if hf_models.VARIANTS[variant].family in WITH_EXPERTS:  # rounding sends some tokens to other experts
+            assert cosine.median() > 0.99, f"{implementation}: {cosine.median()}"
+        else:
+            assert cosine.min() > 0.97, f"{implementation}: {cosine.min()}"

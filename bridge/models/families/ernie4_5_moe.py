@@ -1,13 +1,13 @@
 """ERNIE 4.5 with experts (21B-A3B, 300B-A47B): ERNIE's attention, softmax scores with a bias that only the choice sees.
 
-The modules of the published models that predict one more token (`model.mtp_*`) are left out, as transformers leaves
-them out: their output goes through the model's own last norm, where megatron-core's modules have a norm each.
+The modules of the published models that predict one more token (`model.mtp_*`) are left out only if config.json counts
+0 of them: their output goes through the model's own last norm, where megatron-core's modules have a norm each.
 """
 
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from bridge.errors import ConversionError
 from bridge.models import moe_rows
 from bridge.models.decoder_rows import Model, attention, embedding, final, norms
 from bridge.models.families import ernie4_5
@@ -37,14 +37,15 @@ def predictions() -> Part:
 
 
 def without_predictions(hf: Values, names: Collection[str]) -> Mapping[str, Any]:
-    """`hf` without the modules that predict further tokens, and a warning where the config or the files have some."""
-    if not hf.get(PREDICTIONS) and not any(name.startswith("model.mtp_") for name in names):
-        return hf
-    warnings.warn(
-        f"config.json: {PREDICTIONS}: {hf.get(PREDICTIONS)}: modules of this family that predict one more token "
-        "(model.mtp_*) are not supported; going on without",
-        stacklevel=3,
-    )
+    """`hf` without the count of modules that predict further tokens, where it is 0 or the files have none.
+
+    Raises ConversionError where they have some: leaving them out is for the user to decide.
+    """
+    if hf.get(PREDICTIONS) != 0 and any(name.startswith("model.mtp_") for name in names):
+        raise ConversionError(
+            f"config.json: {PREDICTIONS}: {hf.get(PREDICTIONS)}, but the modules of this family that predict one more "
+            "token (model.mtp_*) cannot be computed by megatron-core; set it to 0 to convert the model without them"
+        )
     return {name: value for name, value in hf.items() if name != PREDICTIONS}
 
 
