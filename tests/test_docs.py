@@ -20,6 +20,7 @@ WORDS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run"],
     "train.py": [str(ROOT / "train.py")],
     "convert.py": [str(ROOT / "convert.py")],
+    "benchmarks/convert.py": [str(ROOT / "benchmarks" / "convert.py")],
 }
 SMALL = [
     "model.num_layers=2",

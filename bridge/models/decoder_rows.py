@@ -119,7 +119,10 @@ def final(model: Model, *, name: str = "model.norm") -> Rows:
 
 def transposed(rows: Rows) -> Rows:
     """The same rows for files that keep weights as `[in, out]`."""
-    return [Row(row.mcore_key, row.hf_names, Transposed(row.op)) if isinstance(row, Row) else row for row in rows]
+    return [
+        Row(row.mcore_key, row.hf_names, Transposed(row.op), keep_dtype=row.keep_dtype) if isinstance(row, Row) else row
+        for row in rows
+    ]
 
 
 def linear(key: str, names: str | tuple[str, ...], op: Op | None = None, *, bias: bool) -> Rows:

@@ -81,4 +81,4 @@ def _moved(row: Row | Ignore, prefixes: Mapping[str, str]) -> Row | Ignore:
 
     if isinstance(row, Ignore):
         return replace(row, hf_name=name(row.hf_name))
-    return Row(name(row.mcore_key), [name(one) for one in row.hf_names], row.op)
+    return Row(name(row.mcore_key), [name(one) for one in row.hf_names], row.op, keep_dtype=row.keep_dtype)

@@ -82,15 +82,19 @@ def router(
     bias: str = "mlp.gate.bias",
     expert_bias: str = "mlp.gate.e_score_correction_bias",
     expert_bias_op: Op | None = None,
+    fp32_weight: bool = False,
     prefix: str = HF,
     mcore: str = MCORE,
 ) -> Rows:
-    """The router's matrix, the bias on its logits, and the bias that only takes part in the choice of experts."""
-    rows: Rows = [Row(f"{mcore}mlp.router.weight", prefix + weight)]
+    """The router's matrix, the bias on its logits, and the bias that only takes part in the choice of experts.
+
+    The latter and, with `fp32_weight`, the matrix are kept in fp32 by transformers (`_keep_in_fp32_modules_strict`).
+    """
+    rows: Rows = [Row(f"{mcore}mlp.router.weight", prefix + weight, keep_dtype=fp32_weight)]
     if model["add_bias_linear"]:
         rows.append(Row(f"{mcore}mlp.router.bias", prefix + bias))
     if model["moe_router_enable_expert_bias"]:
-        rows.append(Row(f"{mcore}mlp.router.expert_bias", prefix + expert_bias, expert_bias_op))
+        rows.append(Row(f"{mcore}mlp.router.expert_bias", prefix + expert_bias, expert_bias_op, keep_dtype=True))
     return rows
 
 

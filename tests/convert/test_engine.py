@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from bridge.convert.export import export_hf
 from bridge.convert.import_ import import_hf
 from bridge.errors import ConversionError
-from bridge.models.families import llama
 from bridge.weights import locate, transfer
-from bridge.weights.table import Row, Table
+from tests import hf_models
 from tests.convert.test_round_trip import assert_same, load_by_mcore, tensors
 from tests.distributed import run_distributed
 from tests.test_docs import ROOT
@@ -57,22 +56,18 @@ def test_check_finite_names_file_and_tensor(tiny_hf, tmp_path, value, name):
     import_hf(source, tmp_path / "unchecked")
 
 
-def test_rows_that_keep_their_dtype(tiny_hf, tmp_path, monkeypatch):
-    """As the correction bias of a router: fp32, whatever the rest is cast to, on import and on export."""
-    kept = "model.norm.weight"
-
-    def table(model):
-        rows = llama.llama_table(model).rows
-        return Table(
-            Row(row.mcore_key, row.hf_names, row.op, keep_dtype=True)
-            if isinstance(row, Row) and row.hf_names == (kept,)
-            else row
-            for row in rows
-        )
-
-    monkeypatch.setitem(llama.FAMILY.__dict__, "rows", table)
-    source = tiny_hf("llama")
-    wanted = {name: tensor if name == kept else tensor.bfloat16() for name, tensor in tensors(source).items()}
+@pytest.mark.parametrize(
+    ("variant", "num_kept"), [("deepseek_v3", 3), ("glm4_moe", 3), ("ernie4_5_moe", 6), ("llama", 0)]
+)
+def test_a_cast_leaves_in_fp32_what_transformers_does(tiny_hf, tmp_path, variant, num_kept):
+    """By the names in its model class, on import and on export."""
+    source = tiny_hf(variant)
+    names = getattr(hf_models.model(variant), "_keep_in_fp32_modules_strict", None) or ()
+    wanted = {
+        name: tensor if any(part in name for part in names) else tensor.bfloat16()
+        for name, tensor in tensors(source).items()
+    }
+    assert sum(tensor.dtype == torch.float32 for tensor in wanted.values()) >= num_kept
     import_hf(source, tmp_path / "half", dtype=torch.bfloat16)
     export_hf(tmp_path / "half", tmp_path / "a")
     import_hf(source, tmp_path / "full")

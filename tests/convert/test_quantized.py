@@ -120,3 +120,32 @@ def test_without_its_config_nothing_is_imported(quantised, tmp_path):
     with pytest.raises(ConversionError, match="quant_method 'gptq' is not supported"):
         import_hf(quantised, tmp_path / "out" / "megatron")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_gpt_oss_as_the_hub_has_it(tiny_hf, tmp_path):
+    """Experts in MXFP4 blocks: exported as transformers dequantises them, verified with its logits."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    source = tiny_hf("gpt_oss", dtype=torch.bfloat16, hidden_size=64, intermediate_size=96)
+    random = torch.Generator().manual_seed(0)
+    stored, wanted = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        stored[name] = wanted[name] = tensor
+        if name.endswith("_proj") and "experts" in name:  # [experts, in, out]
+            num_experts, width, out = stored.pop(name).shape
+            blocks = torch.randint(256, (num_experts, out, width // 32, 16), generator=random, dtype=torch.uint8)
+            scales = torch.randint(121, 125, blocks.shape[:-1], generator=random, dtype=torch.uint8)
+            stored[f"{name}_blocks"], stored[f"{name}_scales"] = blocks, scales
+            wanted[name] = convert_moe_packed_tensors(blocks, scales)
+            assert wanted[name].shape == tensor.shape
+    assert len(stored) > len(wanted)
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    import_hf(source, tmp_path / "megatron", workers=2)
+    assert verify(source, tmp_path / "megatron")["passed"]
+    export_hf(tmp_path / "megatron", tmp_path / "back")
+    exported = load_file(tmp_path / "back" / "model.safetensors")
+    assert exported.keys() == wanted.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in wanted.items())

@@ -64,7 +64,9 @@ def rows(model: Model, *, fused_experts: bool = False) -> Table:
             *moe_rows.mlp_norms(model),
             *attention(model),
             *moe_rows.dense_mlp(model),
-            *moe_rows.router(model, expert_bias=f"{statics}.e_score_correction_bias", expert_bias_op=Flat()),
+            *moe_rows.router(
+                model, expert_bias=f"{statics}.e_score_correction_bias", expert_bias_op=Flat(), fp32_weight=True
+            ),
             *moe_rows.experts(model, fused_experts=fused_experts),
             *moe_rows.shared_experts(model),
             *final(model),
