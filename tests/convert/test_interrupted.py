@@ -39,7 +39,14 @@ main()
 def start(*arguments):
     """A slowed convert.py that has written some tensors."""
     command = [sys.executable, "-W", "ignore", "-c", SLOW, *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
+    )
     seen = [process.stderr.readline() for _ in range(4)]
     assert "written\n" in seen, seen
     return process
