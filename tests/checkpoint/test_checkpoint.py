@@ -58,11 +58,11 @@ def test_the_last_k_are_kept(tmp_path: Path) -> None:
 
 
 def test_retention_never_counts_what_lies_after_the_newest(tmp_path: Path) -> None:
-    from bridge import checkpoint
+    from bridge.checkpoint import files
 
     for step in (1, 2, 3, 9):  # 9: its save was killed before `latest` moved, then the run went on from 2
         (tmp_path / f"iter_{step:07d}").mkdir()
-    checkpoint._retain(tmp_path / "iter_0000003", keep=1)
+    files.retain(tmp_path / "iter_0000003", keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000003", "iter_0000009"]
 
 

@@ -27,7 +27,7 @@ def die() -> None:
 
 def train_and_die(run: Any, point: str) -> None:
     """Train; at the second save, at `point`, be killed as by the kernel: no handler, no cleanup."""
-    from bridge import checkpoint
+    from bridge.checkpoint import files, saving
     from bridge.training.run import run as train_here
 
     calls = 0
@@ -46,19 +46,19 @@ def train_and_die(run: Any, point: str) -> None:
         return wrapper
 
     if point == "before_the_weights":
-        checkpoint.dist_checkpointing.save = dying(checkpoint.dist_checkpointing.save)
+        saving.dist_checkpointing.save = dying(saving.dist_checkpointing.save)
     elif point == "between_weights_and_metadata":
         from megatron.core.dist_checkpointing import serialization
 
         serialization.save_config = dying(serialization.save_config)
     elif point == "before_the_rename":
-        checkpoint._publish = dying(checkpoint._publish)
+        files.publish = dying(files.publish)
     elif point == "before_latest":
         Path.replace = dying(Path.replace, at=3)  # the first writes metrics.jsonl, then one per save
     elif point == "before_retention":
-        checkpoint._publish = dying(checkpoint._publish, before=False)
+        files.publish = dying(files.publish, before=False)
     elif point == "during_retention":
-        checkpoint.shutil.rmtree = dying(checkpoint.shutil.rmtree, at=1)
+        files.shutil.rmtree = dying(files.shutil.rmtree, at=1)
     train_here(run)
 
 
