@@ -25,6 +25,8 @@ LEVELS = (
     {"training", "api"},
     {"estimate", "generate"},
     {"launch"},
+    {"runs"},
+    {"status", "sweep_report"},
 )
 WITHIN_A_LEVEL = {("parallel", "platform")}
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,15 +64,23 @@ def claimed(config: RunConfig, *, overrides: list[str], swept: Sequence[str] | N
 def _lock(path: Path, *, name: str) -> int:
     """Take an exclusive flock, freed by the kernel when its last holder ends, however that happens."""
     lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _flocked(lock_fd):
         holder = os.read(lock_fd, 200).decode(errors="replace").strip() or "another process"
         os.close(lock_fd)
-        raise ConfigError(f"name: '{name}' is in use by {holder} ({path}); wait for it or set another name=") from None
+        raise ConfigError(f"name: '{name}' is in use by {holder} ({path}); wait for it or set another name=")
     os.ftruncate(lock_fd, 0)
     os.write(lock_fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return lock_fd
+
+
+def _flocked(lock_fd: int) -> bool:
+    for pause in (0.05, 0.1, 0.2, 0.0):  # bridge.runs, to see whether a run is alive, holds its lock for an instant
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(pause)
+    return False
 
 
 def _latest_step(path: Path) -> int | None:

@@ -1,0 +1,304 @@
+"""What the files of run directories tell: which runs there are, what state each is in, how far it got.
+
+Only reads, and expects any file to be missing, half written, damaged or in use. Costs no torch.
+"""
+
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from bridge.launch.result import EXIT_CODES, result_path
+
+ENDED = frozenset({"done", "stopped", "failed", "invalid", "died"})
+"""States of a run that no process works on; the others are running and pending."""
+
+# A run directory has one of these; what lies below it in OWN_DIRECTORIES belongs to it and holds no other run.
+MARKS = ("overrides.yaml", "result.json", "metrics.jsonl", "lock", "job.json")
+OWN_DIRECTORIES = frozenset({"checkpoints", "logs", "sample_ids", "tensorboard", "wandb", "hf"})
+TAIL_BYTES = 64 * 1024  # some hundred lines of metrics.jsonl
+SLURM_WAITS = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING", "RESV_DEL_HOLD"})
+SLURM_WORKS = frozenset({"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED"})
+SLURM_TIMEOUT = 20  # seconds; a controller that is down answers late or never
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where libyaml is there
+
+
+class Run(NamedTuple):
+    """One run directory. None: not known."""
+
+    path: Path
+    name: str  # path relative to the directory that was searched
+    state: str  # running, pending, done, stopped (resumable), failed, invalid, died (no process, no result)
+    where: str | None  # who works on it: "process 12 on host", "Slurm job 7"
+    step: int | None
+    steps: int | None  # train.steps
+    loss: float | None  # of the last reported step, nats per token; may be NaN
+    eval_loss: float | None  # of the last evaluation; may be NaN
+    tokens_per_second: float | None
+    age: float | None  # seconds since the last line of metrics.jsonl
+    error: str | None  # one line
+    slurm_job: str | None = None
+
+
+def find(directory: Path) -> list[Run]:
+    """The runs at and below `directory`, jobs that a sweep.json announces included, sorted by name."""
+    found: dict[Path, Run] = {}
+    for folder in _folders(directory):
+        if any((folder / mark).is_file() for mark in MARKS):
+            found[folder] = read(folder, name=_relative(folder, directory))
+        for row in sweep_rows(folder):
+            path = folder / Path(str(row.get("run_dir") or row.get("job"))).name
+            if path not in found and not any((path / mark).is_file() for mark in MARKS):
+                found[path] = _announced(row, path, name=_relative(path, directory))
+    return sorted(_asked_slurm(found.values()), key=lambda run: natural(run.name))
+
+
+def read(path: Path, *, name: str) -> Run:
+    """The run directory `path`."""
+    holder, ended = _holder(path), _result(path)
+    if holder is None and not ended:  # it may have begun, or ended, between the two looks
+        holder, ended = _holder(path), _result(path)
+    last = _last_lines(path)
+    state = "running" if holder else ended.get("status", "died")
+    step = ended.get("step") if not holder else None
+    if not isinstance(step, int):
+        step = last.get("step")
+    error = ended.get("error") if not holder else None
+    if state == "died":
+        error = _last_words(path)
+    job = _json(path / "job.json")
+    return Run(
+        path=path,
+        name=name,
+        state=state,
+        where=holder,
+        step=step,
+        steps=_steps(path),
+        loss=_number(last.get("loss")),
+        eval_loss=_number(last.get("eval_loss")),
+        tokens_per_second=_number(last.get("tokens_per_second")),
+        age=_age(path / "metrics.jsonl"),
+        error=None if error is None else one_line(str(error)),
+        slurm_job=str(job["slurm_job_id"]) if job.get("slurm_job_id") else None,
+    )
+
+
+def metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole line of a run's metrics.jsonl that has a step."""
+    try:
+        with (path / "metrics.jsonl").open(encoding="utf-8", errors="replace") as file:
+            yield from _objects(file)
+    except OSError:
+        return
+
+
+def overrides(path: Path) -> list[str]:
+    """The overrides a run was started with."""
+    loaded = _yaml(path / "overrides.yaml")
+    return [str(item) for item in loaded] if isinstance(loaded, list) else []
+
+
+def sweep_rows(directory: Path) -> list[dict[str, Any]]:
+    """The rows of a directory's sweep.json; none without one."""
+    loaded = _json_value(directory / "sweep.json")
+    return [row for row in loaded if isinstance(row, dict)] if isinstance(loaded, list) else []
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and control characters: an error may quote anything."""
+    return "".join(character if character.isprintable() else " " for character in " ".join(text.split()))
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """Sort key: job 2 before job 10."""
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def _folders(directory: Path) -> Iterator[Path]:
+    """`directory` and all below it, except what runs keep inside themselves."""
+    for folder, below, files in os.walk(directory):
+        if any(mark in files for mark in MARKS):
+            below[:] = [name for name in below if name not in OWN_DIRECTORIES]
+        yield Path(folder)
+
+
+def _relative(path: Path, directory: Path) -> str:
+    relative = str(path.relative_to(directory))
+    return path.resolve().name if relative == "." else relative
+
+
+def _announced(row: Mapping[str, Any], path: Path, *, name: str) -> Run:
+    """A job that has no files of its own: not started yet, or refused before it could begin."""
+    status, error = row.get("status"), row.get("error")
+    return Run(
+        path=path,
+        name=name,
+        state=str(status) if status in EXIT_CODES else "pending",
+        where=None,
+        step=None,
+        steps=None,
+        loss=None,
+        eval_loss=None,
+        tokens_per_second=None,
+        age=None,
+        error=None if error is None else one_line(str(error)),
+        slurm_job=str(row["slurm_job_id"]) if row.get("slurm_job_id") else None,
+    )
+
+
+def _holder(path: Path) -> str | None:
+    """Who holds the run directory's lock; None when nobody does.
+
+    The question takes a shared lock for an instant; a run that starts in it tries again (run_dir.py).
+    """
+    try:
+        descriptor = os.open(path / "lock", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return one_line(os.read(descriptor, 200).decode(errors="replace")) or "another process"
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _result(path: Path) -> dict[str, Any]:
+    ended = _json(result_path(path))
+    return ended if ended.get("status") in EXIT_CODES else {}
+
+
+def _last_words(path: Path) -> str:
+    """Why a run has no result, as far as its files say."""
+    failures = [(_json(file), file) for file in (path / "logs").glob("rank_*.error")]
+    known = [failure for failure, _ in failures if failure.get("error")]
+    if known:
+        return str(min(known, key=lambda failure: _number(failure.get("time")) or math.inf)["error"])
+    lines = [line for line in _tail(path / "logs" / "rank_0.log").splitlines() if line.strip()]
+    return f"ended without a result; last line of its log: {lines[-1].strip()}" if lines else "ended without a result"
+
+
+def _last_lines(path: Path) -> dict[str, Any]:
+    """The newest value of each key near the end of metrics.jsonl."""
+    merged: dict[str, Any] = {}
+    for line in _objects(_tail(path / "metrics.jsonl").splitlines()):
+        merged |= line
+    return merged
+
+
+def _objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The lines that are JSON objects with a step; a line cut short is left out."""
+    for text in lines:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            yield line
+
+
+def _tail(path: Path) -> str:
+    """The last TAIL_BYTES of a file, which may be gigabytes long."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _steps(path: Path) -> int | None:
+    config = _yaml(path / "config.yaml")
+    section = config.get("train") if isinstance(config, dict) else None
+    steps = section.get("steps") if isinstance(section, dict) else None
+    return steps if isinstance(steps, int) else None
+
+
+def _age(path: Path) -> float | None:
+    try:
+        return max(0.0, time.time() - path.stat().st_mtime)
+    except OSError:
+        return None
+
+
+def _number(value: Any) -> float | None:
+    """`value` when it is a number, NaN and infinity included."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    loaded = _json_value(path)
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _json_value(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _LOADER)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return None
+
+
+def _asked_slurm(runs: Iterable[Run]) -> list[Run]:
+    """`runs`, those with a Slurm job that nobody holds in the state that Slurm tells."""
+    runs = list(runs)
+    open_jobs = {run.slurm_job for run in runs if run.slurm_job and run.state not in ("running", "done")}
+    states = _slurm_states(sorted(open_jobs)) if open_jobs else {}
+    return [_in_slurm(run, states.get(run.slurm_job)) if run.slurm_job else run for run in runs]
+
+
+def _in_slurm(run: Run, state: str | None) -> Run:
+    where = f"Slurm job {run.slurm_job}"
+    if run.state == "running":
+        return run._replace(where=f"{where}, {run.where}")
+    if state in SLURM_WAITS:
+        return run._replace(state="pending", where=where)
+    if state in SLURM_WORKS:
+        return run._replace(state="running", where=where)
+    if state is not None and run.state in ("died", "pending"):
+        return run._replace(state="died", error=f"Slurm ended job {run.slurm_job}: {state}")
+    return run
+
+
+def _slurm_states(jobs: list[str]) -> dict[str, str]:
+    """Slurm's state of each job: of squeue, else of sacct. Empty without those programs or their answer."""
+    states: dict[str, str] = {}
+    # sacct first: its answer for a requeued job is older than squeue's.
+    for command in (["sacct", "-X", "-n", "-P", "-o", "JobID,State"], ["squeue", "-h", "-t", "all", "-o", "%i|%T"]):
+        if not shutil.which(command[0]):
+            continue
+        try:
+            done = subprocess.run(
+                [*command, "-j", ",".join(jobs)],
+                capture_output=True,
+                text=True,
+                timeout=SLURM_TIMEOUT,
+                stdin=subprocess.DEVNULL,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        for line in done.stdout.splitlines():
+            job, _, state = line.partition("|")
+            if state:
+                states[job] = state.split()[0]  # "CANCELLED by 0"
+    return states

@@ -1,0 +1,189 @@
+"""`python -m bridge.sweep_report DIR`: one HTML page on the jobs of a sweep, or on any directory of runs.
+
+The page (sweep_report.html and the data in it) needs nothing from elsewhere: it can be mailed or kept. Loss curves, what
+differed between the jobs, best first. Exit codes: 0, or 2 when there is nothing to report or no place to write.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bridge import runs
+from bridge.errors import ConfigError
+from bridge.runs import Run
+
+PAGE = Path(__file__).with_suffix(".html")
+PLACE = "/*DATA*/"  # in PAGE, where the data goes
+NAME = "report.html"
+MAX_POINTS = 800  # per curve: more than the pixels of a chart; longer runs show means of several steps
+UNIMPORTANT = frozenset({"name", "runs_dir"})  # overrides that tell where a job is, not what it is
+
+Point = tuple[int, float]
+
+
+class Job(NamedTuple):
+    """A run with its curves and the overrides it was started with."""
+
+    run: Run
+    values: Mapping[str, str]  # key -> value
+    train: list[Point]  # (step, loss); a loss may be NaN
+    eval: list[Point]
+
+    @property
+    def eval_loss(self) -> float | None:
+        """Of the last evaluation, nats per token."""
+        return self.eval[-1][1] if self.eval else None
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the losses it ended with are finite, or there are none yet."""
+        return all(math.isfinite(curve[-1][1]) for curve in (self.train, self.eval) if curve)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of `python -m bridge.sweep_report`; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    directory = Path(options.directory)
+    try:
+        target = Path(options.output) if options.output else directory / NAME
+        _write(page(directory), target)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"written to {target}")
+    return 0
+
+
+def page(directory: Path) -> str:
+    """The HTML page on the runs at and below `directory`. ConfigError when there is none."""
+    if not directory.is_dir():
+        raise ConfigError(f"{directory}: no such directory; give that of a sweep, such as runs/sweeps/NAME")
+    announced = {str(row.get("job")): _values(row.get("overrides")) for row in runs.sweep_rows(directory)}
+    jobs = [_job(run, announced.get(run.path.name, {})) for run in runs.find(directory)]
+    if not jobs:
+        raise ConfigError(f"{directory}: no run in it; give the directory of a sweep or of runs")
+    keys = differing([job.values for job in jobs], swept=[key for values in announced.values() for key in values])
+    data = {
+        "title": directory.resolve().name,
+        "directory": str(directory.resolve()),
+        "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "keys": keys,
+        "jobs": [_plain(job, keys) for job in sorted(jobs, key=_rank)],
+    }
+    return PAGE.read_text(encoding="utf-8").replace(PLACE, _embedded(data))
+
+
+def differing(jobs: Sequence[Mapping[str, str]], *, swept: Iterable[str] = ()) -> list[str]:
+    """The keys that a sweep varies, and those on which the overrides of the jobs are not the same; in first order."""
+    keys = dict.fromkeys(swept) | dict.fromkeys(key for values in jobs for key in values)
+    known = [values for values in jobs if values]
+    return [
+        key
+        for key in keys
+        if key not in UNIMPORTANT and (key in swept or len({values.get(key) for values in known}) > 1)
+    ]
+
+
+def thinned(points: Sequence[Point], *, limit: int = MAX_POINTS) -> list[Point]:
+    """At most `limit` points: each the mean over equally many neighbours, at the last one's step. NaN stays NaN."""
+    size = math.ceil(len(points) / limit) or 1
+    groups = [points[begin : begin + size] for begin in range(0, len(points), size)]
+    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+
+
+def _job(run: Run, announced: Mapping[str, str]) -> Job:
+    train: list[Point] = []
+    evaluation: list[Point] = []
+    for line in runs.metrics(run.path):
+        for name, curve in (("loss", train), ("eval_loss", evaluation)):
+            value = line.get(name)
+            if isinstance(value, int | float):
+                curve.append((line["step"], float(value)))
+    return Job(run, _values(runs.overrides(run.path)) or announced, train, evaluation)
+
+
+def _values(overrides: object) -> dict[str, str]:
+    """`["optimizer.lr=1e-3", "+data.x=2"]` -> {"optimizer.lr": "1e-3", "data.x": "2"}."""
+    pairs = [str(item).lstrip("+").partition("=") for item in overrides] if isinstance(overrides, list) else []
+    return {key: value for key, _, value in pairs if not key.startswith("hydra")}
+
+
+def _rank(job: Job) -> tuple[int, float, list[tuple[int, int | str]]]:
+    """Best first: what is done, by its evaluation loss; then what may get there; then what went wrong."""
+    loss = job.eval_loss
+    if not job.is_sound or job.run.state in ("failed", "invalid", "died"):
+        group = 2
+    else:
+        group = 0 if job.run.state == "done" else 1
+    return group, math.inf if loss is None or math.isnan(loss) else loss, runs.natural(job.run.name)
+
+
+def _plain(job: Job, keys: Sequence[str]) -> dict[str, Any]:
+    """What the page's script reads; a number that is not finite is null there, its text in `state` or a curve's gap."""
+    run = job.run
+    losses = [curve[-1][1] if curve else None for curve in (job.train, job.eval)]
+    return {
+        "name": run.name,
+        "state": run.state,
+        "trouble": not job.is_sound or run.state in ("failed", "invalid", "died"),
+        "step": run.step,
+        "steps": run.steps,
+        "loss": _number(losses[0]),
+        "eval_loss": _number(losses[1]),
+        "tokens_per_second": _number(run.tokens_per_second),
+        "values": [job.values.get(key) for key in keys],
+        "error": run.error or _first_unsound(job),
+        "where": run.where,
+        "train": [(step, _number(value)) for step, value in thinned(job.train)],
+        "eval": [(step, _number(value)) for step, value in thinned(job.eval)],
+    }
+
+
+def _first_unsound(job: Job) -> str | None:
+    if job.is_sound:
+        return None
+    curves = (("loss", job.train), ("eval loss", job.eval))
+    return next(
+        f"step {step}: {name} is {value}" for name, curve in curves for step, value in curve if not math.isfinite(value)
+    )
+
+
+def _number(value: float | None) -> float | str | None:
+    """JSON has no NaN: it becomes the text `nan`."""
+    return value if value is None or math.isfinite(value) else str(value)
+
+
+def _embedded(data: object) -> str:
+    """JSON that cannot end the <script> element it stands in, whatever texts it holds."""
+    text = json.dumps(data, separators=(",", ":"))  # ASCII only
+    return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
+
+
+def _write(text: str, target: Path) -> None:
+    """Atomically: a page that is open in a browser and reloaded is never half a page."""
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written ({error.strerror}); set --output FILE") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bridge.sweep_report",
+        description="One HTML page: loss curves of all jobs, what differed between them, best first.",
+    )
+    parser.add_argument("directory", help="of a sweep (runs/sweeps/NAME), or any directory of runs")
+    parser.add_argument("--output", metavar="FILE", help=f"where to write the page (DIRECTORY/{NAME})")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
