@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,6 +24,7 @@ from yaml import YAMLError
 
 import bridge
 from bridge.errors import ConfigError
+from bridge.launch import optuna
 from bridge.launch.hydra_errors import one_line
 
 # Sections that accept fields no YAML file lists: megatron-core's dataclasses, data sources and adapters check those.
@@ -36,22 +39,44 @@ class Job(NamedTuple):
     number: int | None = None  # place in the sweep; None in a single run
     swept: tuple[str, ...] = ()  # the overrides that the sweep varies
     directory: Path = Path()  # in a sweep: this job's own, hydra.sweep.dir/hydra.sweep.subdir
+    suggested: bool = False  # by a sweeper that learns from the jobs before, such as Optuna's; not one of a grid
+
+
+class FailedTrial(Exception):
+    """Raised by a job of a sweep that has nothing to minimise."""
+
+
+class SweepDirectory(Callback):
+    """Hydra callback of conf/train.yaml: remembers hydra.sweep.dir, also where a launcher runs the jobs elsewhere."""
+
+    last: Path | None = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        SweepDirectory.last = Path(config.hydra.sweep.dir).absolute()
 
 
 def run(config_name: str, job: Callable[[Job], float]) -> None:
     """Compose sys.argv on conf/<config_name>.yaml and call `job` once, or with -m once per combination.
 
-    `job` returns the objective that Hydra's sweepers minimise. What it raises is raised here, after every job of a
-    sweep was tried; what is wrong with the command line is a ConfigError. --help and its kin leave by SystemExit(0).
+    `job` returns the objective that Hydra's sweepers minimise, or raises FailedTrial: a sweeper that has failed trials
+    (its option max_failure_rate tells) then counts one, another gets infinity. What else it raises is raised here,
+    after every job of a sweep was tried; what is wrong with the command line is a ConfigError. --help and its kin leave
+    by SystemExit(0).
     """
     _declare_open_sections()
+    optuna.set_defaults()
     OmegaConf.register_new_resolver("choice", _choice, replace=True)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with exit code 1
     failures: list[Exception] = []
+    arguments = sys.argv[1:]  # those of this process: a launcher may run the task in another
 
     def task(composed: DictConfig) -> float:
         try:
-            return job(_job(composed))
+            return job(_job(composed, arguments))
+        except FailedTrial:
+            if "max_failure_rate" in HydraConfig.get().sweeper:
+                raise
+            return math.inf
         except Exception as error:  # raised later: here Hydra would print a report of its own
             failures.append(error)
             return math.inf
@@ -59,7 +84,7 @@ def run(config_name: str, job: Callable[[Job], float]) -> None:
     try:
         hydra.main(version_base="1.3", config_path=_conf_directory(), config_name=config_name)(task)()
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise ConfigError(one_line(error, arguments=sys.argv[1:])) from error
+        raise ConfigError(one_line(error, arguments=arguments)) from error
     if failures:
         raise failures[0]
 
@@ -102,15 +127,29 @@ def _choice(group: str, *, _root_: DictConfig) -> str:
     return str(settings.runtime.choices[group])
 
 
-def _job(composed: DictConfig) -> Job:
+def _job(composed: DictConfig, arguments: list[str]) -> Job:
     settings = HydraConfig.get()
     overrides = OmegaConf.to_container(settings.overrides.task, resolve=False)  # as typed: with ${...}
     assert isinstance(overrides, list)
     if settings.mode != RunMode.MULTIRUN:
         return Job(_resolve(composed), overrides)
-    typed = set(sys.argv[1:])
-    swept = tuple(override for override in overrides if override not in typed)
-    return Job(_resolve(composed), overrides, int(settings.job.num), swept, Path(settings.runtime.output_dir))
+    fixed = _fixed(arguments)
+    return Job(
+        settings=_resolve(composed),
+        overrides=overrides,
+        number=int(settings.job.num),
+        swept=tuple(override for override in overrides if override not in fixed),
+        directory=Path(settings.runtime.output_dir),
+        suggested=not str(settings.sweeper._target_).endswith(".BasicSweeper"),
+    )
+
+
+def _fixed(arguments: list[str]) -> set[str]:
+    """The overrides among `arguments` that give one value, as typed and as sweepers write them: lr=1e-3, lr=0.001."""
+    overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-") and "=" in a])
+    single = [override for override in overrides if not override.is_sweep_override()]
+    written = {f"{override.get_key_element()}={override.get_value_element_as_str()}" for override in single}
+    return written | {str(override.input_line) for override in single}
 
 
 def _resolve(composed: DictConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+import uuid
 from collections.abc import Callable
 
 from bridge import platform
@@ -33,29 +34,54 @@ def guarded(command: Callable[[], int]) -> int:
 
 def _command() -> int:
     results: list[Result] = []
-    rows: list[sweep.Row] = []
+    start = uuid.uuid4().hex
 
     def job(composed: compose.Job) -> float:
         if composed.number is None:
             results.append(_train(composed))
-            return results[-1].objective
-        rows.append(sweep.run_job(composed, _train))
-        result = rows[-1].result
-        if result.status == "stopped":  # a signal stops the whole sweep; Hydra lets a SystemExit through
-            sys.exit(result.exit_code)
-        return result.objective
+            return 0.0
+        return _sweep_job(composed, start=start)
 
+    refused: ConfigError | None = None
     try:
         compose.run("train", job)
+    except ConfigError as error:
+        refused = error
     finally:
-        if rows:
-            sweep.summarize(rows)
+        rows = _summarized(start)
+    # Optuna's sweeper, asked for the best of no completed trial, calls that wrong input; the table has told already.
+    if refused is not None and not (rows and all(row.result.objective is None for row in rows)):
+        raise refused
     if rows:
         return EXIT_CODES["done"] if all(row.result.status == "done" for row in rows) else EXIT_CODES["failed"]
     if not results:  # --cfg, --info
         return EXIT_CODES["done"]
     _print_ending(results[0])
     return results[0].exit_code
+
+
+def _sweep_job(job: compose.Job, *, start: str) -> float:
+    """Run one job of a sweep; returns what the sweep minimises."""
+    try:
+        sweep.check_suggestion(job)
+    except ConfigError as error:  # ends the sweep: what would be suggested next rests on other jobs than those there
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODES["invalid"])  # Hydra lets a SystemExit through
+    result = sweep.run_job(job, _train, start=start)
+    if result.status == "stopped":  # a signal stops the whole sweep
+        sys.exit(result.exit_code)
+    if result.objective is None:
+        raise compose.FailedTrial(result.error or "its evaluation loss is not finite")
+    return result.objective
+
+
+def _summarized(start: str) -> list[sweep.Row]:
+    """The rows of the sweep that ran, if it was one, after printing them and writing sweep.json."""
+    directory = compose.SweepDirectory.last
+    rows = [] if directory is None else sweep.collect(directory, start=start)
+    if directory is not None and rows:
+        sweep.summarize(rows, directory)
+    return rows
 
 
 def _train(job: compose.Job) -> Result:
@@ -65,6 +91,10 @@ def _train(job: compose.Job) -> Result:
     _check_layout(config, world_size=num_devices)
     if config.dry_run:
         return _dry_run(config, world_size=num_devices)
+    earlier = None if job.number is None else sweep.earlier_result(config, job)
+    if earlier is not None:
+        print(f"run {config.run_dir}: {earlier.status} in an earlier start; remove it to run it again", flush=True)
+        return earlier
     with claimed(config, overrides=job.overrides, swept=None if job.number is None else job.swept) as claim:
         _print_start(claim, num_processes=num_devices)
         return spawn.run_workers(claim, num_devices=num_devices, fields=config.routed().transformer)

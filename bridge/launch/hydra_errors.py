@@ -43,6 +43,8 @@ def _missing_file(error: MissingConfigException) -> str:
     group, _, option = str(missing).rpartition("/")
     if not group:
         return f"{option}: no such configuration file; see --config-dir and --config-name"
+    if (group, option) == ("hydra/sweeper", "optuna"):
+        return f"{group}: '{option}' needs a package that is missing; pip install 'bridge[sweep]'"
     known = [str(name) for name in error.options or []]
     choices = f"; the options are {', '.join(sorted(known))}" if known else ""
     return f"{group}: no option '{option}'{did_you_mean(option, known) or choices}"

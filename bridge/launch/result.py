@@ -25,10 +25,10 @@ class Result:
         return EXIT_CODES[self.status]
 
     @property
-    def objective(self) -> float:
-        """What a sweep minimises: the evaluation loss, infinite where there is none (a NaN ends Optuna's sweep)."""
+    def objective(self) -> float | None:
+        """What a sweep minimises: the evaluation loss; None when the run is not done or its loss is not finite."""
         loss = self.eval_loss if self.status == "done" else None
-        return math.inf if loss is None or math.isnan(loss) else loss
+        return loss if loss is not None and math.isfinite(loss) else None
 
 
 def in_one_line(error: Exception) -> str:

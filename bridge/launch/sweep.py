@@ -1,15 +1,25 @@
-"""`python train.py -m ...`: each job a process tree and run directory of its own; a table and sweep.json at the end."""
+"""`python train.py -m ...`: each job a process tree and run directory of its own; a table and sweep.json at the end.
 
+A launcher may run jobs in other processes or on other machines, so a job's row goes through a file in its directory.
+"""
+
+import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge.errors import BridgeError
+import yaml
+
+from bridge.config import run_config
+from bridge.config.run_config import RunConfig
+from bridge.errors import BridgeError, ConfigError
 from bridge.launch.compose import Job
-from bridge.launch.result import Result, in_one_line, write_json
+from bridge.launch.result import Result, in_one_line, read_result, write_json
+
+ROW = "row.json"  # in a job's directory: its row of sweep.json, and of which start of the sweep
 
 
 class Row(NamedTuple):
@@ -21,10 +31,14 @@ class Row(NamedTuple):
     result: Result
 
 
-def run_job(job: Job, train: Callable[[Job], Result]) -> Row:
-    """Run one job; whatever goes wrong in it becomes its result, so that the other jobs still run."""
+def run_job(job: Job, train: Callable[[Job], Result], *, start: str) -> Result:
+    """Run one job; whatever goes wrong in it becomes its result, so that the other jobs still run.
+
+    start: names this start of the sweep, for `collect`.
+    """
     assert job.number is not None
     print(f"--- job {job.number}: {' '.join(job.swept) or 'nothing varied'}", flush=True)
+    _write(Row(job.number, job.swept, job.directory, Result("running")), start=start)
     try:
         result = train(job)
     except BridgeError as error:
@@ -34,7 +48,8 @@ def run_job(job: Job, train: Callable[[Job], Result]) -> Row:
         result = Result("failed", error=in_one_line(error))
     if result.error:
         print(result.error, file=sys.stderr, flush=True)
-    return Row(job.number, job.swept, job.directory, result)
+    _write(Row(job.number, job.swept, job.directory, result), start=start)
+    return result
 
 
 def placed(settings: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -45,10 +60,59 @@ def placed(settings: dict[str, Any], job: Job) -> dict[str, Any]:
     return settings | {"name": relative}
 
 
-def summarize(rows: Sequence[Row]) -> None:
-    """Print one line per job and write sweep.json beside the jobs' directories."""
-    path = rows[0].run_dir.parent / "sweep.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+def check_suggestion(job: Job) -> None:
+    """ConfigError when an earlier start of this sweep gave the job's directory to other values.
+
+    A sweeper that learns suggests the same values again, and so resumes its jobs, if its sampler has the same seed and
+    each job the same result as before.
+    """
+    if not job.suggested:
+        return
+    try:
+        saved = yaml.safe_load((job.directory / "overrides.yaml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    if not set(job.swept) <= set(saved):
+        keys = {override.partition("=")[0] for override in job.swept}
+        held = " ".join(override for override in saved if override.partition("=")[0] in keys)
+        raise ConfigError(
+            f"name: {job.directory} holds the job '{held}', and the sweeper now suggests '{' '.join(job.swept)}': its "
+            f"sampler has another seed, or earlier jobs ended otherwise; give this sweep another name="
+        )
+
+
+def earlier_result(config: RunConfig, job: Job) -> Result | None:
+    """What this very job ended with in an earlier start of the sweep, if it need not run again.
+
+    That is so when it is done; and when a sweeper that learns was told that it failed, on which all later suggestions
+    rest.
+    """
+    result = read_result(job.directory)
+    if result is None or (result.status != "done" and not (job.suggested and result.status in ("failed", "invalid"))):
+        return None
+    try:
+        unchanged = run_config.read(job.directory / "config.yaml") == config
+    except (ConfigError, yaml.YAMLError):
+        return None
+    return result if unchanged else None
+
+
+def collect(directory: Path, *, start: str) -> list[Row]:
+    """The rows of the jobs below the sweep's `directory` that this start of it has run."""
+    rows = []
+    for file in _row_files(directory):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record["start"] == start:
+            result = Result(record["status"], record["step"], record["eval_loss"], record["error"])
+            if result.status == "running":  # its process was killed; a worker may have left a result all the same
+                result = read_result(file.parent) or Result("failed", error="the job's process ended without a result")
+            rows.append(Row(record["job"], tuple(record["overrides"]), file.parent, result))
+    return sorted(rows)
+
+
+def summarize(rows: Sequence[Row], directory: Path) -> None:
+    """Print one line per job and write sweep.json into the sweep's directory."""
+    path = directory / "sweep.json"
     write_json([_record(row) for row in rows], path)
     header = ("job", "status", "step", "eval loss", "overrides", "error")
     table = [header, *(_cells(row) for row in rows)]
@@ -63,6 +127,18 @@ def _cells(row: Row) -> tuple[str, ...]:
     loss = "-" if result.eval_loss is None else f"{result.eval_loss:.4f}"
     step = "-" if result.step is None else str(result.step)
     return (str(row.number), result.status, step, loss, " ".join(row.overrides) or "-", result.error or "")
+
+
+def _write(row: Row, *, start: str) -> None:
+    row.run_dir.mkdir(parents=True, exist_ok=True)
+    write_json({**_record(row), "start": start}, row.run_dir / ROW)
+
+
+def _row_files(directory: Path) -> Iterator[Path]:
+    for folder, below, files in os.walk(directory):
+        if ROW in files:
+            below.clear()  # a job has no job below it, but checkpoints
+            yield Path(folder) / ROW
 
 
 def _record(row: Row) -> dict[str, Any]:
