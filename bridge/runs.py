@@ -143,7 +143,7 @@ def _announced(row: Mapping[str, Any], path: Path, *, name: str) -> Run:
     return Run(
         path=path,
         name=name,
-        state=str(status) if status in EXIT_CODES else "pending",
+        state=str(status) if status in ENDED else "pending",
         where=None,
         step=None,
         steps=None,

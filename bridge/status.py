@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from bridge import runs
@@ -79,9 +79,10 @@ def table(found: Sequence[Run], *, width: int | None = None, color: bool = False
 
 def _painted(line: str, state: str, first: str, *, color: bool) -> str:
     begin = len(first) + len(GAP)
+    end = begin + len(state)
     if not color or state not in STATE_COLORS:
         return line
-    return f"{line[:begin]}\x1b[{STATE_COLORS[state]}m{line[begin : begin + len(state)]}\x1b[0m{line[begin + len(state) :]}"
+    return f"{line[:begin]}\x1b[{STATE_COLORS[state]}m{line[begin:end]}\x1b[0m{line[end:]}"
 
 
 def _cells(run: Run) -> tuple[str, ...]:
@@ -116,11 +117,17 @@ def _watch(directories: Sequence[Path], *, interval: float) -> None:
     on_terminal = sys.stdout.isatty()
     try:
         while True:
-            shown = _screen(directories) if on_terminal else f"{time.strftime('%H:%M:%S')}\n{table(collect(directories))}\n"
+            shown = (
+                _screen(directories) if on_terminal else f"{time.strftime('%H:%M:%S')}\n{table(collect(directories))}\n"
+            )
             print(shown, flush=True)
             time.sleep(interval)
     except KeyboardInterrupt:
         print()
+
+
+def _page(directories: Sequence[Path]) -> str:
+    return f"{time.strftime('%H:%M:%S')}\n{table(collect(directories))}\n"
 
 
 def _screen(directories: Sequence[Path]) -> str:

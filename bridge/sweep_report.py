@@ -1,7 +1,7 @@
 """`python -m bridge.sweep_report DIR`: one HTML page on the jobs of a sweep, or on any directory of runs.
 
-The page (sweep_report.html and the data in it) needs nothing from elsewhere: it can be mailed or kept. Loss curves, what
-differed between the jobs, best first. Exit codes: 0, or 2 when there is nothing to report or no place to write.
+Loss curves, what differed between the jobs, best first. The page (sweep_report.html and the data in it) needs nothing
+from elsewhere: it can be mailed or kept. Exit codes: 0, or 2 when there is nothing to report or no place to write.
 """
 
 import argparse

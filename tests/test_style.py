@@ -118,7 +118,17 @@ def test_files_and_functions_are_short():
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("module", ["bridge", "bridge.config.run_config", "bridge.launch.driver", "bridge.platform"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "bridge",
+        "bridge.config.run_config",
+        "bridge.launch.driver",
+        "bridge.platform",
+        "bridge.status",
+        "bridge.sweep_report",
+    ],
+)
 def test_what_the_driver_imports_costs_no_torch(module: str):
     code = f"import {module}, sys; print(*{{'torch', 'megatron', 'transformers'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

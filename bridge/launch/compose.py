@@ -16,7 +16,6 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -44,15 +43,6 @@ class Job(NamedTuple):
 
 class FailedTrial(Exception):
     """Raised by a job of a sweep that has nothing to minimise."""
-
-
-class SweepDirectory(Callback):
-    """Hydra callback of conf/train.yaml: remembers hydra.sweep.dir, also where a launcher runs the jobs elsewhere."""
-
-    last: Path | None = None
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        SweepDirectory.last = Path(config.hydra.sweep.dir).absolute()
 
 
 def run(config_name: str, job: Callable[[Job], float]) -> None:

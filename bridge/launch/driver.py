@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import sys
-import uuid
 from collections.abc import Callable
 
 from bridge import platform
@@ -34,24 +33,30 @@ def guarded(command: Callable[[], int]) -> int:
 
 def _command() -> int:
     results: list[Result] = []
-    start = uuid.uuid4().hex
+    rows: list[sweep.Row] = []
 
     def job(composed: compose.Job) -> float:
         if composed.number is None:
             results.append(_train(composed))
             return 0.0
-        return _sweep_job(composed, start=start)
+        _check_suggestion(composed)
+        rows.append(sweep.run_job(composed, _train))
+        result = rows[-1].result
+        if result.status == "stopped":  # a signal stops the whole sweep; Hydra lets a SystemExit through
+            sys.exit(result.exit_code)
+        if result.objective is None:
+            raise compose.FailedTrial(result.error or "the evaluation loss is not finite")
+        return result.objective
 
-    refused: ConfigError | None = None
     try:
         compose.run("train", job)
-    except ConfigError as error:
-        refused = error
+    except ConfigError:
+        # Optuna's sweeper, asked for the best of no completed trial, calls that wrong input; the table tells it better.
+        if not rows or any(row.result.objective is not None for row in rows):
+            raise
     finally:
-        rows = _summarized(start)
-    # Optuna's sweeper, asked for the best of no completed trial, calls that wrong input; the table has told already.
-    if refused is not None and not (rows and all(row.result.objective is None for row in rows)):
-        raise refused
+        if rows:
+            sweep.summarize(rows)
     if rows:
         return EXIT_CODES["done"] if all(row.result.status == "done" for row in rows) else EXIT_CODES["failed"]
     if not results:  # --cfg, --info
@@ -60,28 +65,13 @@ def _command() -> int:
     return results[0].exit_code
 
 
-def _sweep_job(job: compose.Job, *, start: str) -> float:
-    """Run one job of a sweep; returns what the sweep minimises."""
+def _check_suggestion(job: compose.Job) -> None:
+    """End the sweep when it goes another way than the one whose jobs are there: what follows would rest on others."""
     try:
         sweep.check_suggestion(job)
-    except ConfigError as error:  # ends the sweep: what would be suggested next rests on other jobs than those there
+    except ConfigError as error:
         print(error, file=sys.stderr, flush=True)
-        sys.exit(EXIT_CODES["invalid"])  # Hydra lets a SystemExit through
-    result = sweep.run_job(job, _train, start=start)
-    if result.status == "stopped":  # a signal stops the whole sweep
-        sys.exit(result.exit_code)
-    if result.objective is None:
-        raise compose.FailedTrial(result.error or "its evaluation loss is not finite")
-    return result.objective
-
-
-def _summarized(start: str) -> list[sweep.Row]:
-    """The rows of the sweep that ran, if it was one, after printing them and writing sweep.json."""
-    directory = compose.SweepDirectory.last
-    rows = [] if directory is None else sweep.collect(directory, start=start)
-    if directory is not None and rows:
-        sweep.summarize(rows, directory)
-    return rows
+        sys.exit(EXIT_CODES["invalid"])
 
 
 def _train(job: compose.Job) -> Result:

@@ -1,13 +1,9 @@
-"""`python train.py -m ...`: each job a process tree and run directory of its own; a table and sweep.json at the end.
+"""`python train.py -m ...`: each job a process tree and run directory of its own; a table and sweep.json at the end."""
 
-A launcher may run jobs in other processes or on other machines, so a job's row goes through a file in its directory.
-"""
-
-import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +15,6 @@ from bridge.errors import BridgeError, ConfigError
 from bridge.launch.compose import Job
 from bridge.launch.result import Result, in_one_line, read_result, write_json
 
-ROW = "row.json"  # in a job's directory: its row of sweep.json, and of which start of the sweep
-
 
 class Row(NamedTuple):
     """One job of a sweep and how it ended."""
@@ -31,14 +25,10 @@ class Row(NamedTuple):
     result: Result
 
 
-def run_job(job: Job, train: Callable[[Job], Result], *, start: str) -> Result:
-    """Run one job; whatever goes wrong in it becomes its result, so that the other jobs still run.
-
-    start: names this start of the sweep, for `collect`.
-    """
+def run_job(job: Job, train: Callable[[Job], Result]) -> Row:
+    """Run one job; whatever goes wrong in it becomes its result, so that the other jobs still run."""
     assert job.number is not None
     print(f"--- job {job.number}: {' '.join(job.swept) or 'nothing varied'}", flush=True)
-    _write(Row(job.number, job.swept, job.directory, Result("running")), start=start)
     try:
         result = train(job)
     except BridgeError as error:
@@ -48,8 +38,7 @@ def run_job(job: Job, train: Callable[[Job], Result], *, start: str) -> Result:
         result = Result("failed", error=in_one_line(error))
     if result.error:
         print(result.error, file=sys.stderr, flush=True)
-    _write(Row(job.number, job.swept, job.directory, result), start=start)
-    return result
+    return Row(job.number, job.swept, job.directory, result)
 
 
 def placed(settings: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -97,22 +86,10 @@ def earlier_result(config: RunConfig, job: Job) -> Result | None:
     return result if unchanged else None
 
 
-def collect(directory: Path, *, start: str) -> list[Row]:
-    """The rows of the jobs below the sweep's `directory` that this start of it has run."""
-    rows = []
-    for file in _row_files(directory):
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if record["start"] == start:
-            result = Result(record["status"], record["step"], record["eval_loss"], record["error"])
-            if result.status == "running":  # its process was killed; a worker may have left a result all the same
-                result = read_result(file.parent) or Result("failed", error="the job's process ended without a result")
-            rows.append(Row(record["job"], tuple(record["overrides"]), file.parent, result))
-    return sorted(rows)
-
-
-def summarize(rows: Sequence[Row], directory: Path) -> None:
-    """Print one line per job and write sweep.json into the sweep's directory."""
-    path = directory / "sweep.json"
+def summarize(rows: Sequence[Row]) -> None:
+    """Print one line per job and write sweep.json beside the jobs' directories."""
+    path = rows[0].run_dir.parent / "sweep.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json([_record(row) for row in rows], path)
     header = ("job", "status", "step", "eval loss", "overrides", "error")
     table = [header, *(_cells(row) for row in rows)]
@@ -127,18 +104,6 @@ def _cells(row: Row) -> tuple[str, ...]:
     loss = "-" if result.eval_loss is None else f"{result.eval_loss:.4f}"
     step = "-" if result.step is None else str(result.step)
     return (str(row.number), result.status, step, loss, " ".join(row.overrides) or "-", result.error or "")
-
-
-def _write(row: Row, *, start: str) -> None:
-    row.run_dir.mkdir(parents=True, exist_ok=True)
-    write_json({**_record(row), "start": start}, row.run_dir / ROW)
-
-
-def _row_files(directory: Path) -> Iterator[Path]:
-    for folder, below, files in os.walk(directory):
-        if ROW in files:
-            below.clear()  # a job has no job below it, but checkpoints
-            yield Path(folder) / ROW
 
 
 def _record(row: Row) -> dict[str, Any]:
