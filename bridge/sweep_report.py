@@ -65,10 +65,12 @@ def page(directory: Path) -> str:
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such directory; give that of a sweep, such as runs/sweeps/NAME")
     announced = {str(row.get("job")): _values(row.get("overrides")) for row in runs.sweep_rows(directory)}
-    jobs = [_job(run, announced.get(run.path.name, {})) for run in runs.find(directory)]
-    if not jobs:
+    found = runs.find(directory)
+    if not found:
         raise ConfigError(f"{directory}: no run in it; give the directory of a sweep or of runs")
-    keys = differing([job.values for job in jobs], swept=[key for values in announced.values() for key in values])
+    given = {run.path: _values(runs.overrides(run.path)) for run in found}
+    keys = differing(list(given.values()), swept=[key for values in announced.values() for key in values])
+    jobs = [_job(run, given[run.path] or announced.get(run.path.name, {})) for run in found]
     data = {
         "title": directory.resolve().name,
         "directory": str(directory.resolve()),
@@ -80,7 +82,7 @@ def page(directory: Path) -> str:
 
 
 def differing(jobs: Sequence[Mapping[str, str]], *, swept: Iterable[str] = ()) -> list[str]:
-    """The keys that a sweep varies, and those on which the overrides of the jobs are not the same; in first order."""
+    """The keys that a sweep varies, and those whose values differ between jobs; a job without any is not known."""
     keys = dict.fromkeys(swept) | dict.fromkeys(key for values in jobs for key in values)
     known = [values for values in jobs if values]
     return [
@@ -97,7 +99,7 @@ def thinned(points: Sequence[Point], *, limit: int = MAX_POINTS) -> list[Point]:
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
-def _job(run: Run, announced: Mapping[str, str]) -> Job:
+def _job(run: Run, values: Mapping[str, str]) -> Job:
     train: list[Point] = []
     evaluation: list[Point] = []
     for line in runs.metrics(run.path):
@@ -105,7 +107,7 @@ def _job(run: Run, announced: Mapping[str, str]) -> Job:
             value = line.get(name)
             if isinstance(value, int | float):
                 curve.append((line["step"], float(value)))
-    return Job(run, _values(runs.overrides(run.path)) or announced, train, evaluation)
+    return Job(run, values, train, evaluation)
 
 
 def _values(overrides: object) -> dict[str, str]:

@@ -50,6 +50,8 @@ def _command() -> int:
 
     try:
         compose.run("train", job)
+    except compose.FailedTrial:
+        pass  # hydra.sweeper.max_failure_rate ended the sweep; the table tells
     except ConfigError:
         # Optuna's sweeper, asked for the best of no completed trial, calls that wrong input; the table tells it better.
         if not rows or any(row.result.objective is not None for row in rows):

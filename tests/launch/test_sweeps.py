@@ -1,0 +1,199 @@
+"""Sweepers through the driver: a grid, and Optuna's with failed trials and reruns. One test trains, in the others jobs
+end at once."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.errors import MissingConfigException
+
+from bridge import status, sweep_report
+from bridge.launch import compose, driver, hydra_errors, spawn
+from bridge.launch.result import Result, read_result, write_result
+from tests.launch.commands import TINY, train, write_user_source
+
+# Optuna with a learning rate from 1e-4 to 1e-2; job 0 of the seed that is set has 2.4e-4, the others more than 3e-4.
+OPTUNA = ("hydra/sweeper=optuna", "optimizer.lr=tag(log,interval(1e-4,1e-2))")
+
+
+class Swept:
+    """Runs `train.py -m` in this process. Jobs end at once, with a loss that is lowest at a learning rate of 2.5e-3."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+        self.directory = folder / "runs" / "sweeps" / "s"
+        self.trained: list[int] = []  # numbers of the jobs that were not skipped
+        self.failing_below = 0.0
+        self.capsys = capsys
+        self.monkeypatch = monkeypatch
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(spawn, "run_workers", self.run_workers)
+
+    def run_workers(self, claim, *, num_devices: int, fields) -> Result:
+        lr = yaml.safe_load((claim.path / "config.yaml").read_text())["optimizer"]["lr"]
+        self.trained.append(int(claim.path.name))
+        if lr < self.failing_below:
+            result = Result("failed", 1, error=f"FloatingPointError: lr {lr}")
+        else:
+            result = Result("done", 2, math.nan if lr > 3.5e-3 else (math.log(lr) + 6) ** 2)
+        write_result(result, claim.path)
+        return read_result(claim.path)
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr."""
+        command = ["train.py", "-m", *TINY, "train.steps=2", "optimizer.min_lr=0", "name=s", *arguments]
+        self.monkeypatch.setattr(sys, "argv", command)
+        self.trained = []
+        with pytest.raises(SystemExit) as leaving:
+            driver.main()
+        return int(leaving.value.code or 0), *self.capsys.readouterr()
+
+    def rows(self) -> list[dict]:
+        return json.loads((self.directory / "sweep.json").read_text())
+
+    def best(self) -> dict:
+        return yaml.safe_load((self.directory / "optimization_results.yaml").read_text())
+
+
+def learning_rate(row: dict) -> float:
+    return float(row["overrides"][0].removeprefix("optimizer.lr="))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Swept:
+    return Swept(tmp_path, monkeypatch, capsys)
+
+
+def composed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[compose.Job]:
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *arguments])
+    jobs: list[compose.Job] = []
+    compose.run("train", lambda job: jobs.append(job) or 0.0)
+    return jobs
+
+
+@pytest.mark.parametrize(
+    ("argument", "swept"),
+    [
+        ("model=glob(llama3_1_*)", ["model=llama3_1_70b", "model=llama3_1_8b"]),
+        ("train.seed=range(1,4)", ["train.seed=1", "train.seed=2", "train.seed=3"]),
+        ("optimizer=choice(adam,sgd)", ["optimizer=adam", "optimizer=sgd"]),
+    ],
+)
+def test_hydras_ways_to_name_several_values(argument, swept, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    jobs = composed([argument], monkeypatch)
+    assert [job.swept for job in jobs] == [(each,) for each in swept]
+
+
+def test_a_value_that_sweepers_write_otherwise_is_not_swept(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    jobs = composed(["optimizer.lr=1e-3", "+data.note='a b'", "train.seed=1,2"], monkeypatch)
+    assert "optimizer.lr=0.001" in jobs[0].overrides
+    assert [job.swept for job in jobs] == [("train.seed=1",), ("train.seed=2",)]
+
+
+def test_a_grid_runs_again_only_what_is_not_done(sweep):
+    sweep.failing_below = 1e-3
+    grid = "optimizer.lr=5e-4,2e-3,5e-3"
+    assert sweep(grid)[0] == 1
+    assert (sweep.trained, [row["status"] for row in sweep.rows()]) == ([0, 1, 2], ["failed", "done", "done"])
+    sweep.failing_below = 0.0
+    code, out, _ = sweep(grid)
+    assert (code, sweep.trained, [row["status"] for row in sweep.rows()]) == (0, [0], ["done"] * 3)
+    assert out.count("done in an earlier start; remove it to run it again") == 2
+    assert sweep(grid, "train.steps=3")[0] == 0  # another configuration
+    assert sweep.trained == [0, 1, 2]
+
+
+def test_failed_trials_and_a_rerun(sweep):
+    """Neither a failing job nor one whose loss is NaN ends Optuna's sweep or is its best; a rerun repeats none."""
+    sweep.failing_below = 3e-4
+    code, _, err = sweep(*OPTUNA, "hydra.sweeper.n_trials=6")
+    rows = sweep.rows()
+    assert (code, sweep.trained) == (1, list(range(6)))
+    assert (
+        rows[0]["status"] == "failed"
+        and "FloatingPointError: lr 0.0002" in rows[0]["error"]
+        and rows[0]["error"] in err
+    )
+    diverged = [row for row in rows if row["status"] == "done" and row["eval_loss"] is None]
+    assert diverged and all(learning_rate(row) > 3.5e-3 for row in diverged)
+    best = min((row for row in rows if row["eval_loss"] is not None), key=lambda row: row["eval_loss"])
+    assert sweep.best()["best_value"] == best["eval_loss"]
+    assert sweep.best()["best_params"] == {"optimizer.lr": learning_rate(best)}
+
+    # The same command: the same suggestions. What has failed stays so, since the suggestions after it rest on that.
+    sweep.failing_below = 0.0
+    code, out, _ = sweep(*OPTUNA, "hydra.sweeper.n_trials=7")
+    assert (code, sweep.trained, sweep.rows()[:6]) == (1, [6], rows)
+    assert out.count("failed in an earlier start; remove it to run it again") == 1
+
+    # A job that was cut short runs again; with another seed the directories hold other jobs.
+    (sweep.directory / "3" / "result.json").unlink()
+    assert sweep(*OPTUNA, "hydra.sweeper.n_trials=6")[0] == 1 and sweep.trained == [3]
+    code, _, err = sweep(*OPTUNA, "hydra.sweeper.n_trials=6", "hydra.sweeper.sampler.seed=7")
+    (line,) = [line for line in err.splitlines() if line.startswith("name: ")]
+    held = f"{sweep.directory / '0'} holds the job 'optimizer.lr={learning_rate(rows[0])}'"
+    assert code == 2 and sweep.trained == [] and held in line and "give this sweep another name=" in line
+    assert len(sweep.rows()) == 6  # the earlier sweep's
+
+
+def test_a_sweep_without_a_completed_trial(sweep):
+    sweep.failing_below = 1.0
+    code, out, err = sweep(*OPTUNA, "hydra.sweeper.n_trials=2", "hydra/sweeper/sampler=random")
+    assert code == 1 and [row["status"] for row in sweep.rows()] == ["failed", "failed"]
+    assert "written to" in out and "No trials are completed" not in err
+
+
+def test_a_user_may_end_the_sweep_at_a_failure(sweep):
+    sweep.failing_below = 3e-4
+    code, _, err = sweep(*OPTUNA, "hydra.sweeper.n_trials=6", "hydra.sweeper.max_failure_rate=0")
+    assert code == 1 and sweep.trained == [0]
+    assert "FloatingPointError: lr 0.0002" in err
+
+
+def test_a_study_that_is_kept_goes_on_under_another_name(sweep):
+    keep = ("hydra.sweeper.storage=sqlite:///study.db", "hydra.sweeper.study_name=lr", "hydra.sweeper.n_trials=2")
+    assert sweep(*OPTUNA, *keep)[0] == 0
+    first = sweep.best()["best_value"]
+    code, _, err = sweep(*OPTUNA, *keep)
+    assert code == 2 and "give this sweep another name=" in err
+    sweep.directory = sweep.directory.with_name("more")
+    assert sweep(*OPTUNA, *keep, "name=more")[0] == 0 and sweep.trained == [0, 1]
+    assert sweep.best()["best_value"] <= first
+
+
+def test_optuna_that_is_missing():
+    missing = MissingConfigException("", missing_cfg_file="hydra/sweeper/optuna", options=["basic"])
+    message = "hydra/sweeper: 'optuna' needs a package that is missing; pip install 'bridge[sweep]'"
+    assert hydra_errors.one_line(missing) == message
+
+
+def test_a_real_sweep_its_status_and_report(tmp_path, capsys):
+    """A trial that is done and one that fails, trained for real through the command line."""
+    command = (*TINY, write_user_source(tmp_path), "train.steps=3", "train.eval_interval=1", "name=s")
+    search = (
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=2",
+        "+data.crash_on_rank=choice(0,9)",
+        "hydra.sweeper.sampler.seed=0",
+    )
+    code, _, err = train("-m", *command, *search, cwd=tmp_path)
+    directory = tmp_path / "runs" / "sweeps" / "s"
+    rows = json.loads((directory / "sweep.json").read_text())
+    assert code == 1, err
+    done, failed = sorted(rows, key=lambda row: row["status"])
+    assert (done["status"], failed["status"]) == ("done", "failed")
+    assert (done["overrides"], failed["overrides"]) == (["+data.crash_on_rank=9"], ["+data.crash_on_rank=0"])
+    assert yaml.safe_load((directory / "optimization_results.yaml").read_text())["best_value"] == done["eval_loss"]
+
+    assert status.main([str(tmp_path / "runs")]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    first, second = (lines[f"sweeps/s/{row['job']}"] for row in (done, failed))
+    assert " done " in first and " 3/3 " in first and f" {done['eval_loss']:.4f} " in first
+    assert " failed " in second and "the disk is full" in second
+    assert sweep_report.main([str(directory)]) == 0
+    page = (directory / "report.html").read_text()
+    assert '"keys":["data.crash_on_rank"]' in page and f'"eval_loss":{done["eval_loss"]}' in page

@@ -1,0 +1,212 @@
+"""bridge.status: every state from real files, damaged ones, Slurm's word, and the table in a pipe and on a terminal."""
+
+import fcntl
+import json
+import math
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from bridge import runs, status
+from bridge.launch.result import Result, write_rank_error, write_result
+from bridge.launch.run_dir import claimed
+from tests.training.runs import config
+
+GARBAGE = (b"", b"\x00\xff\xfe\x80", b"[", b"{}", b"null", b'{"status": 3, "step": "x"}', b"[" * 100_000, b"- : [\n\t!")
+
+
+def run_dir(root: Path, name: str, *, result: Result | None = None, lines: str = "", steps: int = 20) -> Path:
+    """A run directory as the driver and its workers leave it."""
+    with claimed(config(root, name=name, train={"steps": steps}), overrides=[f"name={name}"]) as claim:
+        (claim.path / "metrics.jsonl").write_text(lines)
+        if result:
+            write_result(result, claim.path)
+    return claim.path
+
+
+def training(step: int, loss: float, **more: float) -> str:
+    return json.dumps({"step": step, "loss": loss, "tokens_per_second": 1234.5, **more}) + "\n"
+
+
+def evaluation(step: int, loss: float) -> str:
+    return json.dumps({"step": step, "eval_loss": loss}) + "\n"
+
+
+def found(root: Path) -> dict[str, runs.Run]:
+    return {run.name: run for run in runs.find(root)}
+
+
+def test_every_state(tmp_path, capsys):
+    lines = training(9, 3.5) + evaluation(10, 3.25) + training(10, 3.0)
+    run_dir(tmp_path, "a/done", result=Result("done", 20, 2.5), lines=lines)
+    run_dir(tmp_path, "a/stopped", result=Result("stopped", 10), lines=lines)
+    run_dir(tmp_path, "failed", result=Result("failed", error="RuntimeError: the \x1b[31mdisk\nis full"))
+    run_dir(tmp_path, "invalid", result=Result("invalid", error="init.path: no such directory"))
+    died = run_dir(tmp_path, "died", lines=lines)
+    (died / "logs" / "rank_0.log").write_text("step 10/20\nKilled\n\n")
+    raised = run_dir(tmp_path, "raised")
+    write_rank_error(Result("failed", error="OSError: first"), raised, rank=1)
+    write_rank_error(Result("failed", error="peer lost"), raised, rank=0)
+    with claimed(config(tmp_path, name="busy"), overrides=[]) as claim:
+        (claim.path / "metrics.jsonl").write_text(lines)
+        states = found(tmp_path)
+        assert status.main([str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+
+    assert {name: run.state for name, run in states.items()} == {
+        "a/done": "done",
+        "a/stopped": "stopped",
+        "busy": "running",
+        "died": "died",
+        "failed": "failed",
+        "invalid": "invalid",
+        "raised": "died",
+    }
+    assert states["busy"].where == f"process {os.getpid()} on {os.uname().nodename}"
+    assert (states["busy"].step, states["busy"].steps, states["busy"].loss, states["busy"].eval_loss) == (
+        10,
+        20,
+        3.0,
+        3.25,
+    )
+    assert states["died"].error == "ended without a result; last line of its log: Killed"
+    assert states["raised"].error == "OSError: first"
+    assert re.search(r"^a/done +done +20/20 +3\.0000 +3\.2500 +1,234 +\d s$", table, flags=re.MULTILINE)
+    assert re.search(r"^failed +failed .* RuntimeError: the  ?\[31mdisk is full$", table, flags=re.MULTILINE)
+    assert "\x1b" not in table
+    assert table.splitlines()[-1] == "2 died, 1 done, 1 failed, 1 invalid, 1 running, 1 stopped"
+    assert found(tmp_path)["busy"].state == "died"
+
+
+def test_losses_that_are_not_numbers_and_lines_cut_short(tmp_path, capsys):
+    run_dir(tmp_path, "nan", lines=training(4, math.nan) + evaluation(4, math.inf) + '{"step": 5, "lo')
+    run_dir(
+        tmp_path, "odd", lines='{"step": "x", "loss": 1}\n{"step": 3, "loss": "high", "tokens_per_second": null}\n7\n'
+    )
+    assert status.main([str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"^nan +died +4/20 +nan +inf ", table, flags=re.MULTILINE)
+    assert re.search(r"^odd +died +3/20 +- +- +- ", table, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_damaged_files_crash_nothing(garbage, tmp_path, capsys):
+    path = run_dir(tmp_path, "sweeps/s/0", lines=training(4, 1.5))
+    names = ("config.yaml", "overrides.yaml", "metrics.jsonl", "result.json", "job.json", "lock", "logs/rank_0.error")
+    for name in names:
+        (path / name).write_bytes(garbage)
+    (path.parent / "sweep.json").write_bytes(garbage)
+    assert status.main([str(tmp_path)]) == 0
+    assert re.search(r"^sweeps/s/0 +died +- ", capsys.readouterr().out, flags=re.MULTILINE)
+
+
+def test_only_the_end_of_a_long_file_is_read(tmp_path):
+    path = run_dir(tmp_path, "long") / "metrics.jsonl"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+        file.seek(0, os.SEEK_END)
+        file.write(("\n" + evaluation(1000, 2.5) + training(1001, 2.25)).encode())
+    (run,) = runs.find(tmp_path)
+    assert (run.step, run.loss, run.eval_loss) == (1001, 2.25, 2.5)
+
+
+def test_jobs_without_files_of_their_own(tmp_path):
+    """A sweep.json knows jobs that were refused before they began."""
+    run_dir(tmp_path, "sweeps/s/2", result=Result("done", 20, 1.5))
+    row = {"run_dir": "/moved/since/sweeps/s/", "overrides": ["a=1"]}
+    rows = [{**row, "job": 2, "status": "done"}, {**row, "job": 10, "status": "invalid", "error": "a: is wrong"}]
+    rows = [{**each, "run_dir": f"{each['run_dir']}{each['job']}"} for each in rows]
+    (tmp_path / "sweeps" / "s" / "sweep.json").write_text(json.dumps(rows))
+    listed = runs.find(tmp_path)
+    assert [(run.name, run.state, run.error) for run in listed] == [
+        ("sweeps/s/2", "done", None),
+        ("sweeps/s/10", "invalid", "a: is wrong"),
+    ]
+
+
+def test_slurm_is_asked_about_jobs_that_nobody_holds(tmp_path, monkeypatch):
+    """Programs that answer as Slurm's do: five jobs, of which squeue no longer knows the one that sacct does."""
+    answers = {
+        "squeue": "1|PENDING\n2|RUNNING\n5|PENDING\n",
+        "sacct": "1|COMPLETED\n3|OUT_OF_MEMORY\n4|CANCELLED by 0\n",
+    }
+    for program, answer in answers.items():
+        file = tmp_path / "bin" / program
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\ncat <<EOF\n{answer}EOF\n")
+        file.chmod(0o755)
+    for job, result in [(1, Result("stopped", 5)), (2, None), (3, None), (4, Result("done", 20)), (5, None)]:
+        path = run_dir(tmp_path / "runs", f"r{job}", result=result)
+        (path / "job.json").write_text(json.dumps({"slurm_job_id": str(job)}))
+    assert {run.state for run in runs.find(tmp_path / "runs")} == {"stopped", "died", "done"}  # no Slurm here
+
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    with claimed(config(tmp_path / "runs", name="r5"), overrides=[]):
+        listed = {run.name: (run.state, run.where or run.error) for run in runs.find(tmp_path / "runs")}
+    assert listed == {
+        "r1": ("pending", "Slurm job 1"),
+        "r2": ("running", "Slurm job 2"),
+        "r3": ("died", "Slurm ended job 3: OUT_OF_MEMORY"),
+        "r4": ("done", None),
+        "r5": ("running", f"Slurm job 5, process {os.getpid()} on {os.uname().nodename}"),
+    }
+    assert all("-j 1,2,3" in line for line in (tmp_path / "asked").read_text().splitlines())
+
+
+def test_looking_does_not_keep_a_run_from_starting(tmp_path):
+    path = run_dir(tmp_path, "a")
+    with (path / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # what a look holds for an instant
+        threading.Timer(0.1, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        with claimed(config(tmp_path, name="a"), overrides=[]) as claim:
+            assert claim.path == path
+
+
+def test_nothing_to_show(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for arguments, message in [
+        (["empty"], "empty: no run in it; give the directory that holds the runs\n"),
+        (["missing"], "missing: no such directory; give the one that holds the runs, such as runs/\n"),
+    ]:
+        assert status.main([str(tmp_path / name) for name in arguments]) == 2
+        assert capsys.readouterr() == ("", f"{tmp_path}/{message}")
+
+
+def test_several_directories(tmp_path, capsys):
+    run_dir(tmp_path / "x", "a", result=Result("done", 20))
+    run_dir(tmp_path / "y", "a", result=Result("done", 20))
+    assert status.main([str(tmp_path / "x"), str(tmp_path / "y" / "a"), str(tmp_path / "y")]) == 0
+    first = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert first == ["run", f"{tmp_path}/x/a", f"{tmp_path}/y/a", "2"]
+
+
+def test_watching(tmp_path):
+    """In a pipe one table after another, uncut; on a terminal in place, in colour, cut to its width. Ctrl-C ends it."""
+    run_dir(tmp_path, "a", result=Result("failed", error="E" * 300))
+    command = [sys.executable, "-m", "bridge.status", str(tmp_path), "--watch", "--interval", "0.1"]
+    piped = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    seen = [piped.stdout.readline() for _ in range(10)]
+    piped.send_signal(signal.SIGINT)
+    _, err = piped.communicate(timeout=60)
+    assert (piped.returncode, err) == (0, "")
+    assert sum("E" * 300 in line for line in seen) == 2 and not any("\x1b" in line for line in seen)
+
+    ours, theirs = pty.openpty()
+    shown = subprocess.Popen(command, stdout=theirs, env={**os.environ, "COLUMNS": "80", "LINES": "24"})
+    os.close(theirs)
+    text = ""
+    while text.count("Ctrl-C") < 2:
+        text += os.read(ours, 10_000).decode()
+    shown.send_signal(signal.SIGINT)
+    assert shown.wait(timeout=60) == 0
+    os.close(ours)
+    assert "\x1b[2J" in text and "\x1b[31mfailed\x1b[0m" in text
+    line = next(line for line in text.splitlines() if "EEE" in line)
+    assert len(re.sub(r"\x1b\[\d+m", "", line)) == 80
