@@ -36,6 +36,11 @@ def test_every_option_is_shipped(site: Path):
     assert not (site / "conf").exists()
 
 
+def test_the_page_of_reports_is_shipped(site: Path):
+    page = Path("bridge", "sweep_report.html")
+    assert (site / page).read_text() == (ROOT / page).read_text()
+
+
 @pytest.mark.parametrize("program", ["driver", "convert"])
 def test_programs_compose_outside_the_checkout(program: str, site: Path, tmp_path: Path):
     code = f"import bridge.launch.{program} as p; assert p.__file__.startswith({str(site)!r}), p.__file__; p.main()"

@@ -61,7 +61,7 @@ def check_suggestion(job: Job) -> None:
         saved = yaml.safe_load((job.directory / "overrides.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
-    if not set(job.swept) <= set(saved):
+    if saved and not set(job.swept) <= set(saved):
         keys = {override.partition("=")[0] for override in job.swept}
         held = " ".join(override for override in saved if override.partition("=")[0] in keys)
         raise ConfigError(
