@@ -23,8 +23,9 @@ ENDED = frozenset({"done", "stopped", "failed", "invalid", "died"})
 """States of a run that no process works on; the others are running and pending."""
 
 # A run directory has one of these; what lies below it in OWN_DIRECTORIES belongs to it and holds no other run.
-MARKS = ("overrides.yaml", "result.json", "metrics.jsonl", "lock", "job.json")
+MARKS = frozenset({"overrides.yaml", "result.json", "metrics.jsonl", "lock", "job.json"})
 OWN_DIRECTORIES = frozenset({"checkpoints", "logs", "sample_ids", "tensorboard", "wandb", "hf"})
+MAX_STEP = 2**53  # more is damage, and no number to JavaScript
 TAIL_BYTES = 64 * 1024  # some hundred lines of metrics.jsonl
 SLURM_WAITS = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING", "RESV_DEL_HOLD"})
 SLURM_WORKS = frozenset({"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED"})
@@ -54,14 +55,16 @@ class Run(NamedTuple):
 def find(directory: Path) -> list[Run]:
     """The runs at and below `directory`, jobs that a sweep.json announces included, sorted by name."""
     found: dict[Path, Run] = {}
-    for folder in _folders(directory):
-        if any((folder / mark).is_file() for mark in MARKS):
+    announced: dict[Path, Run] = {}
+    for path, below, files in os.walk(directory):
+        folder = Path(path)
+        if not MARKS.isdisjoint(files):
             found[folder] = read(folder, name=_relative(folder, directory))
-        for row in sweep_rows(folder):
-            path = folder / Path(str(row.get("run_dir") or row.get("job"))).name
-            if path not in found and not any((path / mark).is_file() for mark in MARKS):
-                found[path] = _announced(row, path, name=_relative(path, directory))
-    return sorted(_asked_slurm(found.values()), key=lambda run: natural(run.name))
+            below[:] = [name for name in below if name not in OWN_DIRECTORIES]
+        for row in sweep_rows(folder) if "sweep.json" in files else ():
+            job = folder / Path(str(row.get("run_dir") or row.get("job"))).name
+            announced[job] = _announced(row, job, name=_relative(job, directory))
+    return sorted(_asked_slurm((announced | found).values()), key=lambda run: natural(run.name))
 
 
 def read(path: Path, *, name: str) -> Run:
@@ -85,9 +88,9 @@ def read(path: Path, *, name: str) -> Run:
         where=holder,
         step=step,
         steps=_steps(path),
-        loss=_number(last.get("loss")),
-        eval_loss=_number(last.get("eval_loss")),
-        tokens_per_second=_number(last.get("tokens_per_second")),
+        loss=number(last.get("loss")),
+        eval_loss=number(last.get("eval_loss")),
+        tokens_per_second=number(last.get("tokens_per_second")),
         age=_age(path / "metrics.jsonl"),
         error=None if error is None else one_line(str(error)),
         slurm_job=str(job["slurm_job_id"]) if job.get("slurm_job_id") else None,
@@ -123,17 +126,17 @@ def one_line(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in " ".join(text.split()))
 
 
+def number(value: Any) -> float | None:
+    """`value` when it is a number, NaN and infinity included."""
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    except OverflowError:  # an integer of 400 digits
+        return None
+
+
 def natural(name: str) -> list[tuple[int, int | str]]:
     """Sort key: job 2 before job 10."""
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part]
-
-
-def _folders(directory: Path) -> Iterator[Path]:
-    """`directory` and all below it, except what runs keep inside themselves."""
-    for folder, below, files in os.walk(directory):
-        if any(mark in files for mark in MARKS):
-            below[:] = [name for name in below if name not in OWN_DIRECTORIES]
-        yield Path(folder)
 
 
 def _relative(path: Path, directory: Path) -> str:
@@ -190,7 +193,7 @@ def _last_words(path: Path) -> str:
     failures = [(_json(file), file) for file in (path / "logs").glob("rank_*.error")]
     known = [failure for failure, _ in failures if failure.get("error")]
     if known:
-        return str(min(known, key=lambda failure: _number(failure.get("time")) or math.inf)["error"])
+        return str(min(known, key=lambda failure: number(failure.get("time")) or math.inf)["error"])
     lines = [line for line in _tail(path / "logs" / "rank_0.log").splitlines() if line.strip()]
     return f"ended without a result; last line of its log: {lines[-1].strip()}" if lines else "ended without a result"
 
@@ -210,7 +213,7 @@ def _objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and abs(line["step"]) < MAX_STEP:
             yield line
 
 
@@ -238,11 +241,6 @@ def _age(path: Path) -> float | None:
         return max(0.0, time.time() - path.stat().st_mtime)
     except OSError:
         return None
-
-
-def _number(value: Any) -> float | None:
-    """`value` when it is a number, NaN and infinity included."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _json(path: Path) -> dict[str, Any]:

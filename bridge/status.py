@@ -88,14 +88,14 @@ def _painted(line: str, state: str, first: str, *, color: bool) -> str:
 def _cells(run: Run) -> tuple[str, ...]:
     step = "-" if run.step is None else f"{run.step}/{run.steps}" if run.steps else str(run.step)
     return (
-        run.name,
+        runs.one_line(run.name),
         run.state,
         step,
         number(run.loss),
         number(run.eval_loss),
         "-" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}",
         "-" if run.age is None else age(run.age),
-        run.error or run.where or "",
+        runs.one_line(run.error or run.where or ""),
     )
 
 
@@ -117,10 +117,7 @@ def _watch(directories: Sequence[Path], *, interval: float) -> None:
     on_terminal = sys.stdout.isatty()
     try:
         while True:
-            shown = (
-                _screen(directories) if on_terminal else f"{time.strftime('%H:%M:%S')}\n{table(collect(directories))}\n"
-            )
-            print(shown, flush=True)
+            print(_screen(directories) if on_terminal else _page(directories), flush=True)
             time.sleep(interval)
     except KeyboardInterrupt:
         print()

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +81,7 @@ def page(directory: Path) -> str:
     return PAGE.read_text(encoding="utf-8").replace(PLACE, _embedded(data))
 
 
-def differing(jobs: Sequence[Mapping[str, str]], *, swept: Iterable[str] = ()) -> list[str]:
+def differing(jobs: Sequence[Mapping[str, str]], *, swept: Sequence[str] = ()) -> list[str]:
     """The keys that a sweep varies, and those whose values differ between jobs; a job without any is not known."""
     keys = dict.fromkeys(swept) | dict.fromkeys(key for values in jobs for key in values)
     known = [values for values in jobs if values]
@@ -104,9 +104,9 @@ def _job(run: Run, values: Mapping[str, str]) -> Job:
     evaluation: list[Point] = []
     for line in runs.metrics(run.path):
         for name, curve in (("loss", train), ("eval_loss", evaluation)):
-            value = line.get(name)
-            if isinstance(value, int | float):
-                curve.append((line["step"], float(value)))
+            value = runs.number(line.get(name))
+            if value is not None:
+                curve.append((line["step"], value))
     return Job(run, values, train, evaluation)
 
 
@@ -127,7 +127,7 @@ def _rank(job: Job) -> tuple[int, float, list[tuple[int, int | str]]]:
 
 
 def _plain(job: Job, keys: Sequence[str]) -> dict[str, Any]:
-    """What the page's script reads; a number that is not finite is null there, its text in `state` or a curve's gap."""
+    """What the page's script reads."""
     run = job.run
     losses = [curve[-1][1] if curve else None for curve in (job.train, job.eval)]
     return {

@@ -9,7 +9,7 @@ from bridge import platform
 from bridge.config import layout, run_config
 from bridge.config.run_config import RunConfig
 from bridge.errors import BridgeError, ConfigError
-from bridge.launch import compose, spawn, sweep, torchrun
+from bridge.launch import compose, optuna, spawn, sweep, torchrun
 from bridge.launch.result import EXIT_CODES, Result, log_path
 from bridge.launch.run_dir import Claim, claimed
 
@@ -52,9 +52,8 @@ def _command() -> int:
         compose.run("train", job)
     except compose.FailedTrial:
         pass  # hydra.sweeper.max_failure_rate ended the sweep; the table tells
-    except ConfigError:
-        # Optuna's sweeper, asked for the best of no completed trial, calls that wrong input; the table tells it better.
-        if not rows or any(row.result.objective is not None for row in rows):
+    except ConfigError as error:
+        if not (rows and str(error).startswith(optuna.NO_TRIAL)):  # which the table tells better
             raise
     finally:
         if rows:
