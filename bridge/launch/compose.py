@@ -7,6 +7,7 @@ Hydra users expect; around it every error of the user's becomes one ConfigError.
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ from typing import Any, NamedTuple
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,6 +25,7 @@ from yaml import YAMLError
 
 import bridge
 from bridge.errors import ConfigError
+from bridge.launch import slurm, slurm_job
 from bridge.launch.hydra_errors import one_line
 
 # Sections that accept fields no YAML file lists: megatron-core's dataclasses, data sources and adapters check those.
@@ -36,24 +40,46 @@ class Job(NamedTuple):
     number: int | None = None  # place in the sweep; None in a single run
     swept: tuple[str, ...] = ()  # the overrides that the sweep varies
     directory: Path = Path()  # in a sweep: this job's own, hydra.sweep.dir/hydra.sweep.subdir
+    slurm: dict[str, Any] | None = None  # with hydra/launcher=slurm: its options
 
 
-def run(config_name: str, job: Callable[[Job], float]) -> None:
+class SweepStart(NamedTuple):
+    """Where the jobs of a sweep have their directories, and the time.time() before the first of them."""
+
+    directory: Path
+    time: float
+
+
+class NoteSweep(Callback):
+    """Set as a callback in conf/train.yaml: with a launcher that runs jobs elsewhere no job tells the driver."""
+
+    started: SweepStart | None = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        NoteSweep.started = SweepStart(Path(str(config.hydra.sweep.dir)).absolute(), time.time())
+
+
+def run(config_name: str, job: Callable[[Job], Any]) -> None:
     """Compose sys.argv on conf/<config_name>.yaml and call `job` once, or with -m once per combination.
 
-    `job` returns the objective that Hydra's sweepers minimise. What it raises is raised here, after every job of a
-    sweep was tried; what is wrong with the command line is a ConfigError. --help and its kin leave by SystemExit(0).
+    `job` returns the objective that Hydra's sweepers minimise (a launcher may ask for something else). What it raises is
+    raised here, after every job of a sweep was tried; what is wrong with the command line is a ConfigError. --help and
+    its kin leave by SystemExit(0). submitit's launchers call a copy of `job` in processes of their own.
     """
     _declare_open_sections()
-    OmegaConf.register_new_resolver("choice", _choice, replace=True)
+    slurm.register()
+    driver = slurm_job.this_process()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with exit code 1
     failures: list[Exception] = []
 
-    def task(composed: DictConfig) -> float:
+    def task(composed: DictConfig) -> Any:
         try:
             return job(_job(composed))
         except Exception as error:  # raised later: here Hydra would print a report of its own
             failures.append(error)
+            if slurm_job.this_process() != driver:
+                print(error, file=sys.stderr, flush=True)
+                slurm_job.end_with(1)
             return math.inf
 
     try:
@@ -102,15 +128,33 @@ def _choice(group: str, *, _root_: DictConfig) -> str:
     return str(settings.runtime.choices[group])
 
 
+def _mode_under_slurm(*, _root_: DictConfig) -> str:
+    """`${mode_under_slurm:}`: a sweep where something varies, so that a single run has its usual directory."""
+    if {"-m", "--multirun"} & set(sys.argv[1:]) or _root_.hydra.runtime.choices["hydra/sweeper"] != "basic":
+        return RunMode.MULTIRUN.name
+    values = [argument for argument in sys.argv[1:] if not argument.startswith("-") and "=" in argument]
+    values += [f"{key}={value}" for key, value in (_root_.hydra.sweeper.params or {}).items()]
+    swept = any(override.is_sweep_override() for override in OverridesParser.create().parse_overrides(values))
+    return (RunMode.MULTIRUN if swept else RunMode.RUN).name
+
+
+# At import: submitit's launchers compose again in their jobs, where only what a pickle needs is imported.
+OmegaConf.register_new_resolver("choice", _choice, replace=True)
+OmegaConf.register_new_resolver("mode_under_slurm", _mode_under_slurm, replace=True)
+
+
 def _job(composed: DictConfig) -> Job:
     settings = HydraConfig.get()
     overrides = OmegaConf.to_container(settings.overrides.task, resolve=False)  # as typed: with ${...}
     assert isinstance(overrides, list)
+    options = OmegaConf.to_container(settings.launcher, resolve=True)
+    assert isinstance(options, dict)
+    of_slurm = options if options.pop("_target_") == slurm.TARGET else None
     if settings.mode != RunMode.MULTIRUN:
-        return Job(_resolve(composed), overrides)
+        return Job(_resolve(composed), overrides, slurm=of_slurm)
     typed = set(sys.argv[1:])
     swept = tuple(override for override in overrides if override not in typed)
-    return Job(_resolve(composed), overrides, int(settings.job.num), swept, Path(settings.runtime.output_dir))
+    return Job(_resolve(composed), overrides, int(settings.job.num), swept, Path(settings.runtime.output_dir), of_slurm)
 
 
 def _resolve(composed: DictConfig) -> dict[str, Any]:

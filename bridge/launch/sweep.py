@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from bridge.errors import BridgeError
 from bridge.launch.compose import Job
-from bridge.launch.result import Result, in_one_line, write_json
+from bridge.launch.result import EXIT_CODES, Result, first_rank_error, in_one_line, read_result, result_path, write_json
 
 
 class Row(NamedTuple):
@@ -43,6 +45,24 @@ def placed(settings: dict[str, Any], job: Job) -> dict[str, Any]:
     if relative.startswith(os.pardir):  # hydra.sweep.dir points elsewhere
         return settings | {"runs_dir": str(job.directory.parent), "name": job.directory.name}
     return settings | {"name": relative}
+
+
+def collected(directory: Path, *, since: float) -> list[Row]:
+    """The jobs in a sweep's directory that ended after `since`, a time.time(), by what they wrote themselves."""
+    rows = []
+    for folder in sorted((path for path in directory.glob("[0-9]*") if path.name.isdigit()), key=lambda p: int(p.name)):
+        result = read_result(folder)
+        if result is not None and result_path(folder).stat().st_mtime >= since:
+            overrides = yaml.safe_load((folder / "overrides.yaml").read_text(encoding="utf-8"))
+            swept = tuple(override for override in overrides if override not in sys.argv[1:])
+            rows.append(Row(int(folder.name), swept, folder, first_rank_error(folder) or result))
+    return rows
+
+
+def exit_code(rows: Sequence[Row]) -> int:
+    """0 when every job is done (or left to Slurm), 75 when some were stopped and none failed, else 1."""
+    codes = {row.result.exit_code for row in rows}
+    return max(codes) if codes <= {0, EXIT_CODES["stopped"]} else EXIT_CODES["failed"]
 
 
 def summarize(rows: Sequence[Row]) -> None:
