@@ -62,12 +62,11 @@ class NoteSweep(Callback):
 def run(config_name: str, job: Callable[[Job], Any]) -> None:
     """Compose sys.argv on conf/<config_name>.yaml and call `job` once, or with -m once per combination.
 
-    `job` returns the objective that Hydra's sweepers minimise (a launcher may ask for something else). What it raises is
-    raised here, after every job of a sweep was tried; what is wrong with the command line is a ConfigError. --help and
-    its kin leave by SystemExit(0). submitit's launchers call a copy of `job` in processes of their own.
+    `job` returns the objective that Hydra's sweepers minimise (a launcher may ask for something else). What it raises
+    is raised here, after every job of a sweep was tried; what is wrong with the command line is a ConfigError. --help
+    and its kin leave by SystemExit(0). submitit's launchers call a copy of `job` in processes of their own.
     """
     _declare_open_sections()
-    slurm.register()
     driver = slurm_job.this_process()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with exit code 1
     failures: list[Exception] = []
@@ -128,28 +127,38 @@ def _choice(group: str, *, _root_: DictConfig) -> str:
     return str(settings.runtime.choices[group])
 
 
-def _mode_under_slurm(*, _root_: DictConfig) -> str:
-    """`${mode_under_slurm:}`: a sweep where something varies, so that a single run has its usual directory."""
-    if {"-m", "--multirun"} & set(sys.argv[1:]) or _root_.hydra.runtime.choices["hydra/sweeper"] != "basic":
-        return RunMode.MULTIRUN.name
+def _mode_by_launcher(*, _root_: DictConfig) -> str | None:
+    """`${mode_by_launcher:}`: Hydra ignores the launcher of a single run, so another than the usual one implies -m.
+
+    Of our own not when nothing varies: such a run keeps its usual directory, and the driver submits it.
+    """
+    launcher = OmegaConf.select(_root_, "hydra.launcher._target_")
+    if launcher is None or launcher.endswith(".BasicLauncher"):
+        return None
+    sweeper = OmegaConf.select(_root_, "hydra.sweeper")
+    if launcher != slurm.TARGET or {"-m", "--multirun"} & set(sys.argv[1:]) or not _is_basic(sweeper):
+        return str(RunMode.MULTIRUN.name)
     values = [argument for argument in sys.argv[1:] if not argument.startswith("-") and "=" in argument]
-    values += [f"{key}={value}" for key, value in (_root_.hydra.sweeper.params or {}).items()]
+    values += [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
     swept = any(override.is_sweep_override() for override in OverridesParser.create().parse_overrides(values))
-    return (RunMode.MULTIRUN if swept else RunMode.RUN).name
+    return str((RunMode.MULTIRUN if swept else RunMode.RUN).name)
+
+
+def _is_basic(sweeper: DictConfig) -> bool:
+    return str(sweeper.get("_target_")).endswith(".BasicSweeper")
 
 
 # At import: submitit's launchers compose again in their jobs, where only what a pickle needs is imported.
 OmegaConf.register_new_resolver("choice", _choice, replace=True)
-OmegaConf.register_new_resolver("mode_under_slurm", _mode_under_slurm, replace=True)
+OmegaConf.register_new_resolver("mode_by_launcher", _mode_by_launcher, replace=True)
 
 
 def _job(composed: DictConfig) -> Job:
     settings = HydraConfig.get()
     overrides = OmegaConf.to_container(settings.overrides.task, resolve=False)  # as typed: with ${...}
     assert isinstance(overrides, list)
-    options = OmegaConf.to_container(settings.launcher, resolve=True)
-    assert isinstance(options, dict)
-    of_slurm = options if options.pop("_target_") == slurm.TARGET else None
+    launcher = _resolve(settings.launcher)
+    of_slurm = launcher if launcher.pop("_target_") == slurm.TARGET else None
     if settings.mode != RunMode.MULTIRUN:
         return Job(_resolve(composed), overrides, slurm=of_slurm)
     typed = set(sys.argv[1:])

@@ -12,8 +12,8 @@ from pathlib import Path
 from bridge.errors import BridgeError
 
 EXIT_CODES = {"done": 0, "submitted": 0, "failed": 1, "invalid": 2, "stopped": 75}
-"""done: all steps taken; submitted: left to Slurm, unfinished; failed: our or the machine's fault; invalid: wrong input;
-stopped: saved, resume later."""
+"""done: all steps taken; submitted: left to Slurm, unfinished; failed: our or the machine's fault; invalid: wrong
+input; stopped: saved, resume later."""
 
 
 @dataclass(frozen=True)

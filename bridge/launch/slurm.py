@@ -11,13 +11,9 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
-from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn
 
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
@@ -25,40 +21,11 @@ from bridge.launch.result import Result, first_rank_error, read_result, write_js
 from bridge.launch.slurm_job import RunJob
 
 UNFINISHED = frozenset(
-    "PENDING RUNNING SUSPENDED CONFIGURING COMPLETING REQUEUED REQUEUE_FED REQUEUE_HOLD RESIZING RESV_DEL_HOLD SIGNALING "
-    "SPECIAL_EXIT STAGE_OUT STOPPED UNKNOWN".split()
-)
+    ["PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD"]
+) | {"RESIZING", "RESV_DEL_HOLD", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "UNKNOWN"}
 """Job states that another can follow. PREEMPTED is not among them: a job that is requeued turns PENDING."""
-ALWAYS = {"srun_args": ["--kill-on-bad-exit=1"]}
-
-
-class SlurmLauncher(BasicLauncher):
-    """Hydra's launcher of a sweep: the jobs of a batch are prepared one after the other, and then run side by side.
-
-    The task function returns a Queued for a job that can be submitted.
-    """
-
-    __module__ = "hydra_plugins.bridge"  # Hydra instantiates plugins of that package only
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        returns = super().launch(job_overrides, initial_job_idx)
-        queued = {id(each): each.return_value for each in returns if isinstance(each.return_value, Queued)}
-        run(list(queued.values()))
-        for each in returns:
-            if id(each) in queued:
-                each.return_value = queued[id(each)].result.objective
-        return returns
-
-
-TARGET = f"{SlurmLauncher.__module__}.{SlurmLauncher.__name__}"
-
-
-def register() -> None:
-    """Make the launcher known to Hydra, which looks for plugins among installed packages only."""
-    Plugins.instance().register(SlurmLauncher)
+SRUN_ARGS = ("--kill-on-bad-exit=1", "--open-mode=append")  # append: a requeued job keeps its earlier output
+TARGET = "hydra_plugins.bridge_slurm.SlurmLauncher"
 
 
 @dataclass
@@ -68,7 +35,7 @@ class Queued:
     config: RunConfig
     options: Mapping[str, Any]
     job_id: str | None = None
-    result: Result = Result("submitted")
+    result: Result = field(default_factory=lambda: Result("submitted"))
 
     @property
     def processes_per_node(self) -> int:
@@ -151,7 +118,7 @@ def _outside_a_job() -> Iterator[None]:
 
 def _sbatch_options(job: Queued, options: dict[str, Any]) -> dict[str, Any]:
     """submitit's names: those of sbatch, but for `time` in minutes and `mem` in GB."""
-    srun_args = list(ALWAYS["srun_args"])
+    srun_args = list(SRUN_ARGS)
     if options.get("cpus_per_task"):  # srun no longer takes it from sbatch
         srun_args.append(f"--cpus-per-task={options['cpus_per_task']}")
     renamed = {"timeout_min": "time", "mem_gb": "mem"}

@@ -54,8 +54,8 @@ def stopping_on_usr2() -> Iterator[Callable[[], None]]:
 
     Yields a function to call when the run has stopped: if SIGUSR2 asked for it, it hands over to the handler that was
     there before, submitit's, which puts the job back into the queue. Before there is a run to stop, rank 0 calls that
-    handler at once: nothing is lost then. After a plain SIGTERM Slurm itself knows whether to requeue (preemption) or not
-    (scancel).
+    handler at once: nothing is lost then. After a plain SIGTERM Slurm itself knows whether to requeue (preemption) or
+    not (scancel).
     """
     owner = os.getpid()
     before, idle = signal.getsignal(signal.SIGUSR2), signal.getsignal(signal.SIGTERM)

@@ -5,7 +5,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -106,19 +106,17 @@ def _command(configuration: Path, *words: str) -> str:
 
 
 def _idle_nodes(configuration: Path) -> int:
-    return len(
-        _command(configuration, "sinfo", "--Node", "--noheader", "--partition=normal", "--states=idle").splitlines()
-    )
+    shown = _command(configuration, "sinfo", "--Node", "--noheader", "--partition=normal", "--states=idle")
+    return len(shown.splitlines())
 
 
-def _wait(condition, what: str, directory: Path, *, timeout: float = 60) -> None:
+def _logs(directory: Path) -> str:
+    files = sorted(path for path in directory.iterdir() if path.suffix in (".log", ".out"))
+    return "\n".join(f"{path}:\n{path.read_text()[-2000:]}" for path in files)
+
+
+def _wait(condition: Callable[[], bool], what: str, directory: Path, *, timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
-        if time.monotonic() > deadline:
-            logs = "\n".join(
-                f"{log}: {log.read_text()[-2000:]}"
-                for log in sorted(directory.glob("*.*"))
-                if log.suffix in (".log", ".out")
-            )
-            raise AssertionError(f"{what} did not start\n{logs}")
+        assert time.monotonic() < deadline, f"{what} did not start\n{_logs(directory)}"
         time.sleep(0.2)
