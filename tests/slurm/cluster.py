@@ -10,16 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch")
-CONTROLLER_PORT, NODE_PORTS = 17000, "[17001-17002]"
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={controller_port}
+SlurmctldPort={ports[0]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits until its old credential has expired, by default two minutes.
+# A requeued job waits until its old credential has expired, by default for two minutes.
 AuthInfo=socket={directory}/munge.socket,cred_expire=5
 StateSaveLocation={directory}/state
 SlurmdSpoolDir={directory}/spool-%n
@@ -39,9 +38,11 @@ PreemptMode=REQUEUE
 MpiDefault=none
 ReturnToService=2
 KillWait=30
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port={node_ports} CPUs=8 RealMemory=4000
-PartitionName=normal Nodes=ALL Default=YES PriorityTier=1 MaxTime=INFINITE
-PartitionName=urgent Nodes=ALL PriorityTier=2 MaxTime=INFINITE PreemptMode=OFF
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=32 RealMemory=4000
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=32 RealMemory=4000
+PartitionName=normal Nodes=ALL Default=YES PriorityTier=1 PreemptMode=OFF
+PartitionName=preemptible Nodes=ALL PriorityTier=1
+PartitionName=urgent Nodes=ALL PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -61,8 +62,7 @@ def running(directory: Path) -> Iterator[Path]:
         CONFIGURATION.format(
             host=socket.gethostname().partition(".")[0],
             directory=directory,
-            controller_port=CONTROLLER_PORT,
-            node_ports=NODE_PORTS,
+            ports=_free_ports(3),
         )
     )
     (directory / "state").mkdir()
@@ -85,6 +85,14 @@ def running(directory: Path) -> Iterator[Path]:
             daemon.terminate()
         for daemon in daemons:
             daemon.wait(timeout=30)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
 
 
 def _find(program: str) -> str | None:
