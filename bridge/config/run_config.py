@@ -11,7 +11,7 @@ import yaml
 
 from bridge.config import modules, routing, sections
 from bridge.config.routing import Routed
-from bridge.config.schema import Checkpoint, ConvertConfig, Init, Log, Scheduler, Train
+from bridge.config.schema import Checkpoint, ConvertConfig, Init, Launch, Log, Scheduler, Train
 from bridge.errors import ConfigError
 
 _CONVERT_NEEDS = {
@@ -46,6 +46,7 @@ class RunConfig:
     init: Init = field(default_factory=Init)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
+    launch: Launch = field(default_factory=Launch)
     dry_run: bool = False
     runs_dir: str = "runs"
 

@@ -24,6 +24,7 @@ class Train:
     eval_iters: int = _from(1, 16)
     exit_interval: int | None = _from(1, None)
     exit_duration_in_mins: float | None = _from(0, None)
+    num_nodes: int = _from(1, 1)
     num_devices: int | None = _from(1, None)
     seed: int = _from(0, 1234)
 
@@ -94,6 +95,13 @@ class Log:
     sample_ids: bool = False
     tensorboard: bool = False
     wandb: Wandb = field(default_factory=Wandb)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the run is started."""
+
+    detach: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Hydra users expect; around it every error of the user's becomes one ConfigError.
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,7 +25,7 @@ from yaml import YAMLError
 
 import bridge
 from bridge.errors import ConfigError
-from bridge.launch import optuna
+from bridge.launch import optuna, slurm, slurm_job
 from bridge.launch.hydra_errors import one_line
 
 # Sections that accept fields no YAML file lists: megatron-core's dataclasses, data sources and adapters check those.
@@ -38,6 +40,7 @@ class Job(NamedTuple):
     number: int | None = None  # place in the sweep; None in a single run
     swept: tuple[str, ...] = ()  # the overrides that the sweep varies
     directory: Path = Path()  # in a sweep: this job's own, hydra.sweep.dir/hydra.sweep.subdir
+    slurm: dict[str, Any] | None = None  # with hydra/launcher=slurm: its options
     suggested: bool = False  # by a sweeper that learns from the jobs before, such as Optuna's; not one of a grid
 
 
@@ -45,22 +48,40 @@ class FailedTrial(Exception):
     """Raised by a job of a sweep that has nothing to minimise."""
 
 
-def run(config_name: str, job: Callable[[Job], float]) -> None:
+class SweepStart(NamedTuple):
+    """Where the jobs of a sweep have their directories, and the time.time() before the first of them."""
+
+    directory: Path
+    time: float
+
+
+class NoteSweep(Callback):
+    """Set as a callback in conf/train.yaml: with a launcher that runs jobs elsewhere no job tells the driver."""
+
+    started: SweepStart | None = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        NoteSweep.started = SweepStart(Path(str(config.hydra.sweep.dir)).absolute(), time.time())
+
+
+def run(config_name: str, job: Callable[[Job], Any]) -> None:
     """Compose sys.argv on conf/<config_name>.yaml and call `job` once, or with -m once per combination.
 
-    `job` returns the objective that Hydra's sweepers minimise, or raises FailedTrial: a sweeper that has failed trials
-    (its option max_failure_rate tells) then counts one, another gets infinity. What else it raises is raised here,
-    after every job of a sweep was tried; what is wrong with the command line is a ConfigError. --help and its kin leave
-    by SystemExit(0).
+    `job` returns the objective that Hydra's sweepers minimise (a launcher may ask for something else), or raises
+    FailedTrial: a sweeper that has failed trials (its option max_failure_rate tells) then counts one, another gets
+    infinity. What else it raises is raised here, after every job of a sweep was tried; what is wrong with the command
+    line is a ConfigError. --help and its kin leave by SystemExit(0). submitit's launchers call a copy of `job` in
+    processes of their own.
     """
     _declare_open_sections()
     optuna.set_defaults()
-    OmegaConf.register_new_resolver("choice", _choice, replace=True)
+    driver = slurm_job.this_process()
+    NoteSweep.started = None
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with exit code 1
     failures: list[Exception] = []
     arguments = sys.argv[1:]  # those of this process: a launcher may run the task in another
 
-    def task(composed: DictConfig) -> float:
+    def task(composed: DictConfig) -> Any:
         try:
             return job(_job(composed, arguments))
         except FailedTrial:
@@ -69,6 +90,9 @@ def run(config_name: str, job: Callable[[Job], float]) -> None:
             return math.inf
         except Exception as error:  # raised later: here Hydra would print a report of its own
             failures.append(error)
+            if slurm_job.this_process() != driver:
+                print(error, file=sys.stderr, flush=True)
+                slurm_job.end_with(1)
             return math.inf
 
     try:
@@ -117,24 +141,53 @@ def _choice(group: str, *, _root_: DictConfig) -> str:
     return str(settings.runtime.choices[group])
 
 
+def _mode_by_launcher(*, _root_: DictConfig) -> str | None:
+    """`${mode_by_launcher:}`: Hydra ignores the launcher of a single run, so another than the usual one implies -m.
+
+    Of our own not when nothing varies: such a run keeps its usual directory, and the driver submits it.
+    """
+    launcher = OmegaConf.select(_root_, "hydra.launcher._target_")
+    if launcher is None or launcher.endswith(".BasicLauncher"):
+        return None
+    sweeper = OmegaConf.select(_root_, "hydra.sweeper")
+    if launcher != slurm.TARGET or {"-m", "--multirun"} & set(sys.argv[1:]) or not _is_basic(sweeper):
+        return str(RunMode.MULTIRUN.name)
+    values = [argument for argument in sys.argv[1:] if not argument.startswith("-") and "=" in argument]
+    values += [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    swept = any(override.is_sweep_override() for override in OverridesParser.create().parse_overrides(values))
+    return str((RunMode.MULTIRUN if swept else RunMode.RUN).name)
+
+
+def _is_basic(sweeper: DictConfig) -> bool:
+    return str(sweeper.get("_target_")).endswith(".BasicSweeper")
+
+
+# At import: submitit's launchers compose again in their jobs, where only what a pickle needs is imported.
+OmegaConf.register_new_resolver("choice", _choice, replace=True)
+OmegaConf.register_new_resolver("mode_by_launcher", _mode_by_launcher, replace=True)
+
+
 def _job(composed: DictConfig, arguments: list[str]) -> Job:
     settings = HydraConfig.get()
     overrides = OmegaConf.to_container(settings.overrides.task, resolve=False)  # as typed: with ${...}
     assert isinstance(overrides, list)
+    launcher = _resolve(settings.launcher)
+    of_slurm = launcher if launcher.pop("_target_") == slurm.TARGET else None
     if settings.mode != RunMode.MULTIRUN:
-        return Job(_resolve(composed), overrides)
-    fixed = _fixed(arguments)
+        return Job(_resolve(composed), overrides, slurm=of_slurm)
+    fixed = single_valued(arguments)
     return Job(
         settings=_resolve(composed),
         overrides=overrides,
         number=int(settings.job.num),
         swept=tuple(override for override in overrides if override not in fixed),
         directory=Path(settings.runtime.output_dir),
-        suggested=not str(settings.sweeper._target_).endswith(".BasicSweeper"),
+        slurm=of_slurm,
+        suggested=not _is_basic(settings.sweeper),
     )
 
 
-def _fixed(arguments: list[str]) -> set[str]:
+def single_valued(arguments: list[str]) -> set[str]:
     """The overrides among `arguments` that give one value, as typed and as sweepers write them: lr=1e-3, lr=0.001."""
     overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-") and "=" in a])
     single = [override for override in overrides if not override.is_sweep_override()]

@@ -1,17 +1,18 @@
 """`python train.py`, `bridge-train`: compose, check, claim the run directory, run the workers, tell how it ended."""
 
-import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from typing import Any
 
 from bridge import platform
 from bridge.config import layout, run_config
 from bridge.config.run_config import RunConfig
-from bridge.errors import BridgeError, ConfigError
-from bridge.launch import compose, optuna, spawn, sweep, torchrun
-from bridge.launch.result import EXIT_CODES, Result, log_path
-from bridge.launch.run_dir import Claim, claimed
+from bridge.errors import ConfigError
+from bridge.launch import compose, optuna, ranks, slurm, slurm_job, spawn, sweep, torchrun
+from bridge.launch.ranks import Prepared
+from bridge.launch.result import EXIT_CODES, Result, guarded, read_result, result_path
+from bridge.launch.run_dir import claimed
+from bridge.launch.worker import leave
 
 PATH_KEYS = frozenset({"runs_dir", "path", "paths", "tokenizer"})
 
@@ -19,31 +20,32 @@ PATH_KEYS = frozenset({"runs_dir", "path", "paths", "tokenizer"})
 def main() -> None:
     """Entry of train.py and bridge-train. Exit codes: 0 done, 1 failed, 2 wrong input, 75 stopped and resumable."""
     sys.path.append(os.getcwd())  # where a user's own modules (data.source=my_data.corpus) lie, as with python -m
-    sys.exit(guarded(_torchrun_command if torchrun.active() else _command))
-
-
-def guarded(command: Callable[[], int]) -> int:
-    """Run a command line; a mistake of the user's is one line on stderr and exit code 2."""
-    try:
-        return command()
-    except BridgeError as error:
-        print(" ".join(str(error).splitlines()), file=sys.stderr, flush=True)
-        return EXIT_CODES["invalid"]
+    ranks.adopt()
+    if torchrun.active():
+        leave(ranks.run(_composed_once))
+    os.environ["PYTHONPATH"] = spawn.python_path()  # for the jobs of a launcher
+    sys.exit(guarded(_command))
 
 
 def _command() -> int:
     results: list[Result] = []
     rows: list[sweep.Row] = []
+    queued: dict[int, slurm.Queued] = {}
+    driver = slurm_job.this_process()
 
-    def job(composed: compose.Job) -> float:
+    def job(composed: compose.Job) -> Any:
+        if slurm_job.this_process() != driver:  # submitit's stock launchers run this function in the job
+            return _inside_job(composed)
         if composed.number is None:
             results.append(_train(composed))
             return 0.0
         _check_suggestion(composed)
-        rows.append(sweep.run_job(composed, _train))
+        rows.append(sweep.run_job(composed, lambda job: _train(job, queued)))
         result = rows[-1].result
         if result.status == "stopped":  # a signal stops the whole sweep; Hydra lets a SystemExit through
             sys.exit(result.exit_code)
+        if composed.number in queued:  # the launcher asks for its objective when it has ended
+            return queued[composed.number]
         if result.objective is None:
             raise compose.FailedTrial(result.error or "the evaluation loss is not finite")
         return result.objective
@@ -56,13 +58,20 @@ def _command() -> int:
         if not (rows and str(error).startswith(optuna.NO_TRIAL)):  # which the table tells better
             raise
     finally:
+        rows = [row._replace(result=queued[row.number].result) if row.number in queued else row for row in rows]
+        started = compose.NoteSweep.started
+        if started is not None and not rows:
+            rows = sweep.collected(started.directory, since=started.time)
         if rows:
             sweep.summarize(rows)
     if rows:
-        return EXIT_CODES["done"] if all(row.result.status == "done" for row in rows) else EXIT_CODES["failed"]
+        return sweep.exit_code(rows)
+    if started is not None:
+        print(f"no job of {started.directory} reported how it ended; see .submitit there", file=sys.stderr, flush=True)
+        return EXIT_CODES["failed"]
     if not results:  # --cfg, --info
         return EXIT_CODES["done"]
-    _print_ending(results[0])
+    ranks.print_ending(results[0])
     return results[0].exit_code
 
 
@@ -75,25 +84,62 @@ def _check_suggestion(job: compose.Job) -> None:
         sys.exit(EXIT_CODES["invalid"])
 
 
-def _train(job: compose.Job) -> Result:
-    """Check one job and train it in worker processes, or with dry_run print what it would take."""
+def _train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> Result:
+    """Check one job and train it in worker processes or in a Slurm job, or with dry_run print what it would take.
+
+    A sweep's Slurm job is only prepared, in `queued`: the launcher submits all of them.
+    """
     config = _config(job)
-    num_devices = config.train.num_devices or platform.num_devices() or 1
-    _check_layout(config, world_size=num_devices)
+    num_devices = _processes_per_node(config, job)
+    world_size = num_devices * config.train.num_nodes
+    _check_layout(config, world_size=world_size)
     if config.dry_run:
-        return _dry_run(config, world_size=num_devices)
+        return _dry_run(config, world_size=world_size)
     earlier = None if job.number is None else sweep.earlier_result(config, job)
     if earlier is not None:
         print(f"run {config.run_dir}: {earlier.status} in an earlier start; remove it to run it again", flush=True)
+        result_path(config.run_dir).touch()  # belongs to this start, too: `collected` goes by the time
         return earlier
-    with claimed(config, overrides=job.overrides, swept=None if job.number is None else job.swept) as claim:
-        _print_start(claim, num_processes=num_devices)
+    swept = None if job.number is None else job.swept
+    if job.slurm is not None:
+        slurm.check_free(config.run_dir)
+        with claimed(config, overrides=job.overrides, swept=swept):
+            pass  # the job claims it again when it starts
+        prepared = slurm.Queued(config, job.slurm)
+        if queued is not None and job.number is not None:
+            queued[job.number] = prepared
+        else:
+            slurm.run([prepared])
+        return prepared.result
+    _check_local(config)
+    with claimed(config, overrides=job.overrides, swept=swept) as claim:
+        (claim.path / "job.json").unlink(missing_ok=True)
+        ranks.print_start(claim, num_processes=num_devices)
         return spawn.run_workers(claim, num_devices=num_devices, fields=config.routed().transformer)
 
 
 def _config(job: compose.Job) -> RunConfig:
     settings = compose.absolute(job.settings, names=PATH_KEYS)
     return run_config.from_dict(settings if job.number is None else sweep.placed(settings, job))
+
+
+def _processes_per_node(config: RunConfig, job: compose.Job) -> int:
+    if job.slurm is not None:
+        return slurm.processes_per_node(config, job.slurm)
+    return config.train.num_devices or platform.num_devices() or 1
+
+
+def _check_local(config: RunConfig) -> None:
+    if config.train.num_nodes > 1:
+        raise ConfigError(
+            f"train.num_nodes: {config.train.num_nodes} nodes, and this command starts processes on its own only; add "
+            f"hydra/launcher=slurm, or run torchrun on every node"
+        )
+    if config.launch.detach:
+        raise ConfigError(
+            "launch.detach: true, and without Slurm nothing would keep the run; add hydra/launcher=slurm, or run "
+            "`nohup python train.py ... &`"
+        )
 
 
 def _check_layout(config: RunConfig, *, world_size: int) -> None:
@@ -113,68 +159,59 @@ def _dry_run(config: RunConfig, *, world_size: int) -> Result:
     return Result("done")
 
 
-def _torchrun_command() -> int:
-    """One rank of `torchrun train.py ...`: rank 0 decides for all, then every rank trains."""
-    torchrun.check_environment()
-    if torchrun.rank() > 0:
-        decision = torchrun.follow()
-        if decision.settings is None:
-            return decision.exit_code
-        return _work(run_config.from_dict(decision.settings))
-    with torchrun.leading() as leader:
-        # An error is printed here, before the others leave with it: then torchrun ends this process too.
-        leader.exit_code = guarded(lambda: _lead(leader))
-        return leader.exit_code
-
-
-def _lead(leader: torchrun.Leader) -> int:
-    """Rank 0 of torchrun."""
+def _composed_once() -> Prepared | None:
+    """What `torchrun train.py ...` trains, composed by rank 0; None when there is nothing to train."""
     jobs: list[compose.Job] = []
     compose.run("train", lambda job: jobs.append(job) or 0.0)  # type: ignore[func-returns-value]
     if not jobs:  # --cfg, --info
-        return EXIT_CODES["done"]
+        return None
     if jobs[0].number is not None:
         torchrun.refuse_sweep()
-    config = _config(jobs[0])
+    if jobs[0].slurm is not None:
+        raise ConfigError(
+            f"hydra/launcher: slurm submits a job, and {torchrun.starter()} runs {torchrun.world_size()} processes; "
+            f"leave one of the two out"
+        )
+    return _of_ranks(jobs[0])
+
+
+def _of_ranks(job: compose.Job) -> Prepared | None:
+    """Check a job against the processes that were started for it; None for a dry run, printed here."""
+    config = _config(job)
     _check_world(config)
     if config.dry_run:
-        return _dry_run(config, world_size=torchrun.world_size()).exit_code
-    with claimed(config, overrides=jobs[0].overrides) as claim:
-        leader.publish(dataclasses.asdict(config))
-        _print_start(claim, num_processes=torchrun.world_size())
-        return _work(config)
+        _dry_run(config, world_size=torchrun.world_size())
+        return None
+    return Prepared(config, job.overrides, None if job.number is None else job.swept)
 
 
 def _check_world(config: RunConfig) -> None:
-    world_size = torchrun.world_size()
-    if config.train.num_devices not in (None, world_size):
+    world_size, per_node = torchrun.world_size(), torchrun.local_world_size()
+    if config.train.num_devices not in (None, per_node):
         raise ConfigError(
-            f"train.num_devices: {config.train.num_devices} differs from the {world_size} processes that torchrun "
-            f"started; leave it out under torchrun"
+            f"train.num_devices: {config.train.num_devices} differs from the {per_node} processes that "
+            f"{torchrun.starter()} started on this node; leave it out under {torchrun.starter()}"
+        )
+    if config.train.num_nodes not in (1, world_size // per_node):
+        raise ConfigError(
+            f"train.num_nodes: {config.train.num_nodes} differs from the {world_size // per_node} nodes of "
+            f"{torchrun.starter()}; leave it out under {torchrun.starter()}"
         )
     _check_layout(config, world_size=world_size)
 
 
-def _work(config: RunConfig) -> int:
-    from bridge.launch.worker import execute, kept_output, leave
-
-    rank = torchrun.rank()
-    with kept_output(log_path(config.run_dir, rank=rank), on_console=rank == 0):
-        result = execute(config, rank=rank)
-    _print_ending(result)
-    if result.error is not None:
-        leave(result.exit_code)
-    return result.exit_code
-
-
-def _print_start(claim: Claim, *, num_processes: int) -> None:
-    begin = "from the start" if claim.resumed_step is None else f"resuming at step {claim.resumed_step}"
-    processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
-    print(f"run {claim.path}: {begin}, {processes}", flush=True)
+def _inside_job(composed: compose.Job) -> float | None:
+    """The task function in a job of submitit's stock launchers: drive worker processes, or be one of several ranks."""
+    ranks.adopt()
+    with slurm_job.stopping_on_usr2() as requeue:
+        row = sweep.run_job(composed, _as_rank if torchrun.active() else _train)
+        if row.result.status == "stopped":
+            requeue()
+    slurm_job.end_with(row.result.exit_code)
+    return row.result.objective
 
 
-def _print_ending(result: Result) -> None:
-    if result.error is not None:
-        print(result.error, file=sys.stderr, flush=True)
-    elif result.status == "stopped" and result.step is None:
-        print("stopped without a save; the same command goes on from the latest checkpoint, if any", flush=True)
+def _as_rank(job: compose.Job) -> Result:
+    exit_code = ranks.run(lambda: _of_ranks(job))
+    status = next(status for status, code in EXIT_CODES.items() if code == exit_code)
+    return (read_result(job.directory) if torchrun.rank() == 0 else None) or Result(status)

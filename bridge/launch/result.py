@@ -3,12 +3,17 @@
 import json
 import math
 import os
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-EXIT_CODES = {"done": 0, "failed": 1, "invalid": 2, "stopped": 75}
-"""done: all steps taken; failed: our or the machine's fault; invalid: wrong input; stopped: saved, resume later."""
+from bridge.errors import BridgeError
+
+EXIT_CODES = {"done": 0, "submitted": 0, "failed": 1, "invalid": 2, "stopped": 75}
+"""done: all steps taken; submitted: left to Slurm, unfinished; failed: our or the machine's fault; invalid: wrong
+input; stopped: saved, resume later."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,15 @@ class Result:
         """What a sweep minimises: the evaluation loss; None when the run is not done or its loss is not finite."""
         loss = self.eval_loss if self.status == "done" else None
         return loss if loss is not None and math.isfinite(loss) else None
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run a command line; a mistake of the user's is one line on stderr and exit code 2."""
+    try:
+        return command()
+    except BridgeError as error:
+        print(" ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+        return EXIT_CODES["invalid"]
 
 
 def in_one_line(error: Exception) -> str:

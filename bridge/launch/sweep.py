@@ -12,8 +12,8 @@ import yaml
 from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.errors import BridgeError, ConfigError
-from bridge.launch.compose import Job
-from bridge.launch.result import Result, in_one_line, read_result, write_json
+from bridge.launch.compose import Job, single_valued
+from bridge.launch.result import EXIT_CODES, Result, first_rank_error, in_one_line, read_result, result_path, write_json
 
 
 class Row(NamedTuple):
@@ -84,6 +84,24 @@ def earlier_result(config: RunConfig, job: Job) -> Result | None:
     except (ConfigError, yaml.YAMLError):
         return None
     return result if unchanged else None
+
+
+def collected(directory: Path, *, since: float) -> list[Row]:
+    """The jobs in a sweep's directory that ended after `since`, a time.time(), by what they wrote themselves."""
+    rows, fixed = [], single_valued(sys.argv[1:])
+    for folder in sorted((path for path in directory.glob("[0-9]*") if path.name.isdigit()), key=lambda p: int(p.name)):
+        result = read_result(folder)
+        if result is not None and result_path(folder).stat().st_mtime >= since:
+            overrides = yaml.safe_load((folder / "overrides.yaml").read_text(encoding="utf-8"))
+            swept = tuple(override for override in overrides if override not in fixed)
+            rows.append(Row(int(folder.name), swept, folder, first_rank_error(folder) or result))
+    return rows
+
+
+def exit_code(rows: Sequence[Row]) -> int:
+    """0 when every job is done (or left to Slurm), 75 when some were stopped and none failed, else 1."""
+    codes = {row.result.exit_code for row in rows}
+    return max(codes) if codes <= {0, EXIT_CODES["stopped"]} else EXIT_CODES["failed"]
 
 
 def summarize(rows: Sequence[Row]) -> None:

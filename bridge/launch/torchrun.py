@@ -1,4 +1,4 @@
-"""`torchrun train.py ...`: every process is a worker; rank 0 alone composes and owns the run directory.
+"""The ranks of one run that something else started: rank 0 alone composes and owns the run directory.
 
 Rank 0 tells the others its decision through the store at MASTER_ADDR:MASTER_PORT where their process group meets later.
 """
@@ -55,11 +55,21 @@ def active() -> bool:
 
 
 def rank() -> int:
-    return int(os.environ["RANK"])
+    return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    return int(os.environ["WORLD_SIZE"])
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Processes on this node; unless told otherwise, all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
+
+
+def starter() -> str:
+    """What started this process as one of many, as the user knows it."""
+    return "srun" if os.environ.get("SLURM_STEP_NUM_TASKS") == os.environ["WORLD_SIZE"] else "torchrun"
 
 
 def check_environment() -> None:
@@ -71,9 +81,12 @@ def check_environment() -> None:
 
 def refuse_sweep() -> None:
     """A sweep in every rank would train every job WORLD_SIZE times over."""
+    local, nodes = local_world_size(), world_size() // local_world_size()
+    start = f"train.num_devices={local}" if nodes == 1 else f"train.num_nodes={nodes} train.num_devices={local}"
+    command = f"python train.py -m ... {start}" + (" hydra/launcher=slurm" if starter() == "srun" or nodes > 1 else "")
     raise ConfigError(
-        f"hydra.mode: MULTIRUN under torchrun (WORLD_SIZE={world_size()}); run `python train.py -m ... "
-        f"train.num_devices={world_size()}`, which starts the processes of every job itself"
+        f"hydra.mode: MULTIRUN under {starter()} (WORLD_SIZE={world_size()}); run `{command}`, which starts the "
+        f"processes of every job itself"
     )
 
 

@@ -36,6 +36,7 @@ class Config(mock.Config):
     seconds: float = 0.0  # per sample
 
 def build(config, prepared, *, seed):
+    print("rank", os.environ.get("RANK"), "is local rank", os.environ.get("LOCAL_RANK"), flush=True)
     if config.crash_on_rank == int(os.environ.get("RANK", "0")):
         raise RuntimeError("the disk\\nis full")
     datasets = mock.build(config, prepared, seed=seed)

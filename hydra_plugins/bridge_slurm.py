@@ -1,0 +1,27 @@
+"""The launcher behind `hydra/launcher=slurm`. Hydra takes plugins from the namespace package hydra_plugins only."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.utils import JobReturn
+
+from bridge.launch import slurm
+
+
+class SlurmLauncher(BasicLauncher):
+    """Prepares the jobs of a batch one after the other in this process; then they run side by side in Slurm.
+
+    The task function returns a slurm.Queued for each job that can be submitted.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()  # the options reach bridge.launch.slurm with each job
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        returns = super().launch(job_overrides, initial_job_idx)
+        queued = [(each, each.return_value) for each in returns if isinstance(each.return_value, slurm.Queued)]
+        slurm.run([job for _, job in queued])
+        for each, job in queued:
+            each.return_value = job.result.objective
+        return returns
