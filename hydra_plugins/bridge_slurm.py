@@ -6,6 +6,7 @@ from typing import Any
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn
 
+from bridge.errors import ConfigError
 from bridge.launch import slurm
 
 
@@ -21,7 +22,15 @@ class SlurmLauncher(BasicLauncher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         returns = super().launch(job_overrides, initial_job_idx)
         queued = [(each, each.return_value) for each in returns if isinstance(each.return_value, slurm.Queued)]
-        slurm.run([job for _, job in queued])
+        jobs = [job for _, job in queued]
+        assert self.config is not None
+        sweeper = self.config.hydra.sweeper._target_
+        if any(job.config.launch.detach for job in jobs) and not sweeper.endswith(".BasicSweeper"):
+            raise ConfigError(
+                f"launch.detach: true, and {sweeper.split('.')[-1]} chooses jobs by the results of earlier ones; leave "
+                f"one of the two out"
+            )
+        slurm.run(jobs)
         for each, job in queued:
             each.return_value = job.result.objective
         return returns

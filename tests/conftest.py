@@ -20,7 +20,7 @@ os.environ.update(
     # Subprocesses and the fork server of tests/distributed.py find `bridge` and `tests` from any directory.
     PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
 )
-for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)  # pytest under torchrun must not turn into one of its workers
 
 

@@ -10,7 +10,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import NamedTuple
 
 from bridge.config import run_config
@@ -32,16 +32,16 @@ class Prepared(NamedTuple):
     swept: tuple[str, ...] | None = None  # None outside a sweep
 
 
-def adopt() -> None:
+def adopt(env: MutableMapping[str, str] = os.environ) -> None:
     """Set torchrun's variables in a task of srun or submitit with more than one task; elsewhere change nothing.
 
     What the user has set of them stays.
     """
-    if torchrun.active():
+    if torchrun.active(env):
         return
-    found = _of_slurm(os.environ) or _of_submitit_local(os.environ)
+    found = _of_slurm(env) or _of_submitit_local(env)
     for name, value in (found or {}).items():
-        os.environ.setdefault(name, value)
+        env.setdefault(name, value)
 
 
 def run(prepare: Callable[[], Prepared | None]) -> int:

@@ -5,7 +5,7 @@ Rank 0 tells the others its decision through the store at MASTER_ADDR:MASTER_POR
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,9 +49,9 @@ class Leader:
             self._store.wait([f"read_{rank}" for rank in range(1, world_size())], timedelta(seconds=20))
 
 
-def active() -> bool:
+def active(env: Mapping[str, str] = os.environ) -> bool:
     """Whether something like torchrun started this process as one of many."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return "RANK" in env and "WORLD_SIZE" in env
 
 
 def rank() -> int:

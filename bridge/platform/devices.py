@@ -50,11 +50,14 @@ def backend() -> str:
 
 
 def set_local_rank(local_rank: int) -> None:
-    """Choose the GPU of this process by its rank on the host; nothing to choose on CPU."""
+    """Choose the GPU of this process by its rank on the host; nothing to choose on CPU.
+
+    A process that sees one GPU has been given its own: `srun --gpus-per-task=1` hides the others.
+    """
     if on_cuda():
         import torch
 
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(local_rank if torch.cuda.device_count() > 1 else 0)
 
 
 @functools.cache

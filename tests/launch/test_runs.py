@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -148,6 +149,41 @@ def test_torchrun_ranks_are_the_workers(tmp_path):
         assert code == 1  # torchrun's own, for a rank that left with 2
         assert err.count(message) == 1
     assert not (tmp_path / "runs" / "b").exists()
+
+
+def test_torchrun_on_two_nodes(tmp_path):
+    """One run directory, decided by rank 0 of all; local ranks count from 0 on each node."""
+    source = write_user_source(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        endpoint = f"127.0.0.1:{reserved.getsockname()[1]}"
+    rendezvous = ("--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}")
+    launcher = (sys.executable, "-m", "torch.distributed.run", *rendezvous)
+    arguments = (*TINY, source, "train.micro_batch_size=1", "train.steps=1", "name=a")
+    nodes = [start(*arguments, cwd=tmp_path, launcher=launcher) for _ in range(2)]
+    outputs = [node.communicate(timeout=180) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert sum(out.count("from the start, 4 processes") for out, _ in outputs) == 1
+    run_dir = tmp_path / "runs" / "a"
+    assert result(run_dir)["status"] == "done"
+    for rank in range(4):
+        log = (run_dir / "logs" / f"rank_{rank}.log").read_text()
+        assert f"rank {rank} is local rank {rank % 2}\n" in log
+
+
+def test_submitit_local_launcher(tmp_path):
+    """Implies -m; its tasks are the ranks; a failing rank fails its job, not the other one."""
+    source = write_user_source(tmp_path)
+    tasks = ("hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2")
+    code, _, err = train(*TINY, source, *tasks, "train.steps=1", "+data.crash_on_rank=1,null", "name=s", cwd=tmp_path)
+    sweep_dir = tmp_path / "runs" / "sweeps" / "s"
+    rows = json.loads((sweep_dir / "sweep.json").read_text())
+    assert code == 1, err
+    assert [(row["overrides"], row["status"]) for row in rows] == [
+        (["+data.crash_on_rank=1"], "failed"),
+        (["+data.crash_on_rank=null"], "done"),
+    ]
+    assert rows[0]["error"].startswith("RuntimeError: the disk is full")
+    assert {path.name for path in (sweep_dir / "1" / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
 
 
 def test_processes_that_are_not_torchruns_meet_too(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits until its old credential has expired, by default for two minutes.
+# A requeued job waits until its old credential has expired, by default two minutes.
 AuthInfo=socket={directory}/munge.socket,cred_expire=5
 StateSaveLocation={directory}/state
 SlurmdSpoolDir={directory}/spool-%n

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from tests.launch.commands import TINY, start, train, wait_for, write_user_sourc
 from tests.slurm import cluster
 
 LAUNCHER = "hydra/launcher=slurm"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "launch.md"
 SLOW = ("train.steps=60", "+data.seconds=0.05", "train.eval_interval=null")  # 12 s on one process
 
 
@@ -85,9 +87,20 @@ def _start_all(runs: Commands) -> None:
     runs.start(
         "stock", "hydra/launcher=submitit_slurm", "+data.crash_on_rank=null,1", "hydra.launcher.tasks_per_node=2"
     )
+    for name, arguments in of_the_page():
+        runs.start(name, *arguments, "train.num_devices=1")
     srun = ("srun", "--nodes=2", "--ntasks=2", sys.executable)
     runs.start("srun", launcher=srun)
     runs.start("srun_sweep", "hydra.mode=MULTIRUN", "train.seed=1,2", launcher=srun)
+
+
+def of_the_page() -> list[tuple[str, list[str]]]:
+    """(name, arguments) of the commands in docs/launch.md that need a cluster: its sh blocks."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    commands = [shlex.split(line)[2:] for block in blocks for line in block.splitlines()]
+    return [
+        (next(word.removeprefix("name=") for word in words if word.startswith("name=")), words) for words in commands
+    ]
 
 
 def result(run_dir: Path) -> dict[str, object]:
@@ -192,6 +205,16 @@ def test_stock_submitit_launcher(commands: Commands):
     (array,) = {path.name.split("_")[0] for path in (sweep_dir / ".submitit").glob("*_1")}
     wait_until(lambda: described(f"{array}_1")["JobState"] == "FAILED", "Slurm takes the failed job for a success")
     assert described(f"{array}_0")["JobState"] == "COMPLETED"
+
+
+def test_the_commands_of_the_page(commands: Commands):
+    names = [name for name, _ in of_the_page()]
+    assert len(names) == 3
+    for name in names:
+        code, _, err = commands.ended(name)
+        assert (code, err) == (0, "")
+    assert slurm_job(commands.run_dir("cluster"))["NumNodes"] == "2"
+    assert len(json.loads((commands.run_dir("sweeps/rates") / "sweep.json").read_text())) == 2
 
 
 def test_tasks_of_srun_are_ranks(commands: Commands):
