@@ -73,7 +73,7 @@ def read(path: Path, *, name: str) -> Run:
     if holder is None and not ended:  # it may have begun, or ended, between the two looks
         holder, ended = _holder(path), _result(path)
     last = _last_lines(path)
-    state = "running" if holder else ended.get("status", "died")
+    state = "running" if holder else ended.get("status") or ("died" if _has_begun(path) else "pending")
     step = ended.get("step") if not holder else None
     if not isinstance(step, int):
         step = last.get("step")
@@ -186,6 +186,11 @@ def _holder(path: Path) -> str | None:
 def _result(path: Path) -> dict[str, Any]:
     ended = _json(result_path(path))
     return ended if ended.get("status") in EXIT_CODES else {}
+
+
+def _has_begun(path: Path) -> bool:
+    """Whether a worker has left a trace; a sweep's driver prepares the directories before it submits the jobs."""
+    return (path / "metrics.jsonl").exists() or any((path / "logs").glob("*"))
 
 
 def _last_words(path: Path) -> str:

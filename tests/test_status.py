@@ -25,7 +25,8 @@ GARBAGE = (b"", b"\x00\xff\xfe\x80", b"[", b"{}", b"null", b'{"status": 3, "step
 def run_dir(root: Path, name: str, *, result: Result | None = None, lines: str = "", steps: int = 20) -> Path:
     """A run directory as the driver and its workers leave it."""
     with claimed(config(root, name=name, train={"steps": steps}), overrides=[f"name={name}"]) as claim:
-        (claim.path / "metrics.jsonl").write_text(lines)
+        if lines:
+            (claim.path / "metrics.jsonl").write_text(lines)
         if result:
             write_result(result, claim.path)
     return claim.path
@@ -51,6 +52,7 @@ def test_every_state(tmp_path, capsys):
     run_dir(tmp_path, "invalid", result=Result("invalid", error="init.path: no such directory"))
     died = run_dir(tmp_path, "died", lines=lines)
     (died / "logs" / "rank_0.log").write_text("step 10/20\nKilled\n\n")
+    run_dir(tmp_path, "prepared")
     raised = run_dir(tmp_path, "raised")
     write_rank_error(Result("failed", error="OSError: first"), raised, rank=1)
     write_rank_error(Result("failed", error="peer lost"), raised, rank=0)
@@ -67,6 +69,7 @@ def test_every_state(tmp_path, capsys):
         "died": "died",
         "failed": "failed",
         "invalid": "invalid",
+        "prepared": "pending",
         "raised": "died",
     }
     assert states["busy"].where == f"process {os.getpid()} on {os.uname().nodename}"
@@ -81,7 +84,7 @@ def test_every_state(tmp_path, capsys):
     assert re.search(r"^a/done +done +20/20 +3\.0000 +3\.2500 +1,234 +\d s$", table, flags=re.MULTILINE)
     assert re.search(r"^failed +failed .* RuntimeError: the  ?\[31mdisk is full$", table, flags=re.MULTILINE)
     assert "\x1b" not in table
-    assert table.splitlines()[-1] == "2 died, 1 done, 1 failed, 1 invalid, 1 running, 1 stopped"
+    assert table.splitlines()[-1] == "2 died, 1 done, 1 failed, 1 invalid, 1 pending, 1 running, 1 stopped"
     assert found(tmp_path)["busy"].state == "died"
 
 
@@ -145,7 +148,7 @@ def test_slurm_is_asked_about_jobs_that_nobody_holds(tmp_path, monkeypatch):
     for job, result in [(1, Result("stopped", 5)), (2, None), (3, None), (4, Result("done", 20)), (5, None)]:
         path = run_dir(tmp_path / "runs", f"r{job}", result=result)
         (path / "job.json").write_text(json.dumps({"slurm_job_id": str(job)}))
-    assert {run.state for run in runs.find(tmp_path / "runs")} == {"stopped", "died", "done"}  # no Slurm here
+    assert {run.state for run in runs.find(tmp_path / "runs")} == {"stopped", "pending", "done"}  # no Slurm here
 
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     with claimed(config(tmp_path / "runs", name="r5"), overrides=[]):
