@@ -7,7 +7,7 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn
 
 from bridge.errors import ConfigError
-from bridge.launch import slurm
+from bridge.launch import ranks, slurm
 
 
 class SlurmLauncher(BasicLauncher):
@@ -30,7 +30,7 @@ class SlurmLauncher(BasicLauncher):
                 f"launch.detach: true, and {sweeper.split('.')[-1]} chooses jobs by the results of earlier ones; leave "
                 f"one of the two out"
             )
-        slurm.run(jobs)
+        slurm.run(jobs, ended=ranks.print_ending)
         for each, job in queued:
             each.return_value = job.result.objective
         return returns

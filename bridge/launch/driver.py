@@ -187,6 +187,8 @@ def _of_ranks(job: compose.Job) -> Prepared | None:
 
 def _check_world(config: RunConfig) -> None:
     world_size, per_node = torchrun.world_size(), torchrun.local_world_size()
+    if config.launch.detach:
+        raise ConfigError(f"launch.detach: true, but {torchrun.starter()} runs the processes; leave it out")
     if config.train.num_devices not in (None, per_node):
         raise ConfigError(
             f"train.num_devices: {config.train.num_devices} differs from the {per_node} processes that "

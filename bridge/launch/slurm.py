@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,13 +67,16 @@ def check_free(run_dir: Path) -> None:
         )
 
 
-def run(jobs: Sequence[Queued]) -> None:
-    """Submit the jobs and, unless launch.detach, wait for all of them; fills in job_id and result."""
+def run(jobs: Sequence[Queued], *, ended: Callable[[Result], None] = lambda result: None) -> None:
+    """Submit the jobs and, unless launch.detach, wait for all of them; fills in job_id and result.
+
+    ended: called with the result of each job when it is known.
+    """
     for job in jobs:
         _submit(job)
     waiting = [job for job in jobs if not job.config.launch.detach]
     try:
-        _wait(waiting)
+        _wait(waiting, ended)
     except KeyboardInterrupt:
         left = " ".join(str(job.job_id) for job in waiting if job.result.status == "submitted")
         print(f"no longer waiting; the jobs go on: squeue --jobs={left}, scancel {left}", file=sys.stderr, flush=True)
@@ -93,8 +96,8 @@ def _submit(job: Queued) -> None:
         with _outside_a_job():
             job.job_id = executor.submit(RunJob(str(run_dir))).job_id
     except submitit.core.utils.FailedJobError as error:
-        said = " ".join(str(error).split())
-        raise ConfigError(f"hydra.launcher: sbatch refuses the job of {run_dir} ({said}); set its options") from None
+        said = str(error).strip().splitlines()[-1]
+        raise ConfigError(f"hydra.launcher: {said}; set what this cluster asks for (partition, account, ...)") from None
     except RuntimeError as error:  # no srun on the path
         raise ConfigError(f"hydra/launcher: slurm, but {error} run this where sbatch works") from None
     write_json({"slurm_job_id": job.job_id, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, run_dir / "job.json")
@@ -132,7 +135,7 @@ def _sbatch_options(job: Queued, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _wait(jobs: Sequence[Queued]) -> None:
+def _wait(jobs: Sequence[Queued], ended: Callable[[Result], None]) -> None:
     """Until no job is in the queue any more; a requeued one still is."""
     waiting = {str(job.job_id): job for job in jobs}
     pause = 0.5
@@ -147,8 +150,7 @@ def _wait(jobs: Sequence[Queued]) -> None:
             del waiting[job_id]
             job.result = _outcome(job, state)
             write_result(job.result, job.config.run_dir)
-            if job.result.error:
-                print(job.result.error, file=sys.stderr, flush=True)
+            ended(job.result)
 
 
 def _states(job_ids: list[str]) -> dict[str, str] | None:

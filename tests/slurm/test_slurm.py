@@ -83,6 +83,7 @@ def _start_all(runs: Commands) -> None:
     runs.start("signalled", LAUNCHER, *SLOW, "launch.detach=true")
     runs.once_stepping("signalled", "scancel", "--signal=USR2", "--name=signalled")
     runs.start("sweep", LAUNCHER, "+data.crash_on_rank=null,1,7", "train.num_devices=2")
+    runs.start("crash", LAUNCHER, "+data.crash_on_rank=0")
     runs.start("nodes", LAUNCHER, "train.num_nodes=2", "train.num_devices=2", "train.micro_batch_size=1")
     runs.start(
         "stock", "hydra/launcher=submitit_slurm", "+data.crash_on_rank=null,1", "hydra.launcher.tasks_per_node=2"
@@ -190,6 +191,13 @@ def test_a_raising_rank_fails_its_job_and_the_sweep_but_no_other_point(commands:
     assert jobs[1]["ExitCode"] == "1:0"
 
 
+def test_a_failed_run_is_one_line(commands: Commands):
+    code, out, err = commands.ended("crash")
+    log = commands.run_dir("crash") / "logs" / "rank_0.log"
+    assert (code, err) == (1, f"RuntimeError: the disk is full (full traceback in {log})\n")
+    assert out.count("\n") == 1  # the job's id
+
+
 def test_stock_submitit_launcher(commands: Commands):
     """Implies -m as well. Its own idea of failure is a pickled exception; Slurm's, and ours, is the exit code."""
     code, _, err = commands.ended("stock")
@@ -237,7 +245,7 @@ def test_a_job_at_its_time_limit_goes_on_and_a_cancelled_one_does_not(commands: 
     run_dir = commands.run_dir("limited")
     wait_until(lambda: bool(resumed_steps(run_dir)), "the time limit does not requeue the job")
     job_id = slurm_job(run_dir)["JobId"]
-    wait_for(f"step {resumed_steps(run_dir)[0] + 2}/", run_dir / "logs" / "rank_0.log")
+    wait_for(f"step {resumed_steps(run_dir)[0] + 2}/", run_dir / "logs" / "rank_0.log", timeout=200)
     subprocess.run(["scancel", job_id], check=True)
     code, _, err = commands.ended("limited")
     assert (code, err) == (75, "")
