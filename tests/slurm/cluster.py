@@ -80,11 +80,9 @@ def running(directory: Path) -> Iterator[Path]:
         _wait(lambda: _idle_nodes(configuration) == 2, "slurmctld, slurmd", directory)
         yield configuration
     finally:
-        _command(configuration, "scancel", "--full", "--user=root")
+        _end_jobs(configuration)
         for daemon in reversed(daemons):  # munged, which signs what the others say, last
-            daemon.terminate()
-        for daemon in daemons:
-            daemon.wait(timeout=30)
+            _end(daemon)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -97,6 +95,23 @@ def _free_ports(count: int) -> list[int]:
 
 def _find(program: str) -> str | None:
     return shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/usr/bin")
+
+
+def _end_jobs(configuration: Path, *, timeout: float = 60) -> None:
+    """What runs outlives its node's daemon. Takes KillWait when a process does not end by itself."""
+    _command(configuration, "scancel", "--user=root")
+    deadline = time.monotonic() + timeout
+    while _command(configuration, "squeue", "--noheader") and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def _end(daemon: "subprocess.Popen[bytes]") -> None:
+    daemon.terminate()
+    try:
+        daemon.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
 
 
 def _start(command: list[str], directory: Path) -> "subprocess.Popen[bytes]":

@@ -243,7 +243,7 @@ def test_a_sweep_in_tasks_of_srun_is_refused(commands: Commands):
 
 def test_a_job_at_its_time_limit_goes_on_and_a_cancelled_one_does_not(commands: Commands):
     run_dir = commands.run_dir("limited")
-    wait_until(lambda: bool(resumed_steps(run_dir)), "the time limit does not requeue the job")
+    wait_until(lambda: bool(resumed_steps(run_dir)), "the time limit does not requeue the job", timeout=280)
     job_id = slurm_job(run_dir)["JobId"]
     wait_for(f"step {resumed_steps(run_dir)[0] + 2}/", run_dir / "logs" / "rank_0.log", timeout=200)
     subprocess.run(["scancel", job_id], check=True)
