@@ -273,7 +273,7 @@ REFUSED = [
     (
         {"overlap_param_gather": True},
         {},
-        "parallelism.overlap_param_gather: True needs use_distributed_optimizer, which is false; "
+        "parallelism.overlap_param_gather: True needs use_distributed_optimizer=true, which is false; "
         "set parallelism.use_distributed_optimizer to true",
     ),
     (

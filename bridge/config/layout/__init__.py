@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from bridge.config import divisibility
 from bridge.config.divisibility import Number
-from bridge.config.layout import batch, experts, pipeline, tensor
+from bridge.config.layout import batch, experts, overlap, pipeline, tensor
 from bridge.config.layout.sizes import Batch, Fields, Layout
 from bridge.config.routing import Routed
 from bridge.config.schema import Train
@@ -25,6 +25,9 @@ MODEL_RULES: tuple[Callable[[Fields, Layout], None], ...] = (
     pipeline.point_to_point,
     pipeline.layers_per_stage,
     experts.experts,
+    overlap.needs,
+    overlap.experts_while_computing,
+    overlap.tensor_parallel_buffers,
 )
 # Of a run of train.py besides.
 TRAINING_RULES: tuple[Callable[[Fields, Layout, Batch], None], ...] = (

@@ -8,16 +8,6 @@ from bridge.errors import ConfigError
 
 def optimizer(fields: Fields, layout: Layout, batch: Batch) -> None:
     instances = fields.number("num_distributed_optimizer_instances")
-    gathers = fields.get("overlap_param_gather", False)
-    needs = [("overlap_param_gather", "use_distributed_optimizer")] if gathers else []
-    needs += [("overlap_param_gather", "overlap_grad_reduce")] if gathers else []
-    needs += [(instances.name, "use_distributed_optimizer")] if instances.value > 1 else []
-    for name, needed in needs:
-        if not fields.get(needed, False):
-            raise ConfigError(
-                f"{fields.key(name)}: {fields.get(name)} needs {needed}, which is false; "
-                f"set parallelism.{needed} to true"
-            )
     divisibility.require(Number("DP x CP", layout.dp * layout.cp, movable=False), by=[instances])
 
 
