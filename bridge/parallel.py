@@ -148,6 +148,23 @@ def fake(world_size: int, rank: int, fields: Mapping[str, Any]) -> Iterator[None
         teardown()
 
 
+def sizes() -> dict[str, int]:
+    """The sizes that the process groups really have, by the field that asks for them."""
+    from megatron.core import parallel_state
+
+    replicas = {"with_context_parallel": True}
+    sharded_over = parallel_state.get_data_parallel_world_size(**replicas, partial_data_parallel=True)
+    return {
+        "tensor_model_parallel_size": tensor_parallel_size(),
+        "pipeline_model_parallel_size": pipeline_size(),
+        "virtual_pipeline_model_parallel_size": virtual_pipeline_size(),
+        "context_parallel_size": context_parallel_size(),
+        "expert_model_parallel_size": expert_parallel_size(),
+        "expert_tensor_parallel_size": expert_tensor_parallel_size(),
+        "num_distributed_optimizer_instances": data_parallel_size(**replicas) // sharded_over,
+    }
+
+
 def rank() -> int:
     """This process's number in the world; 0 before `initialize()`."""
     import torch.distributed as dist

@@ -39,6 +39,7 @@ GROUPS = (
     Group("rotary_base rotary_percent rotary_interleaved no_rope_freq", "position_embedding_type", ("rope",)),
     Group("rope_local_base_freq apply_rope_fusion fused_single_qkv_rope", "position_embedding_type", ("rope",)),
     Group("activation_func_clamp_value glu_linear_offset", "gated_linear_unit"),
+    Group("latent_layernorm_epsilon", "multi_latent_attention"),
     Group("mtp_loss_scaling_factor", "mtp_num_layers"),
     # recomputation and offloading
     Group("recompute_modules", "recompute_granularity", ("selective",)),
@@ -56,6 +57,7 @@ GROUPS = (
     Group("num_layers_at_start_in_bf16 num_layers_at_end_in_bf16", "first_last_layers_bf16"),
     Group("fp4_*", "fp4"),
     Group("autocast_dtype", "enable_autocast"),
+    Group("fp32_residual_connection", "enable_autocast"),  # else 16-bit weights meet float32, and mcore stops
     Group("disable_bf16_reduced_precision_matmul", "bf16"),
     Group("initial_loss_scale min_loss_scale loss_scale_window hysteresis", "fp16"),
     # optimizer
@@ -71,7 +73,7 @@ GROUPS = (
 )
 # Keys that act with any one of several others.
 EITHER = (
-    ("first_last_layers_bf16 tp_only_amax_red", ("fp8", "fp4")),
+    ("first_last_layers_bf16 tp_only_amax_red moe_router_padding_for_quantization", ("fp8", "fp4")),
     ("loss_scale", ("fp16", "bf16", "use_distributed_optimizer")),
     ("apply_wd_to_qk_layernorm", ("qk_layernorm", "qk_layernorm_full_width")),
 )
@@ -102,8 +104,11 @@ UNREAD: tuple[tuple[str, str], ...] = (
     (_MUON, "muon_num_ns_steps muon_tp_mode muon_extra_scale_factor"),
     (_LOOP, "qk_clip qk_clip_alpha qk_clip_threshold log_max_attention_logit log_num_zeros_in_grad"),
     (_LOOP, "moe_enable_routing_replay num_microbatches_with_partial_activation_checkpoints"),
-    ("only megatron-core's own attention reads it, and another one is used", "attention_softmax_in_fp32 masked_softmax_fusion"),
-    ("only Apex's norms read it, and they are not used", "memory_efficient_layer_norm"),
+    (
+        "only megatron-core's own attention reads it, and another one is used",
+        "attention_softmax_in_fp32 masked_softmax_fusion",
+    ),
+    ("only Apex's norms read it, and they are not used", "memory_efficient_layer_norm persist_layer_norm"),
     ("the loss is computed in float32 here", "fp16_lm_cross_entropy"),
     ("checkpoints are written so in any case", "hetereogenous_dist_checkpoint"),
     ("it follows from pipeline_model_parallel_layout", "mtp_standalone"),

@@ -1,10 +1,9 @@
-"""From the plain values of a configuration to megatron-core's TransformerConfig, and the check that none got lost."""
+"""From the plain values of a configuration to megatron-core's TransformerConfig."""
 
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
@@ -92,8 +91,6 @@ WITHOUT_STORAGE = {"use_cpu_initialization": True, "perform_initialization": Fal
 # megatron-core's own rotary embedding of latent attention is replaced (bridge.models.latent_attention), and the fused
 # kernel that goes with it.
 LATENT: dict[str, Any] = {"rope_type": "rope", "rotary_scaling_factor": 1.0, "apply_rope_fusion": False}
-# Fields megatron-core itself rewrites into another form of the same value.
-REWRITTEN = frozenset({"pipeline_model_parallel_layout", "cuda_graph_scope", "no_rope_freq"})
 
 
 def transformer_config(routed: Routed, *, dtype: torch.dtype | None = None, meta: bool = False) -> Config | MLAConfig:
@@ -104,10 +101,10 @@ def transformer_config(routed: Routed, *, dtype: torch.dtype | None = None, meta
     or megatron-core refuses.
     """
     platform.check(routed.transformer, routed.origin)
-    user = _typed(routed)
+    user = typed(routed)
     fields = _defaults(user) | user
-    fields |= _precision(fields, dtype)
-    fields |= _attention_factor(routed, fields)
+    fields |= precision(fields, dtype)
+    fields |= attention_factor_fields(routed, fields)
     fields |= layer_fields(fields)
     fields |= WITHOUT_STORAGE if meta else {}
     latent = fields.get("multi_latent_attention", False)
@@ -119,7 +116,8 @@ def transformer_config(routed: Routed, *, dtype: torch.dtype | None = None, meta
         raise ConfigError(f"{_keys_in(str(error), routed)}: megatron-core refuses it: {error}") from error
 
 
-def _typed(routed: Routed) -> dict[str, Any]:
+def typed(routed: Routed) -> dict[str, Any]:
+    """The fields the user set, each as the type that megatron-core holds. Raises ConfigError for an unknown word."""
     fields = dict(routed.transformer)
     for name, convert in TYPED.items():
         if fields.get(name) is None:
@@ -139,9 +137,9 @@ def _defaults(user: Mapping[str, Any]) -> dict[str, Any]:
     defaults = platform.default_fields()
     if user.get("num_moe_experts") is None:
         defaults = {name: value for name, value in defaults.items() if name not in FOR_EXPERTS or not value}
-    else:
-        # megatron-core's own default, allgather, moves every token to every rank.
-        defaults["moe_token_dispatcher_type"] = "alltoall"
+    # megatron-core's own default, allgather, moves every token to every rank, and forbids variable_seq_lengths even
+    # to models without experts.
+    defaults["moe_token_dispatcher_type"] = "alltoall"
     swiglu = user.get("activation_func") is F.silu and user.get("gated_linear_unit", False)
     # The fused SwiGLU knows neither clamping nor an offset, and megatron-core does not say so.
     more = ("use_te_activation_func", "activation_func_clamp_value", "glu_linear_offset")
@@ -150,7 +148,7 @@ def _defaults(user: Mapping[str, Any]) -> dict[str, Any]:
     return defaults
 
 
-def _precision(fields: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+def precision(fields: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
     """params_dtype follows bf16 and fp16, pipeline_dtype follows params_dtype, unless set; `dtype` overrides all."""
     if dtype is not None:
         half = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
@@ -160,7 +158,7 @@ def _precision(fields: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str
     return {"params_dtype": params, "pipeline_dtype": fields.get("pipeline_dtype") or params}
 
 
-def _attention_factor(routed: Routed, fields: Mapping[str, Any]) -> dict[str, Any]:
+def attention_factor_fields(routed: Routed, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The attention factor of YaRN and LongRoPE, as part of the softmax scale or of the queries.
 
     Hugging Face multiplies cos and sin of queries and of keys by it, so every logit by its square: the same as a larger
@@ -199,40 +197,6 @@ def _keys_in(message: str, routed: Routed) -> str:
     """Full keys of the fields a megatron-core message names; longest first, so that no name inside a name is taken."""
     found = [name for name in sorted(routed.origin, key=len, reverse=True) if name in message]
     return ", ".join(routed.origin[name] for name in found[:2]) or "model"
-
-
-# GPTModel arguments that the model keeps as attributes of the same name.
-MODEL_ATTRIBUTES = (
-    "max_sequence_length",
-    "position_embedding_type",
-    "rotary_percent",
-    "rotary_base",
-    "share_embeddings_and_output_weights",
-)
-
-
-def check_live(routed: Routed, model: Any, *, dtype: torch.dtype | None = None, meta: bool = False) -> None:
-    """Raise ConfigError unless the built `model` (a GPT) carries every value the user set.
-
-    `dtype` and `meta` are those the model was built with: they override values on purpose.
-    """
-    overridden = set(REWRITTEN) | set(_attention_factor(routed, routed.transformer))
-    overridden |= set(_precision({}, dtype)) if dtype is not None else set()
-    overridden |= set(WITHOUT_STORAGE) if meta else set()
-    for name, wanted in _typed(routed).items():
-        if name not in overridden and hasattr(model.config, name):
-            _same(getattr(model.config, name), wanted, key=_key(routed, name))
-    for name, attribute in [(name, name) for name in MODEL_ATTRIBUTES] + [("vocab_size", "true_vocab_size")]:
-        if name in routed.gpt:
-            _same(getattr(model, attribute), routed.gpt[name], key=_key(routed, name))
-
-
-def _same(live: Any, wanted: Any, *, key: str) -> None:
-    plain = live.value if isinstance(live, Enum) and not isinstance(wanted, Enum) else live
-    if isinstance(plain, tuple) and isinstance(wanted, list):
-        plain = list(plain)
-    if plain != wanted:
-        raise ConfigError(f"{key}: {wanted!r} did not reach the model, which has {plain!r}")
 
 
 def _key(routed: Routed, name: str) -> str:

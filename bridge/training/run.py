@@ -28,11 +28,19 @@ def run(config: RunConfig) -> Outcome:
     with stop.listening():
         metrics.check_packages(config)
         data = setup.prepare_data(config)
-        parallel.initialize(config.routed().transformer, seed=config.train.seed)
+        join(config)
         outcome = _train(config, data, stop)
         # Not after a failure: the peers of a failed rank may never come to a teardown that waits for them.
         parallel.teardown()
     return outcome
+
+
+def join(config: RunConfig) -> None:
+    """Make the process groups that `config` asks for. Raises ConfigError for what this platform cannot do."""
+    routed = config.routed()
+    platform.check(routed.transformer | routed.ddp | routed.optimizer, routed.origin)
+    instances = routed.ddp.get("num_distributed_optimizer_instances", 1)
+    parallel.initialize(routed.transformer, seed=config.train.seed, num_distributed_optimizer_instances=instances)
 
 
 def _train(config: RunConfig, data: setup.Data, stop: Stop) -> Outcome:

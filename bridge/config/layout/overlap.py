@@ -56,6 +56,7 @@ NEEDS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("overlap_moe_expert_parallel_comm", "mtp_num_layers", (None, 1)),
     ("delay_wgrad_compute", "overlap_moe_expert_parallel_comm", (True,)),
     ("ep_overlap_early_attn_memory_release", "overlap_moe_expert_parallel_comm", (True,)),
+    ("hierarchical_context_parallel_sizes", "cp_comm_type", ("a2a+p2p",)),
     ("moe_shared_expert_overlap", "moe_token_dispatcher_type", ("alltoall",)),
 )
 # Keys whose kernels exist in 16 bits only.
