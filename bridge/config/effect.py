@@ -190,7 +190,7 @@ def home(name: str, origin: Mapping[str, str]) -> str:
     parts = mcore_fields.targets()
     if name.startswith(("fp8", "fp4", "bf16", "fp16")):
         section = "precision"
-    elif name in mcore_fields.model_parallel() or name in parts["ddp"]:
+    elif name in mcore_fields.model_parallel() or name in parts["ddp"] or name.startswith("tp_comm_"):
         section = "parallelism"
     else:
         section = "optimizer" if name in parts["optimizer"] else "model"
