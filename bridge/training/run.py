@@ -10,6 +10,7 @@ platform.prepare()  # before megatron-core is imported: on CPU, importing it fir
 from bridge import parallel
 from bridge.config.run_config import RunConfig
 from bridge.data.source import Prepared
+from bridge.platform import user_buffers
 from bridge.training import metrics, setup
 from bridge.training.loop import Outcome, train
 from bridge.training.metrics import Report
@@ -41,6 +42,10 @@ def join(config: RunConfig) -> None:
     platform.check(routed.transformer | routed.ddp | routed.optimizer, routed.origin)
     instances = routed.ddp.get("num_distributed_optimizer_instances", 1)
     parallel.initialize(routed.transformer, seed=config.train.seed, num_distributed_optimizer_instances=instances)
+    if routed.transformer.get("tp_comm_overlap"):
+        sequences = config.train.sequences_per_pass(parallel.data_parallel_size())
+        num_tokens = sequences * config.data["sequence_length"] // parallel.context_parallel_size()
+        user_buffers.create(routed.transformer, num_tokens=num_tokens)
 
 
 def _train(config: RunConfig, data: setup.Data, stop: Stop) -> Outcome:

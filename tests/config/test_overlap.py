@@ -93,7 +93,7 @@ REFUSED = [
     ),
     (
         {**BUFFERS, "tp_comm_overlap_cfg": {"fc1": {"num_sm": 2}}},
-        "parallelism.tp_comm_overlap_cfg.fc1: unknown key (value {'num_sm': 2}); did you mean 'fc1_dgrad'?",
+        "parallelism.tp_comm_overlap_cfg.fc1: unknown key (value {'num_sm': 2}); known here: qkv_fprop,",
     ),
     (
         {**BUFFERS, "tp_comm_overlap_cfg": {"fc1_fprop": {"num_sms": 2}}},
