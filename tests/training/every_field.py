@@ -37,6 +37,7 @@ VPP2 = {
 }
 CP2 = {"context_parallel_size": 2}
 BF16 = {"bf16": True, "params_dtype": "bf16", "pipeline_dtype": "bf16"}
+MIXED = {**EXPERTS, **BF16, "expert_model_parallel_size": 2, "overlap_moe_expert_parallel_comm": True}
 FP16 = {"fp16": True, "params_dtype": "fp16", "pipeline_dtype": "fp16"}
 
 # field -> value, where the first one that fits its type is no good here
@@ -147,7 +148,8 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "recompute_modules": {"recompute_granularity": "selective"},
     "rope_local_base_freq window_attn_skip_freq": {"window_size": [4, 0]},
     "glu_linear_offset activation_func_clamp_value": {"gated_linear_unit": True},
-    "expert_model_parallel_size overlap_moe_expert_parallel_comm": {**EXPERTS, "expert_model_parallel_size": 2},
+    "expert_model_parallel_size": {**EXPERTS, "expert_model_parallel_size": 2},
+    "overlap_moe_expert_parallel_comm ep_overlap_early_attn_memory_release": MIXED,
     "expert_tensor_parallel_size": {**EXPERTS, **SP2, "expert_model_parallel_size": 2},
     "moe_aux_loss_coeff moe_ffn_hidden_size moe_input_jitter_eps moe_latent_size moe_layer_freq": EXPERTS,
     "norm_topk_prob moe_norm_min moe_router_dtype moe_router_enable_expert_bias": EXPERTS,
@@ -182,21 +184,19 @@ activation_func_fp8_input_store apply_query_key_layer_scaling apply_rope_fusion 
 cp_comm_type cpu_offloading cpu_offloading_activations cpu_offloading_double_buffering cpu_offloading_num_layers
 cpu_offloading_weights cross_entropy_fusion_impl cross_entropy_loss_fusion cuda_graph_impl
 cuda_graph_retain_backward_graph cuda_graph_scope cuda_graph_warmup_steps defer_embedding_wgrad_compute
-delay_wgrad_compute disable_parameter_transpose_cache disable_symmetric_registration enable_autocast
-ep_overlap_early_attn_memory_release exp_avg_dtype exp_avg_sq_dtype fine_grained_activation_offloading
-first_last_layers_bf16 fp32_residual_connection fp4 fp4_param fp4_quantizer_factory fp4_recipe fp8
-fp8_amax_compute_algo fp8_amax_history_len fp8_dot_product_attention fp8_interval fp8_margin fp8_multi_head_attention
-fp8_param fp8_quantizer_factory fp8_recipe fp8_wgrad fused_single_qkv_rope gradient_accumulation_fusion
-hierarchical_context_parallel_sizes main_params_dtype min_offloaded_tensor_size moe_deepep_num_sms
-moe_flex_dispatcher_backend moe_grouped_gemm moe_hybridep_num_sms moe_latent_size moe_permute_fusion moe_router_fusion
-moe_router_padding_for_quantization nccl_ub num_distributed_optimizer_instances num_layers_at_end_in_bf16
-num_layers_at_start_in_bf16 offload_modules optimizer_cpu_offload optimizer_offload_fraction
-overlap_cpu_optimizer_d2h_h2d overlap_moe_expert_parallel_comm pin_cpu_grads pin_cpu_params
-pipeline_model_parallel_comm_backend store_param_remainders tp_comm_bootstrap_backend tp_comm_bulk_dgrad
-tp_comm_bulk_wgrad tp_comm_overlap tp_comm_overlap_ag tp_comm_overlap_cfg tp_comm_overlap_disable_fc1
-tp_comm_overlap_disable_qkv tp_comm_overlap_rs tp_comm_overlap_rs_dgrad tp_only_amax_red transformer_impl
-use_fused_weighted_squared_relu use_precision_aware_optimizer use_te_activation_func use_te_rng_tracker
-use_torch_optimizer_for_cpu_offload wgrad_deferral_limit
+delay_wgrad_compute disable_parameter_transpose_cache disable_symmetric_registration enable_autocast exp_avg_dtype
+exp_avg_sq_dtype fine_grained_activation_offloading first_last_layers_bf16 fp32_residual_connection fp4 fp4_param
+fp4_quantizer_factory fp4_recipe fp8 fp8_amax_compute_algo fp8_amax_history_len fp8_dot_product_attention fp8_interval
+fp8_margin fp8_multi_head_attention fp8_param fp8_quantizer_factory fp8_recipe fp8_wgrad fused_single_qkv_rope
+gradient_accumulation_fusion hierarchical_context_parallel_sizes main_params_dtype min_offloaded_tensor_size
+moe_deepep_num_sms moe_flex_dispatcher_backend moe_grouped_gemm moe_hybridep_num_sms moe_latent_size
+moe_permute_fusion moe_router_fusion moe_router_padding_for_quantization nccl_ub num_distributed_optimizer_instances
+num_layers_at_end_in_bf16 num_layers_at_start_in_bf16 offload_modules optimizer_cpu_offload optimizer_offload_fraction
+overlap_cpu_optimizer_d2h_h2d pin_cpu_grads pin_cpu_params pipeline_model_parallel_comm_backend store_param_remainders
+tp_comm_bootstrap_backend tp_comm_bulk_dgrad tp_comm_bulk_wgrad tp_comm_overlap tp_comm_overlap_ag tp_comm_overlap_cfg
+tp_comm_overlap_disable_fc1 tp_comm_overlap_disable_qkv tp_comm_overlap_rs tp_comm_overlap_rs_dgrad tp_only_amax_red
+transformer_impl use_fused_weighted_squared_relu use_precision_aware_optimizer use_te_activation_func
+use_te_rng_tracker use_torch_optimizer_for_cpu_offload wgrad_deferral_limit
 """
 NEEDS_GPU = frozenset(NEEDS_GPU_NAMES.split())
 
