@@ -37,6 +37,18 @@ VPP2 = {
 }
 CP2 = {"context_parallel_size": 2}
 BF16 = {"bf16": True, "params_dtype": "bf16", "pipeline_dtype": "bf16"}
+FP8 = {**BF16, "fp8": "hybrid"}
+TENSORWISE = {**FP8, "fp8_recipe": "tensorwise"}
+PRECISION_AWARE = {**BF16, "use_distributed_optimizer": True, "use_precision_aware_optimizer": True}
+OFFLOADED = {"cpu_offloading": True, "cpu_offloading_num_layers": 1}
+MODULES_OFFLOADED = {**BF16, "fine_grained_activation_offloading": True, "offload_modules": ["core_attn"]}
+OPTIMIZER_OFFLOADED = {
+    "use_distributed_optimizer": True,
+    "optimizer_cpu_offload": True,
+    "optimizer_offload_fraction": 0.5,
+}
+GRAPHS = {**BF16, "cuda_graph_impl": "local", "use_te_rng_tracker": True}
+GROUPED = {**EXPERTS, **BF16, "moe_grouped_gemm": True}
 MIXED = {**EXPERTS, **BF16, "expert_model_parallel_size": 2, "overlap_moe_expert_parallel_comm": True}
 FP16 = {"fp16": True, "params_dtype": "fp16", "pipeline_dtype": "fp16"}
 
@@ -71,6 +83,7 @@ VALUES: dict[str, Any] = {
     "kv_channels": 16,
     "kv_lora_rank": 16,
     "lr": 0.005,
+    "main_params_dtype": "fp16",
     "max_sequence_length": 64,
     "min_lr": 0.0005,
     "moe_aux_loss_coeff": 0.05,
@@ -92,6 +105,8 @@ VALUES: dict[str, Any] = {
     "num_attention_heads": 8,
     "num_layers": 3,
     "num_moe_experts": 4,
+    "optimizer_offload_fraction": 1.0,
+    "cpu_offloading_weights": True,
     "num_query_groups": 1,
     "num_query_groups_by_layer": [2, 4],
     "offload_modules": ["core_attn"],
@@ -127,7 +142,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "reduce_scatter_with_fp32_accumulation": {**BF16, **SHARDED, "grad_reduce_in_fp32": False},
     "bucket_size": {"overlap_grad_reduce": True},
     "overlap_param_gather": GATHERED,
-    "pad_buckets_for_high_nccl_busbw use_precision_aware_optimizer": SHARDED,
+    "pad_buckets_for_high_nccl_busbw": SHARDED,
     "num_distributed_optimizer_instances": SHARDED,
     "decoupled_min_lr": {"decoupled_lr": 0.001},
     "optimizer sgd_momentum": {"optimizer": "sgd"},
@@ -151,13 +166,12 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "expert_model_parallel_size": {**EXPERTS, "expert_model_parallel_size": 2},
     "overlap_moe_expert_parallel_comm ep_overlap_early_attn_memory_release": MIXED,
     "expert_tensor_parallel_size": {**EXPERTS, **SP2, "expert_model_parallel_size": 2},
-    "moe_aux_loss_coeff moe_ffn_hidden_size moe_input_jitter_eps moe_latent_size moe_layer_freq": EXPERTS,
+    "moe_aux_loss_coeff moe_ffn_hidden_size moe_input_jitter_eps moe_layer_freq": EXPERTS,
     "norm_topk_prob moe_norm_min moe_router_dtype moe_router_enable_expert_bias": EXPERTS,
     "moe_router_load_balancing_type moe_router_pre_softmax moe_router_score_function moe_router_topk": EXPERTS,
     "moe_router_force_load_balancing": EXPERTS,
     "moe_router_topk_scaling_factor moe_shared_expert_intermediate_size moe_token_dispatcher_type": EXPERTS,
-    "moe_z_loss_coeff moe_expert_capacity_factor num_moe_experts moe_grouped_gemm moe_permute_fusion": EXPERTS,
-    "moe_router_fusion moe_router_padding_for_quantization moe_enable_routing_replay": EXPERTS,
+    "moe_z_loss_coeff moe_expert_capacity_factor num_moe_experts": EXPERTS,
     "moe_apply_probs_on_input": {**EXPERTS, "moe_router_topk": 1, "moe_router_pre_softmax": True},
     "moe_pad_expert_input_to_capacity moe_token_drop_policy": {**EXPERTS, "moe_expert_capacity_factor": 1.0},
     "moe_router_bias_update_rate": {**EXPERTS, "moe_router_enable_expert_bias": True},
@@ -175,6 +189,33 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "microbatch_group_size_per_vp_stage": VPP2,
     "align_param_gather overlap_param_gather_with_optimizer_step": {**VPP2, **GATHERED},
     "context_parallel_size cp_comm_type": CP2,
+    # on a GPU
+    "fp8 fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad fp8_param tp_only_amax_red": FP8,
+    "fp8_dot_product_attention fp8_multi_head_attention fp8_recipe disable_parameter_transpose_cache": TENSORWISE,
+    "first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16": {
+        **TENSORWISE,
+        "first_last_layers_bf16": True,
+    },
+    "moe_router_padding_for_quantization": {**GROUPED, **TENSORWISE},
+    "moe_grouped_gemm moe_permute_fusion moe_router_fusion moe_latent_size": GROUPED,
+    "use_fused_weighted_squared_relu": {**GROUPED, "activation_func": "squared_relu", "gated_linear_unit": False},
+    "activation_func_fp8_input_store": {**BF16, "bias_activation_fusion": True},
+    "apply_rope_fusion fused_single_qkv_rope use_te_activation_func": BF16,
+    "apply_query_key_layer_scaling": FP16,
+    "enable_autocast autocast_dtype": {"enable_autocast": True},
+    "cpu_offloading cpu_offloading_num_layers cpu_offloading_activations cpu_offloading_weights": OFFLOADED,
+    "cpu_offloading_double_buffering": OFFLOADED,
+    "fine_grained_activation_offloading offload_modules min_offloaded_tensor_size": MODULES_OFFLOADED,
+    "optimizer_cpu_offload optimizer_offload_fraction use_torch_optimizer_for_cpu_offload": OPTIMIZER_OFFLOADED,
+    "overlap_cpu_optimizer_d2h_h2d pin_cpu_grads pin_cpu_params": OPTIMIZER_OFFLOADED,
+    "use_precision_aware_optimizer store_param_remainders exp_avg_dtype exp_avg_sq_dtype": PRECISION_AWARE,
+    "main_params_dtype": PRECISION_AWARE,
+    "cuda_graph_impl cuda_graph_scope cuda_graph_warmup_steps cuda_graph_retain_backward_graph": GRAPHS,
+    "use_te_rng_tracker": {},
+    "cross_entropy_loss_fusion": {**BF16, "cross_entropy_loss_fusion": True},
+    "cross_entropy_fusion_impl": {**BF16, "cross_entropy_loss_fusion": True},
+    "disable_symmetric_registration": {"nccl_ub": True},
+    "attention_backend": BF16,
     "hierarchical_context_parallel_sizes": {**CP2, "cp_comm_type": "a2a+p2p"},
 }
 # Fields that act on a GPU only, most of them in Transformer Engine's layers, or with a package that is not declared:
