@@ -60,7 +60,6 @@ def is_set(value: Any) -> bool:
 
 BLACKWELL = (10, 0)  # compute capability
 NEEDS_CUDA = (
-    Limit("moe_grouped_gemm", is_set, "CUDA", "false"),
     Limit("moe_permute_fusion", is_set, "CUDA", "false"),
     Limit("cuda_graph_impl", lambda value: value != "none", "CUDA", "none"),
     Limit("cpu_offloading", is_set, "CUDA", "false"),
@@ -85,6 +84,7 @@ NEEDS_TRANSFORMER_ENGINE = (
     Limit("tp_comm_overlap", is_set, ITS_LAYERS, "false"),
     Limit("use_te_rng_tracker", is_set, "Transformer Engine", "false"),
     Limit("use_te_activation_func", is_set, ITS_LAYERS, "false"),
+    Limit("moe_grouped_gemm", is_set, ITS_LAYERS, "false"),
     Limit("fine_grained_activation_offloading", is_set, "Transformer Engine", "false"),
     Limit("moe_router_fusion", is_set, "Transformer Engine", "false"),
     Limit("attention_backend", lambda value: value not in ("auto", "local"), ITS_LAYERS, "auto"),
