@@ -28,7 +28,11 @@ def run(config: RunConfig) -> Outcome:
     with stop.listening():
         metrics.check_packages(config)
         data = setup.prepare_data(config)
-        parallel.initialize(config.routed().transformer, seed=config.train.seed)
+        routed = config.routed()
+        instances = routed.ddp.get("num_distributed_optimizer_instances", 1)
+        parallel.initialize(
+            routed.transformer, seed=config.train.seed, num_distributed_optimizer_instances=instances
+        )
         outcome = _train(config, data, stop)
         # Not after a failure: the peers of a failed rank may never come to a teardown that waits for them.
         parallel.teardown()

@@ -73,7 +73,7 @@ def derive(routed: Routed, *, world_size: int) -> Layout:
     if fields.get("num_moe_experts") is not None:
         divisibility.require(processes, by=(etp, ep, pp))
     dp = world_size // (tp.value * pp.value * cp.value)
-    return Layout(tp.value, pp.value, cp.value, ep.value, etp.value, dp, pipeline.chunks(fields, pp), world_size)
+    return Layout(tp.value, pp.value, cp.value, ep.value, etp.value, dp, pipeline.chunks(fields), world_size)
 
 
 _POSITIVE = (

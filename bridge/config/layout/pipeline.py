@@ -9,9 +9,9 @@ from bridge.config.layout.sizes import Batch, Fields, Layout, dp_formula
 from bridge.errors import ConfigError
 
 
-def chunks(fields: Fields, pp: Number) -> int:
+def chunks(fields: Fields) -> int:
     """Chunks of layers per process: as set, or as many as pipeline_model_parallel_layout spells out."""
-    spelled = fields.get("pipeline_model_parallel_layout")
+    pp, spelled = fields.number("pipeline_model_parallel_size"), fields.get("pipeline_model_parallel_layout")
     asked = fields.number("virtual_pipeline_model_parallel_size")
     if spelled is None:
         return asked.value
