@@ -142,6 +142,10 @@ def _defaults(user: Mapping[str, Any]) -> dict[str, Any]:
     else:
         # megatron-core's own default, allgather, moves every token to every rank.
         defaults["moe_token_dispatcher_type"] = "alltoall"
+        if user.get("transformer_impl") == "local":  # its grouped product needs a package of its own, grouped_gemm
+            defaults["moe_grouped_gemm"] = False
+        elif user.get("add_bias_linear", True) and defaults["moe_grouped_gemm"]:
+            defaults["bias_dropout_fusion"] = False  # refused by TEGroupedMLP (experts.py:529)
     swiglu = user.get("activation_func") is F.silu and user.get("gated_linear_unit", False)
     # The fused SwiGLU knows neither clamping nor an offset, and megatron-core does not say so.
     more = ("use_te_activation_func", "activation_func_clamp_value", "glu_linear_offset")
