@@ -136,12 +136,12 @@ FOR_EXPERTS = frozenset({"moe_grouped_gemm", "moe_permute_fusion"})
 
 def _defaults(user: Mapping[str, Any]) -> dict[str, Any]:
     """The platform's defaults without those that this model cannot use."""
-    defaults = platform.default_fields()
+    # megatron-core's own default, allgather, moves every token to every rank, and even without experts it refuses
+    # variable_seq_lengths.
+    defaults = platform.default_fields() | {"moe_token_dispatcher_type": "alltoall"}
     if user.get("num_moe_experts") is None:
         defaults = {name: value for name, value in defaults.items() if name not in FOR_EXPERTS or not value}
     else:
-        # megatron-core's own default, allgather, moves every token to every rank.
-        defaults["moe_token_dispatcher_type"] = "alltoall"
         if user.get("transformer_impl") == "local":  # its grouped product needs a package of its own, grouped_gemm
             defaults["moe_grouped_gemm"] = False
         elif user.get("add_bias_linear", True) and defaults["moe_grouped_gemm"]:
@@ -293,9 +293,22 @@ def check_live(routed: Routed, model: Any, *, dtype: torch.dtype | None = None, 
     for name, wanted in _typed(routed).items():
         if name not in overridden and hasattr(model.config, name):
             _same(getattr(model.config, name), wanted, key=_key(routed, name))
+    if routed.transformer.get("recompute_method") == "uniform":
+        _check_units(model, routed)
     for name, attribute in [(name, name) for name in MODEL_ATTRIBUTES] + [("vocab_size", "true_vocab_size")]:
         if name in routed.gpt:
             _same(getattr(model, attribute), routed.gpt[name], key=_key(routed, name))
+
+
+def _check_units(model: Any, routed: Routed) -> None:
+    """megatron-core runs past the last layer of a chunk when the last unit is short."""
+    layers, together = len(model.decoder.layers), model.config.recompute_num_layers
+    if layers % together:
+        legal = [size for size in range(1, layers + 1) if layers % size == 0]
+        raise ConfigError(
+            f"{_key(routed, 'recompute_num_layers')}: layers of a chunk % recompute_num_layers must be 0, but "
+            f"{layers} % {together} = {layers % together}; set {' or '.join(map(str, legal))}"
+        )
 
 
 def _same(live: Any, wanted: Any, *, key: str) -> None:

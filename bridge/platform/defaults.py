@@ -70,6 +70,7 @@ NEEDS_CUDA = (
     Limit("flash_decode", is_set, "CUDA", "false"),
     Limit("cpu_offloading", is_set, "CUDA", "false"),
     Limit("cross_entropy_loss_fusion", is_set, "CUDA", "false"),
+    Limit("moe_token_dispatcher_type", lambda value: value == "flex", "CUDA and DeepEP", "alltoall"),
 )
 # What only Transformer Engine's layers read: under transformer_impl local, megatron-core would ignore it silently.
 ITS_LAYERS = "Transformer Engine's layers (transformer_impl)"
@@ -94,6 +95,9 @@ NEEDS_TRANSFORMER_ENGINE = (
     Limit("moe_router_fusion", is_set, "Transformer Engine", "false"),
     Limit("attention_backend", lambda value: value in ("flash", "fused"), ITS_LAYERS, "auto"),
     Limit("gradient_accumulation_fusion", is_set, "Transformer Engine and Apex", "false"),
+    # Attention without Transformer Engine gathers keys and values, whatever is asked for.
+    Limit("cp_comm_type", lambda value: value not in (None, "all_gather"), ITS_LAYERS, "all_gather"),
+    Limit("hierarchical_context_parallel_sizes", is_set, ITS_LAYERS, "null"),
 )
 # Values that are refused with Transformer Engine as well.
 NEEDS_APEX = (

@@ -30,9 +30,7 @@ def run(config: RunConfig) -> Outcome:
         data = setup.prepare_data(config)
         routed = config.routed()
         instances = routed.ddp.get("num_distributed_optimizer_instances", 1)
-        parallel.initialize(
-            routed.transformer, seed=config.train.seed, num_distributed_optimizer_instances=instances
-        )
+        parallel.initialize(routed.transformer, seed=config.train.seed, num_distributed_optimizer_instances=instances)
         outcome = _train(config, data, stop)
         # Not after a failure: the peers of a failed rank may never come to a teardown that waits for them.
         parallel.teardown()
