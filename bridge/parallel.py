@@ -64,7 +64,23 @@ def _make_groups(fields: Mapping[str, Any], **options: Any) -> None:
     from megatron.core import parallel_state
 
     sizes = {name: fields[name] for name in SIZES if fields.get(name) is not None}
+    sizes["virtual_pipeline_model_parallel_size"] = _chunks(fields)
     parallel_state.initialize_model_parallel(**sizes, **options)
+
+
+def _chunks(fields: Mapping[str, Any]) -> int | None:
+    """Model chunks on every pipeline stage; None for one, because megatron-core interleaves as soon as it is told any.
+
+    megatron-core's configuration finds it in a layout by itself, its groups, which choose the schedule, do not.
+    """
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    chunks = fields.get("virtual_pipeline_model_parallel_size") or 1
+    spelled = fields.get("pipeline_model_parallel_layout")
+    if spelled is not None:
+        listed = PipelineParallelLayerLayout.parse_str_to_list(spelled) if isinstance(spelled, str) else spelled
+        chunks = len(listed) // (fields.get("pipeline_model_parallel_size") or 1)
+    return chunks if chunks > 1 else None
 
 
 def seed_generators(fields: Mapping[str, Any], *, seed: int) -> None:

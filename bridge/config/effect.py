@@ -41,9 +41,7 @@ GROUPS = (
     Group("activation_func_clamp_value glu_linear_offset", "gated_linear_unit"),
     Group("latent_layernorm_epsilon", "multi_latent_attention"),
     Group("mtp_loss_scaling_factor", "mtp_num_layers"),
-    # recomputation and offloading
-    Group("recompute_modules", "recompute_granularity", ("selective",)),
-    Group("recompute_method recompute_num_layers distribute_saved_activations", "recompute_granularity", ("full",)),
+    # offloading and graphs (recomputation: layout/recompute.py)
     Group("cpu_offloading_*", "cpu_offloading"),
     Group("cpu_offloading", "cpu_offloading_num_layers"),
     Group("offload_modules min_offloaded_tensor_size", "fine_grained_activation_offloading"),
@@ -114,7 +112,6 @@ UNREAD: tuple[tuple[str, str], ...] = (
     ("it follows from pipeline_model_parallel_layout", "mtp_standalone"),
     ("batches are split evenly over context-parallel ranks", "max_seqlen_per_dp_cp_rank"),
     ("positions of several dimensions belong to models of images", "mrope_section"),
-    ("gradients are divided once, by the number of tokens", "average_in_collective"),
     ("torch.distributed has no such exchange", "use_ring_exchange_p2p"),
     ("it needs the package kitchen", "use_kitchen use_kitchen_attention kitchen_attention_backend"),
     ("it needs the package grouped_gemm", "moe_use_legacy_grouped_gemm"),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import Tensor
 
@@ -51,7 +52,9 @@ class GPT(GPTModel):
             # The prediction modules' copy of the embedding is the output layer's weight, also on a later pipeline
             # stage, where megatron-core makes another one that it neither uses nor lets into a checkpoint.
             self.output_layer.weight = None
-        MTPLossLoggingHelper.tracker.clear()  # its size is that of the process's last model with prediction modules
+        # Sums for a log, with an entry for each layer of the process's last model: another one may have more.
+        MTPLossLoggingHelper.tracker.clear()
+        get_moe_layer_wise_logging_tracker().clear()
         place_rotary_embeddings(self, rotary_base=rotary_base)
         scales.apply_at_both_ends(self)
 

@@ -55,9 +55,23 @@ def check_live(routed: Routed, model: Any, *, dtype: torch.dtype | None = None, 
     in_parts = {name: value for name, value in wanted.items() if name not in OF_A_PART}
     for name, config in _copies(model):
         same_fields(config, in_parts, routed, owner=name)
+    if routed.transformer.get("recompute_method") == "uniform":
+        _check_units(model, routed)
     for name, attribute in MODEL_ATTRIBUTES.items():
         if name in routed.gpt:
             same(getattr(model, attribute), routed.gpt[name], key=routed.origin.get(name, name), owner="the model")
+
+
+def _check_units(model: Any, routed: Routed) -> None:
+    """megatron-core runs past the last layer of a chunk when the last unit is short."""
+    layers, together = len(model.decoder.layers), model.config.recompute_num_layers
+    if layers % together:
+        legal = [size for size in range(1, layers + 1) if layers % size == 0]
+        raise ConfigError(
+            f"{routed.origin.get('recompute_num_layers', 'recompute_num_layers')}: layers of a chunk % "
+            f"recompute_num_layers must be 0, but {layers} % {together} = {layers % together}; "
+            f"set {' or '.join(map(str, legal))}"
+        )
 
 
 def same_fields(config: Any, wanted: dict[str, Any], routed: Routed, *, owner: str) -> None:

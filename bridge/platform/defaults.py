@@ -65,7 +65,7 @@ NEEDS_CUDA = (
     Limit("cpu_offloading", is_set, "CUDA", "false"),
     Limit("cross_entropy_loss_fusion", is_set, "CUDA", "false"),
     Limit("enable_autocast", is_set, "CUDA", "false"),
-    Limit("moe_token_dispatcher_type", lambda value: value == "flex", "CUDA", "alltoall"),
+    Limit("moe_token_dispatcher_type", lambda value: value == "flex", "CUDA and DeepEP", "alltoall"),
     Limit("pipeline_model_parallel_comm_backend", is_set, "CUDA", "null"),
     Limit("nccl_ub", is_set, "CUDA", "false"),
     Limit("optimizer_cpu_offload", is_set, "CUDA", "false"),
@@ -94,21 +94,19 @@ NEEDS_TRANSFORMER_ENGINE = (
     Limit("activation_func_fp8_input_store", is_set, ITS_LAYERS, "false"),
     Limit("moe_latent_size", is_set, ITS_LAYERS, "null"),
     Limit("hierarchical_context_parallel_sizes", is_set, ITS_LAYERS, "null"),
-    Limit("cp_comm_type", is_set, ITS_LAYERS, "null"),
     Limit("delay_wgrad_compute", is_set, ITS_LAYERS, "false"),
     Limit("use_fused_weighted_squared_relu", is_set, ITS_LAYERS, "false"),
     Limit("use_precision_aware_optimizer", is_set, "Transformer Engine", "false"),
     Limit("gradient_accumulation_fusion", is_set, "Transformer Engine and Apex", "false"),
+    # Attention without Transformer Engine gathers keys and values, whatever is asked for.
+    Limit("cp_comm_type", lambda value: value not in (None, "all_gather"), ITS_LAYERS, "all_gather"),
 )
 NEEDS_BLACKWELL = (
     Limit("fp4", lambda value: value and compute_capability() < BLACKWELL, "a Blackwell GPU", "null"),
     Limit("fp8_recipe", lambda value: value == "mxfp8" and compute_capability() < BLACKWELL, "a Blackwell GPU", "null"),
 )
-# What megatron-core asks for without declaring it.
-EINOPS = "the Python package einops"
 NEEDS_PACKAGES = (
-    Limit("hierarchical_context_parallel_sizes", lambda value: value and not find_spec("einops"), EINOPS, "null"),
-    Limit("num_distributed_optimizer_instances", lambda value: value > 1 and not find_spec("einops"), EINOPS, "1"),
+    Limit("hierarchical_context_parallel_sizes", lambda value: value and not find_spec("einops"), "einops", "null"),
     Limit(
         "gradient_accumulation_fusion", lambda value: value and not has_apex_weight_gradient(), "Apex's kernel", "false"
     ),

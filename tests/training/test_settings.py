@@ -29,7 +29,7 @@ NOT_FROM_YAML = {
     if name in routing._REFUSED or name in routing._FIXED or not mcore_fields.expressible(field)
 } - {"activation_func"}
 UNREAD = {name for _, names in effect.UNREAD for name in names.split()} | effect.OLD_NAMES.keys()
-REFUSED = NOT_FROM_YAML | UNREAD | set(every_field.NEEDS_GPU)
+REFUSED = NOT_FROM_YAML | UNREAD | every_field.NEEDS_GPU | {"average_in_collective"}
 # What megatron-core makes of the values of tests.training.every_field that it does not keep as they are.
 FORMS: dict[str, Any] = {
     "activation_func": torch.nn.functional.gelu,

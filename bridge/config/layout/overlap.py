@@ -12,7 +12,7 @@ from bridge.errors import ConfigError
 
 # Keys that act only where the layout has more than one of something: the field of Layout, the key that says how many.
 ALONE = (
-    ("tp", "tensor_model_parallel_size", "distribute_saved_activations tp_comm_overlap"),
+    ("tp", "tensor_model_parallel_size", "tp_comm_overlap"),
     (
         "pp",
         "pipeline_model_parallel_size",
@@ -49,7 +49,6 @@ NEEDS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("defer_embedding_wgrad_compute", "gradient_accumulation_fusion", (True,)),
     ("wgrad_deferral_limit", "defer_embedding_wgrad_compute", (True,)),
     ("clone_scatter_output_in_embedding", "sequence_parallel", (True,)),
-    ("distribute_saved_activations", "sequence_parallel", (False,)),
     ("overlap_moe_expert_parallel_comm", "moe_token_dispatcher_type", ("alltoall", "flex")),
     ("overlap_moe_expert_parallel_comm", "recompute_granularity", (None, "selective")),
     ("overlap_moe_expert_parallel_comm", "moe_shared_expert_overlap", (False,)),
