@@ -45,8 +45,8 @@ GROUPS = (
     Group("cpu_offloading_*", "cpu_offloading"),
     Group("cpu_offloading", "cpu_offloading_num_layers"),
     Group("offload_modules min_offloaded_tensor_size", "fine_grained_activation_offloading"),
-    Group("cuda_graph_scope cuda_graph_warmup_steps", "cuda_graph_impl", ("local", "transformer_engine")),
-    Group("cuda_graph_retain_backward_graph", "cuda_graph_impl", ("local",)),
+    Group("cuda_graph_scope cuda_graph_warmup_steps cuda_graph_retain_backward_graph", "cuda_graph_impl", ("local",)),
+    Group("cuda_graph_impl", "use_te_rng_tracker"),
     # precision
     Group("fp8_param fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad", "fp8"),
     Group("fp8_recipe fp8_quantizer_factory fp8_dot_product_attention fp8_multi_head_attention", "fp8"),
@@ -120,7 +120,7 @@ UNREAD: tuple[tuple[str, str], ...] = (
 # Names that megatron-core turns into other ones: what to write instead.
 OLD_NAMES = {
     "enable_cuda_graph": "cuda_graph_impl=local",
-    "external_cuda_graph": "cuda_graph_impl=transformer_engine",
+    "external_cuda_graph": "cuda_graph_impl=local",
     "moe_enable_deepep": "moe_flex_dispatcher_backend=deepep",
     "moe_layer_recompute": "recompute_granularity=selective and recompute_modules=[moe]",
     "moe_router_padding_for_fp8": "moe_router_padding_for_quantization=true",
@@ -132,6 +132,7 @@ OLD_NAMES = {
 }
 # The values of these that are built here.
 ONLY: dict[str, tuple[Any, ...]] = {
+    "cuda_graph_impl": ("none", "local"),  # Transformer Engine's graphs are captured by a helper in the training loop
     "position_embedding_type": ("rope", "learned_absolute", "none"),
     "transformer_impl": ("local", "transformer_engine"),
 }
@@ -234,6 +235,11 @@ def _groups(asked: _Asked) -> None:
             raise asked.error(key, f"has no effect without {' or '.join(owners)}; leave it out")
 
 
+def _graphs(asked: _Asked) -> None:
+    if "full_iteration" in (asked.get("cuda_graph_scope") or ""):
+        raise asked.error("cuda_graph_scope", "needs a wrapper around the whole step; set attn, mlp or full")
+
+
 def _predictions(asked: _Asked) -> None:
     modules, together = asked.get("mtp_num_layers"), asked.get("recompute_num_layers")
     if modules is not None and modules < 1:
@@ -259,4 +265,4 @@ def _losses(asked: _Asked) -> None:
         raise asked.error(name, "has no effect in fp32; leave it out")
 
 
-RULES: tuple[Callable[[_Asked], None], ...] = (_unread, _latent_attention, _groups, _predictions, _losses)
+RULES: tuple[Callable[[_Asked], None], ...] = (_unread, _latent_attention, _groups, _graphs, _predictions, _losses)

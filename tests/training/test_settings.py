@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.enums import CudaGraphScope
 from megatron.core.utils import get_model_config, unwrap_model
 
 from bridge import parallel
@@ -33,6 +34,11 @@ REFUSED = NOT_FROM_YAML | UNREAD | every_field.NEEDS_GPU | {"average_in_collecti
 # What megatron-core makes of the values of tests.training.every_field that it does not keep as they are.
 FORMS: dict[str, Any] = {
     "activation_func": torch.nn.functional.gelu,
+    "autocast_dtype": torch.bfloat16,
+    "cuda_graph_scope": [CudaGraphScope.attn],
+    "exp_avg_dtype": torch.bfloat16,
+    "exp_avg_sq_dtype": torch.bfloat16,
+    "main_params_dtype": torch.float16,
     "no_rope_freq": [0, 1],
     "params_dtype": torch.bfloat16,
     "pipeline_dtype": torch.bfloat16,
