@@ -5,6 +5,7 @@ no third outcome: a value that is accepted and lost, or a stack trace.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,33 @@ def test_lists_of_fields_are_of_fields():
     together = [name for names in every_field.TOGETHER for name in names.split()]
     assert {*REFUSED, *together, *every_field.VALUES} <= known
     assert len(together) == len(set(together))
+
+
+# Read by the config itself, or by this program where it makes process groups, random generators and buffers.
+READ_WHERE_THEY_ARE_DECLARED = {
+    "disable_bf16_reduced_precision_matmul",
+    "embedding_init_method_std",
+    "expert_tensor_parallel_size",
+    "hierarchical_context_parallel_sizes",
+    "init_method_std",
+    "pipeline_model_parallel_comm_backend",
+    "tp_comm_bootstrap_backend",
+    "use_te_rng_tracker",
+}
+NOT_TRAINING = ("inference", "export", "post_training", "quantization", "ssm", "distributed/fsdp")
+OTHER_MODELS = tuple(f"models/{name}" for name in ("T5", "bert", "mamba", "multimodal", "retro"))
+
+
+def test_what_is_accepted_is_read_by_what_trains():
+    root = mcore_fields._root()
+    declared = {root / file for classes in mcore_fields._DATACLASSES.values() for file, _ in classes}
+    read: set[str] = set()
+    for path in root.rglob("*.py"):
+        if path not in declared and not path.relative_to(root).as_posix().startswith(NOT_TRAINING + OTHER_MODELS):
+            read |= set(re.findall(r"(?<=config\.)\w+|(?<=config, ['\"])\w+|(?<=config\[0\]\.)\w+", path.read_text()))
+    targets = mcore_fields.targets()
+    fields = {name for part in ("transformer", "ddp", "optimizer") for name in targets[part]}
+    assert fields - UNREAD - NOT_FROM_YAML - read == READ_WHERE_THEY_ARE_DECLARED
 
 
 def losses(folder: Path, overlapped: bool) -> list[float]:
