@@ -64,7 +64,23 @@ def _make_groups(fields: Mapping[str, Any], **options: Any) -> None:
     from megatron.core import parallel_state
 
     sizes = {name: fields[name] for name in SIZES if fields.get(name) is not None}
+    sizes["virtual_pipeline_model_parallel_size"] = _chunks(fields)
     parallel_state.initialize_model_parallel(**sizes, **options)
+
+
+def _chunks(fields: Mapping[str, Any]) -> int | None:
+    """Model chunks on every pipeline stage; None for one, because megatron-core interleaves as soon as it is told any.
+
+    megatron-core's configuration finds it in a layout by itself, its groups, which choose the schedule, do not.
+    """
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    chunks = fields.get("virtual_pipeline_model_parallel_size") or 1
+    spelled = fields.get("pipeline_model_parallel_layout")
+    if spelled is not None:
+        listed = PipelineParallelLayerLayout.parse_str_to_list(spelled) if isinstance(spelled, str) else spelled
+        chunks = len(listed) // (fields.get("pipeline_model_parallel_size") or 1)
+    return chunks if chunks > 1 else None
 
 
 def seed_generators(fields: Mapping[str, Any], *, seed: int) -> None:
@@ -146,6 +162,23 @@ def fake(world_size: int, rank: int, fields: Mapping[str, Any]) -> Iterator[None
         yield
     finally:
         teardown()
+
+
+def sizes() -> dict[str, int]:
+    """The sizes that the process groups really have, by the field that asks for them."""
+    from megatron.core import parallel_state
+
+    replicas = {"with_context_parallel": True}
+    sharded_over = parallel_state.get_data_parallel_world_size(**replicas, partial_data_parallel=True)
+    return {
+        "tensor_model_parallel_size": tensor_parallel_size(),
+        "pipeline_model_parallel_size": pipeline_size(),
+        "virtual_pipeline_model_parallel_size": virtual_pipeline_size(),
+        "context_parallel_size": context_parallel_size(),
+        "expert_model_parallel_size": expert_parallel_size(),
+        "expert_tensor_parallel_size": expert_tensor_parallel_size(),
+        "num_distributed_optimizer_instances": data_parallel_size(**replicas) // sharded_over,
+    }
 
 
 def rank() -> int:

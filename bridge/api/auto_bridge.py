@@ -15,7 +15,7 @@ from bridge.api.models import parse_dtype
 from bridge.api.provider import Provider
 from bridge.api.saving import Assets
 from bridge.api.tasks import ConversionTask, HFWeightTuple, chunks_of, describe, stream, tasks
-from bridge.config import layout
+from bridge.config import effect, layout
 from bridge.config.routing import route
 from bridge.convert.described import model_of
 from bridge.convert.export import export_hf
@@ -23,7 +23,7 @@ from bridge.convert.import_ import import_hf
 from bridge.convert.initial import load_initial, same_section, stored_dtype
 from bridge.errors import BridgeError, ConfigError, ConversionError
 from bridge.models import family, hf_config
-from bridge.models.mcore_config import check_keys, transformer_config
+from bridge.models.mcore_config import transformer_config
 from bridge.weights import locate
 
 
@@ -71,7 +71,7 @@ class AutoBridge:
         try:
             routed = route({"model": hf_config.to_mcore(_fields(config))})
             layout.check_model(routed, world_size=1)
-            check_keys(routed)
+            effect.check(routed)
             transformer_config(routed, dtype=torch.float32, meta=True)
         except BridgeError as error:
             return str(error)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from bridge import parallel
 from bridge.config import layout
+from bridge.config.layout import Fields, pipeline
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
 
@@ -73,6 +74,8 @@ def _check(routed: Routed) -> None:
 
 def _asked(routed: Routed, name: str) -> int:
     """The size in `routed`, or megatron-core's for one that is not set."""
+    if name == "virtual_pipeline_model_parallel_size":
+        return pipeline.chunks(Fields(routed))
     default = routed.transformer.get("tensor_model_parallel_size", 1) if name == "expert_tensor_parallel_size" else 1
     size: int = routed.transformer.get(name) or default
     return size

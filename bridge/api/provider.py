@@ -13,13 +13,13 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from bridge import parallel, platform
 from bridge.api import groups
 from bridge.api.source import refuse
-from bridge.config import annotation, layout, mcore_fields, own_fields
+from bridge.config import annotation, effect, layout, mcore_fields, own_fields
 from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.config.routing import Routed, route
 from bridge.convert.initial import load_initial
 from bridge.errors import ConfigError, did_you_mean
 from bridge.models import ddp, family, gpt, hf_config
-from bridge.models.mcore_config import ACTIVATIONS, TYPED, check_keys
+from bridge.models.mcore_config import ACTIVATIONS, TYPED
 
 Hook = Callable[[list[Any]], list[Any] | None]
 PRECISION = ("bf16", "fp16", "params_dtype")
@@ -91,7 +91,7 @@ class Provider:
         """
         routed = self.routed
         layout.check_model(routed, world_size=groups.num_processes() or _smallest_world(routed))
-        check_keys(routed)
+        effect.check(routed)
         if any(_is_model_key(name, self._section) for name in self._given):
             hf_config.to_hf(self._section | _split(self._section, self._given)[0], dtype="float32")
         self._config = gpt.transformer_config(routed, dtype=self._dtype())

@@ -8,7 +8,7 @@ import ast
 import importlib.util
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bridge.config import annotation
 from bridge.errors import ConfigError
@@ -88,6 +88,13 @@ def checked_annotation(field: Field) -> str:
     return f"Optional[{field.annotation}]" if field.default == "None" else field.annotation
 
 
+@cache
+def defaults() -> dict[str, Any]:
+    """Field -> megatron-core's default as a configuration writes it, of all fields that have one and YAML can hold."""
+    known = [item for fields in targets().values() for item in fields.items()]
+    return {name: _plain(field.default) for name, field in known if field.default is not None and expressible(field)}
+
+
 def expressible(field: Field) -> bool:
     """Whether a YAML file can set this field at all (callables and objects: no)."""
     return annotation.expressible(field.annotation, enums())
@@ -109,6 +116,18 @@ def _field(declared: ast.expr | None, default: ast.expr | None) -> Field:
         keywords = {keyword.arg: keyword.value for keyword in default.keywords}
         default = keywords.get("default")
     return Field(ast.unparse(declared), None if default is None else ast.unparse(default))
+
+
+def _plain(default: str) -> Any:
+    """The value of a default's source text: a literal, `torch.float32`, `AttnBackend.auto`, or `1024 * 1024`."""
+    node = ast.parse(default, mode="eval").body
+    if isinstance(node, ast.Attribute):
+        dtypes = {name: written for written, name in annotation.DTYPES.items()}
+        return dtypes.get(node.attr, node.attr)
+    if isinstance(node, ast.BinOp):
+        left, right = ast.literal_eval(node.left), ast.literal_eval(node.right)
+        return left**right if isinstance(node.op, ast.Pow) else left * right
+    return ast.literal_eval(node)
 
 
 def _class(file: str, name: str) -> ast.ClassDef:

@@ -45,6 +45,9 @@ class OwnFields:
     residual_multiplier: float = 1.0
     # What the logits are divided by.
     logits_scaling: float = 1.0
+    # How Transformer Engine overlaps each matrix product with its communication (tp_comm_overlap): product -> options
+    # of its initialize_ub. The only one of these keys that belongs to the section parallelism.
+    tp_comm_overlap_cfg: dict[str, Any] | None = None
 
 
 def annotations() -> dict[str, str]:

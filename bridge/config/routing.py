@@ -111,7 +111,7 @@ def route(config: Mapping[str, Mapping[str, Any]]) -> Routed:
         if name in origin:
             raise ConfigError(f"{key}: is also set as {origin[name]} (here {value!r}); keep one of the two")
         origin[name] = key
-        if section == "model" and name in _OWN_KEYS:
+        if name in _OWN_KEYS and section == _own_section(name):
             annotation.check(key, value, _OWN_KEYS[name])
             if value is not None:
                 parts["gpt" if name in _GPT_KEYS else "transformer"][name] = value
@@ -135,6 +135,10 @@ def _entries(config: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str
             yield section, str(name), value
 
 
+def _own_section(name: str) -> str:
+    return "parallelism" if name == "tp_comm_overlap_cfg" else "model"
+
+
 def _check_field(key: str, name: str, value: Any, targets: Mapping[str, Mapping[str, Field]]) -> None:
     declared = [fields[name] for fields in targets.values() if name in fields]
     if not declared:
@@ -156,8 +160,11 @@ def _refuse(key: str, name: str, value: Any, declared: list[Field]) -> None:
 
 def _unknown(key: str, name: str, value: Any, targets: Mapping[str, Mapping[str, Field]]) -> ConfigError:
     if name in _OWN_KEYS:
-        return ConfigError(f"{key}: unknown key (value {value!r}); it belongs to the model section: set model.{name}")
-    own = _OWN_KEYS if key.startswith("model.") else {}
+        belongs = _own_section(name)
+        return ConfigError(
+            f"{key}: unknown key (value {value!r}); it belongs to the {belongs} section: set {belongs}.{name}"
+        )
+    own = [other for other in _OWN_KEYS if key.startswith(f"{_own_section(other)}.")]
     known = [
         *own,
         *(

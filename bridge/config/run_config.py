@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from bridge.config import modules, routing, sections
+from bridge.config import effect, modules, routing, sections
 from bridge.config.routing import Routed
 from bridge.config.schema import Checkpoint, ConvertConfig, Init, Launch, Log, Scheduler, Train
 from bridge.errors import ConfigError
@@ -74,6 +74,7 @@ def from_dict(config: Mapping[str, Any]) -> RunConfig:
     _check_precision(routed)
     _check_schedule(run, routed)
     _check_vocabulary(run, routed)
+    effect.check(routed)
     return run
 
 

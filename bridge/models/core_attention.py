@@ -107,7 +107,11 @@ class CoreAttention(MegatronModule):
             query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
         if self.cp_group.size() > 1:
             if packed:
-                raise NotImplementedError("packed sequences with context_parallel_size > 1 need Transformer Engine")
+                raise ConfigError(
+                    f"context_parallel_size: {self.cp_group.size()} divides every sequence of a packed row, which only "
+                    "Transformer Engine's attention can; set parallelism.context_parallel_size=1, or leave "
+                    "packed_seq_params out"
+                )
             key = gather_from_sequence_parallel_region(key.contiguous(), group=self.cp_group)
             value = gather_from_sequence_parallel_region(value.contiguous(), group=self.cp_group)
         out = self._attend(query, key, value, packed_seq_params)

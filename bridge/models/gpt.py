@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import Tensor
 
 from bridge import parallel, platform
+from bridge.config import effect
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
 from bridge.models import scales
 from bridge.models.layer_spec import block_spec, prediction_spec
-from bridge.models.mcore_config import Config, MLAConfig, check_keys, check_live, transformer_config
+from bridge.models.live import check_live
+from bridge.models.mcore_config import Config, MLAConfig, transformer_config
 from bridge.models.rotary import place_rotary_embeddings
 
 __all__ = ["GPT", "build", "check_live", "padded_vocab_size", "transformer_config"]
@@ -49,7 +52,9 @@ class GPT(GPTModel):
             # The prediction modules' copy of the embedding is the output layer's weight, also on a later pipeline
             # stage, where megatron-core makes another one that it neither uses nor lets into a checkpoint.
             self.output_layer.weight = None
-        MTPLossLoggingHelper.tracker.clear()  # its size is that of the process's last model with prediction modules
+        # Sums for a log, with an entry for each layer of the process's last model: another one may have more.
+        MTPLossLoggingHelper.tracker.clear()
+        get_moe_layer_wise_logging_tracker().clear()
         place_rotary_embeddings(self, rotary_base=rotary_base)
         scales.apply_at_both_ends(self)
 
@@ -110,7 +115,8 @@ def build(
     `only_stage`: of several virtual pipeline stages, this one alone.
     Raises ConfigError when a value cannot be honoured.
     """
-    check_keys(routed)
+    if not meta:  # an estimate leaves out what this machine cannot do, and so the owners of other keys
+        effect.check(routed)
     config = transformer_config(routed, dtype=dtype, meta=meta)
     vp_size = config.virtual_pipeline_model_parallel_size
     stages = (None,) if not vp_size else range(vp_size) if only_stage is None else (only_stage,)

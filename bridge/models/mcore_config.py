@@ -1,10 +1,9 @@
-"""From the plain values of a configuration to megatron-core's TransformerConfig, and the check that none got lost."""
+"""From the plain values of a configuration to megatron-core's TransformerConfig."""
 
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
@@ -97,8 +96,6 @@ WITHOUT_STORAGE = {
 # megatron-core's own rotary embedding of latent attention is replaced (bridge.models.latent_attention), and the fused
 # kernel that goes with it.
 LATENT: dict[str, Any] = {"rope_type": "rope", "rotary_scaling_factor": 1.0, "apply_rope_fusion": False}
-# Fields megatron-core itself rewrites into another form of the same value.
-REWRITTEN = frozenset({"pipeline_model_parallel_layout", "cuda_graph_scope", "no_rope_freq"})
 
 
 def transformer_config(routed: Routed, *, dtype: torch.dtype | None = None, meta: bool = False) -> Config | MLAConfig:
@@ -109,10 +106,10 @@ def transformer_config(routed: Routed, *, dtype: torch.dtype | None = None, meta
     or megatron-core refuses.
     """
     platform.check(routed.transformer, routed.origin)
-    user = _typed(routed)
+    user = typed(routed)
     fields = _defaults(user) | user
-    fields |= _precision(fields, dtype)
-    fields |= _attention_factor(routed, fields)
+    fields |= precision(fields, dtype)
+    fields |= attention_factor_fields(routed, fields)
     fields |= layer_fields(fields)
     fields |= WITHOUT_STORAGE if meta else {}
     latent = fields.get("multi_latent_attention", False)
@@ -124,7 +121,8 @@ def transformer_config(routed: Routed, *, dtype: torch.dtype | None = None, meta
         raise ConfigError(f"{_keys_in(str(error), routed)}: megatron-core refuses it: {error}") from error
 
 
-def _typed(routed: Routed) -> dict[str, Any]:
+def typed(routed: Routed) -> dict[str, Any]:
+    """The fields the user set, each as the type that megatron-core holds. Raises ConfigError for an unknown word."""
     fields = dict(routed.transformer)
     for name, convert in TYPED.items():
         if fields.get(name) is None:
@@ -141,12 +139,12 @@ FOR_EXPERTS = frozenset({"moe_grouped_gemm", "moe_permute_fusion"})
 
 def _defaults(user: Mapping[str, Any]) -> dict[str, Any]:
     """The platform's defaults without those that this model cannot use."""
-    defaults = platform.default_fields()
+    # megatron-core's own default, allgather, moves every token to every rank, and even without experts it refuses
+    # variable_seq_lengths.
+    defaults = platform.default_fields() | {"moe_token_dispatcher_type": "alltoall"}
     if user.get("num_moe_experts") is None:
         defaults = {name: value for name, value in defaults.items() if name not in FOR_EXPERTS or not value}
     else:
-        # megatron-core's own default, allgather, moves every token to every rank.
-        defaults["moe_token_dispatcher_type"] = "alltoall"
         if user.get("transformer_impl") == "local":  # its grouped product needs a package of its own, grouped_gemm
             defaults["moe_grouped_gemm"] = False
         elif user.get("add_bias_linear", True) and defaults["moe_grouped_gemm"]:
@@ -159,7 +157,7 @@ def _defaults(user: Mapping[str, Any]) -> dict[str, Any]:
     return defaults
 
 
-def _precision(fields: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+def precision(fields: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
     """params_dtype follows bf16 and fp16, pipeline_dtype follows params_dtype, unless set; `dtype` overrides all."""
     if dtype is not None:
         half = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
@@ -169,7 +167,7 @@ def _precision(fields: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str
     return {"params_dtype": params, "pipeline_dtype": fields.get("pipeline_dtype") or params}
 
 
-def _attention_factor(routed: Routed, fields: Mapping[str, Any]) -> dict[str, Any]:
+def attention_factor_fields(routed: Routed, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The attention factor of YaRN and LongRoPE, as part of the softmax scale or of the queries.
 
     Hugging Face multiplies cos and sin of queries and of keys by it, so every logit by its square: the same as a larger
@@ -208,107 +206,6 @@ def _keys_in(message: str, routed: Routed) -> str:
     """Full keys of the fields a megatron-core message names; longest first, so that no name inside a name is taken."""
     found = [name for name in sorted(routed.origin, key=len, reverse=True) if name in message]
     return ", ".join(routed.origin[name] for name in found[:2]) or "model"
-
-
-# GPTModel arguments that the model keeps as attributes of the same name.
-MODEL_ATTRIBUTES = (
-    "max_sequence_length",
-    "position_embedding_type",
-    "rotary_percent",
-    "rotary_base",
-    "share_embeddings_and_output_weights",
-)
-ROTARY = ("rope",)
-# A key that does nothing unless another one has one of these values (empty: any but None and False).
-PAIRS = (
-    ("window_attn_skip_freq", "window_size", ()),
-    ("activation_func_clamp_value", "gated_linear_unit", ()),
-    ("glu_linear_offset", "gated_linear_unit", ()),
-    ("rotary_base", "position_embedding_type", ROTARY),
-    ("rotary_percent", "position_embedding_type", ROTARY),
-    ("moe_router_group_score_topk", "moe_router_group_topk", ()),
-    ("norm_topk_prob", "num_moe_experts", ()),
-    ("moe_norm_min", "num_moe_experts", ()),
-    ("rope_local_base_freq", "position_embedding_type", ROTARY),
-    ("rope_local_base_freq", "window_size", ()),
-)
-# Keys of parts of megatron-core that are not built here, or that it reads nowhere, and the values that ask for nothing.
-NOT_BUILT: dict[str, tuple[Any, ...]] = {
-    "experimental_attention_variant": (None,),
-    "fp16_lm_cross_entropy": (False,),
-    "position_embedding_type": ("rope", "learned_absolute", "none"),
-}
-
-
-# What megatron-core's latent attention would ignore, and the values that ask for nothing.
-NOT_IN_LATENT_ATTENTION: dict[str, tuple[Any, ...]] = {
-    "add_attention_bias": (None,),
-    "add_qkv_bias": (False,),
-    "apply_rope_fusion": (False,),
-    "kv_channels": (None,),
-    "norm_placement": ("pre",),
-    "num_query_groups": (None,),
-    "position_embedding_type": ("rope",),
-    "rotary_percent": (1.0,),
-    "softmax_scale": (None,),
-}
-
-
-def check_keys(routed: Routed) -> None:
-    """Raise ConfigError for a key the user set that would have no effect, or asks for a part that is not built here."""
-    values = routed.transformer | routed.gpt
-    latent = mcore_fields.mla_only() - routed.gpt.keys()
-    for name in latent & values.keys() if not values.get("multi_latent_attention") else ():
-        raise ConfigError(
-            f"{_key(routed, name)}: {values[name]!r} has no effect without latent attention; "
-            "set model.multi_latent_attention=true or leave it out"
-        )
-    for name, harmless in NOT_BUILT.items():
-        if name in values and values[name] not in harmless:
-            raise ConfigError(f"{_key(routed, name)}: {values[name]!r} is not supported; set {harmless[0]}")
-    for name, harmless in NOT_IN_LATENT_ATTENTION.items() if values.get("multi_latent_attention") else ():
-        if name in values and values[name] not in harmless:
-            raise ConfigError(
-                f"{_key(routed, name)}: {values[name]!r} is not supported with model.multi_latent_attention; "
-                f"set {harmless[0]}"
-            )
-    together, modules = values.get("recompute_num_layers"), values.get("mtp_num_layers")
-    if modules and values.get("recompute_method") == "uniform" and together != 1:
-        raise ConfigError(
-            f"{_key(routed, 'recompute_num_layers')}: {together} does not go with model.mtp_num_layers; set 1"
-        )
-    if values.get("mtp_num_layers", 1) < 1:
-        raise ConfigError(f"{_key(routed, 'mtp_num_layers')}: {values['mtp_num_layers']} is not positive; set null")
-    for name, other, enough in PAIRS:
-        if values.get(name) and not (values.get(other) in enough if enough else values.get(other)):
-            raise ConfigError(
-                f"{_key(routed, name)}: {values[name]!r} has no effect while {other} is {values.get(other)!r}; "
-                f"set model.{other} or leave it out"
-            )
-
-
-def check_live(routed: Routed, model: Any, *, dtype: torch.dtype | None = None, meta: bool = False) -> None:
-    """Raise ConfigError unless the built `model` (a GPT) carries every value the user set.
-
-    `dtype` and `meta` are those the model was built with: they override values on purpose.
-    """
-    overridden = set(REWRITTEN) | set(_attention_factor(routed, routed.transformer))
-    overridden |= set(_precision({}, dtype)) if dtype is not None else set()
-    overridden |= set(WITHOUT_STORAGE) if meta else set()
-    for name, wanted in _typed(routed).items():
-        if name not in overridden and hasattr(model.config, name):
-            _same(getattr(model.config, name), wanted, key=_key(routed, name))
-    for name, attribute in [(name, name) for name in MODEL_ATTRIBUTES] + [("vocab_size", "true_vocab_size")]:
-        if name in routed.gpt:
-            _same(getattr(model, attribute), routed.gpt[name], key=_key(routed, name))
-
-
-def _same(live: Any, wanted: Any, *, key: str) -> None:
-    plain = live.value if isinstance(live, Enum) and not isinstance(wanted, Enum) else live
-    if isinstance(plain, tuple) and isinstance(wanted, list):
-        plain = list(plain)
-    if plain != wanted:
-        raise ConfigError(f"{key}: {wanted!r} did not reach the model, which has {plain!r}")
 
 
 def _key(routed: Routed, name: str) -> str:

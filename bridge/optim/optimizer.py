@@ -16,7 +16,7 @@ def build(routed: Routed, *, model: list[Any]) -> MegatronOptimizer:
     Norm weights and biases get no weight decay (megatron-core's rule). Raises ConfigError for combinations
     megatron-core would stop at with an unreadable error.
     """
-    config = OptimizerConfig(**{name: _typed(name, value) for name, value in routed.optimizer.items()})
+    config = OptimizerConfig(**{name: typed(name, value) for name, value in routed.optimizer.items()})
     if config.optimizer == "sgd" and config.use_distributed_optimizer:
         key = routed.origin["use_distributed_optimizer"]
         raise ConfigError(f"{key}: the distributed optimizer knows Adam only (optimizer.optimizer is 'sgd'); set false")
@@ -27,7 +27,8 @@ def build(routed: Routed, *, model: list[Any]) -> MegatronOptimizer:
     return optimizer
 
 
-def _typed(name: str, value: Any) -> Any:
+def typed(name: str, value: Any) -> Any:
+    """The value of an OptimizerConfig field as megatron-core holds it: a torch.dtype for its name."""
     return getattr(torch, DTYPES[value]) if name.endswith("_dtype") else value
 
 

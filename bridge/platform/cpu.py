@@ -81,6 +81,8 @@ def redirect_cuda_calls() -> None:
     cuda.current_device = lambda: CPU  # megatron-core uses it only as device=torch.cuda.current_device()
     for name in ("synchronize", "empty_cache", "set_device"):
         setattr(cuda, name, functools.partial(nothing))  # one object each: torch._dynamo rejects aliases
+    for name in ("range_push", "range_pop"):
+        setattr(cuda.nvtx, name, functools.partial(nothing))
     cuda.Stream, cuda.Event = NullStream, NullEvent
     cuda.current_stream = lambda *_: NullStream()
     cuda.default_stream = lambda *_: NullStream()

@@ -1,10 +1,11 @@
 """Config values that depend on the platform: sensible ones where the user is silent, an error where one cannot be."""
 
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from bridge.errors import ConfigError
-from bridge.platform.devices import has_transformer_engine, on_cuda
+from bridge.platform.devices import compute_capability, has_transformer_engine, on_cuda
 
 # Fused kernels are CUDA only; on CPU their torch.compile forms are switched off as well, so False says what happens.
 WITHOUT_TRANSFORMER_ENGINE = {
@@ -13,8 +14,6 @@ WITHOUT_TRANSFORMER_ENGINE = {
     "apply_rope_fusion": False,
     "bias_activation_fusion": False,
     "bias_dropout_fusion": False,
-    "masked_softmax_fusion": False,
-    "persist_layer_norm": False,
     "cross_entropy_loss_fusion": False,
     "moe_grouped_gemm": False,
     "moe_permute_fusion": False,
@@ -29,7 +28,6 @@ WITH_TRANSFORMER_ENGINE = {
     "bias_dropout_fusion": True,
     "cross_entropy_loss_fusion": True,
     "cross_entropy_fusion_impl": "te",
-    "persist_layer_norm": True,
     "moe_grouped_gemm": True,
     "moe_permute_fusion": True,
 }
@@ -44,8 +42,6 @@ def default_fields() -> dict[str, Any]:
 
 def has_apex_weight_gradient() -> bool:
     """True when Apex's CUDA extension for weight gradients is importable."""
-    from importlib.util import find_spec
-
     return find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
@@ -62,14 +58,17 @@ def is_set(value: Any) -> bool:
     return bool(value)
 
 
+BLACKWELL = (10, 0)  # compute capability
 NEEDS_CUDA = (
     Limit("moe_permute_fusion", is_set, "CUDA", "false"),
     Limit("cuda_graph_impl", lambda value: value != "none", "CUDA", "none"),
-    Limit("enable_cuda_graph", is_set, "CUDA", "false"),
-    Limit("external_cuda_graph", is_set, "CUDA", "false"),
-    Limit("flash_decode", is_set, "CUDA", "false"),
     Limit("cpu_offloading", is_set, "CUDA", "false"),
     Limit("cross_entropy_loss_fusion", is_set, "CUDA", "false"),
+    Limit("enable_autocast", is_set, "CUDA", "false"),
+    Limit("moe_token_dispatcher_type", lambda value: value == "flex", "CUDA and DeepEP", "alltoall"),
+    Limit("pipeline_model_parallel_comm_backend", is_set, "CUDA", "null"),
+    Limit("nccl_ub", is_set, "CUDA", "false"),
+    Limit("optimizer_cpu_offload", is_set, "CUDA", "false"),
 )
 # What only Transformer Engine's layers read: under transformer_impl local, megatron-core would ignore it silently.
 ITS_LAYERS = "Transformer Engine's layers (transformer_impl)"
@@ -86,17 +85,28 @@ NEEDS_TRANSFORMER_ENGINE = (
     Limit("use_te_rng_tracker", is_set, "Transformer Engine", "false"),
     Limit("use_te_activation_func", is_set, ITS_LAYERS, "false"),
     Limit("moe_grouped_gemm", is_set, ITS_LAYERS, "false"),
-    Limit("use_kitchen", is_set, "Transformer Engine and kitchen", "false"),
-    Limit("persist_layer_norm", is_set, ITS_LAYERS, "false"),
-    Limit("memory_efficient_layer_norm", is_set, ITS_LAYERS, "false"),
-    Limit("masked_softmax_fusion", is_set, "megatron-core's own attention, which is not used here", "false"),
     Limit("fine_grained_activation_offloading", is_set, "Transformer Engine", "false"),
     Limit("moe_router_fusion", is_set, "Transformer Engine", "false"),
-    Limit("attention_backend", lambda value: value in ("flash", "fused"), ITS_LAYERS, "auto"),
+    Limit("attention_backend", lambda value: value not in ("auto", "local"), ITS_LAYERS, "auto"),
+    Limit("apply_query_key_layer_scaling", is_set, ITS_LAYERS, "false"),
+    Limit("batch_invariant_mode", is_set, ITS_LAYERS, "false"),
+    Limit("disable_parameter_transpose_cache", is_set, ITS_LAYERS, "false"),
+    Limit("activation_func_fp8_input_store", is_set, ITS_LAYERS, "false"),
+    Limit("moe_latent_size", is_set, ITS_LAYERS, "null"),
+    Limit("hierarchical_context_parallel_sizes", is_set, ITS_LAYERS, "null"),
+    Limit("delay_wgrad_compute", is_set, ITS_LAYERS, "false"),
+    Limit("use_fused_weighted_squared_relu", is_set, ITS_LAYERS, "false"),
+    Limit("use_precision_aware_optimizer", is_set, "Transformer Engine", "false"),
     Limit("gradient_accumulation_fusion", is_set, "Transformer Engine and Apex", "false"),
+    # Attention without Transformer Engine gathers keys and values, whatever is asked for.
+    Limit("cp_comm_type", lambda value: value not in (None, "all_gather"), ITS_LAYERS, "all_gather"),
 )
-# Values that are refused with Transformer Engine as well.
-NEEDS_APEX = (
+NEEDS_BLACKWELL = (
+    Limit("fp4", lambda value: value and compute_capability() < BLACKWELL, "a Blackwell GPU", "null"),
+    Limit("fp8_recipe", lambda value: value == "mxfp8" and compute_capability() < BLACKWELL, "a Blackwell GPU", "null"),
+)
+NEEDS_PACKAGES = (
+    Limit("hierarchical_context_parallel_sizes", lambda value: value and not find_spec("einops"), "einops", "null"),
     Limit(
         "gradient_accumulation_fusion", lambda value: value and not has_apex_weight_gradient(), "Apex's kernel", "false"
     ),
@@ -104,9 +114,10 @@ NEEDS_APEX = (
 
 
 def check(transformer: Mapping[str, Any], origin: Mapping[str, str]) -> None:
-    """Raise ConfigError for the first TransformerConfig value the user set that this platform would ignore or crash on.
+    """Raise ConfigError for the first value the user set that this platform would ignore or crash on.
 
-    `transformer` holds plain values by field name, `origin` each field's full key (both of `Routed`).
+    `transformer` holds plain values by field name, of any of megatron-core's configuration classes, `origin` each
+    field's full key (both as in `Routed`).
     """
     for limit in _broken(transformer):
         key, value = origin.get(limit.field, limit.field), transformer[limit.field]
@@ -120,9 +131,9 @@ def honoured(transformer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _broken(transformer: Mapping[str, Any]) -> Iterator[Limit]:
-    limits: tuple[Limit, ...] = NEEDS_APEX if has_transformer_engine() else NEEDS_TRANSFORMER_ENGINE
+    limits: tuple[Limit, ...] = () if has_transformer_engine() else NEEDS_TRANSFORMER_ENGINE
     if has_transformer_engine() and transformer.get("transformer_impl") == "local":
         limits += tuple(limit for limit in NEEDS_TRANSFORMER_ENGINE if limit.needs == ITS_LAYERS)
-    if not on_cuda():
-        limits += NEEDS_CUDA
+    limits += () if on_cuda() else NEEDS_CUDA
+    limits += NEEDS_BLACKWELL + NEEDS_PACKAGES
     return (limit for limit in limits if limit.field in transformer and limit.refused(transformer[limit.field]))

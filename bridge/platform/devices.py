@@ -37,6 +37,16 @@ def on_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+@functools.cache
+def compute_capability() -> tuple[int, int]:
+    """Of this process's GPU, (9, 0) on Hopper; (0, 0) without one."""
+    if not on_cuda():
+        return 0, 0
+    import torch
+
+    return torch.cuda.get_device_capability()
+
+
 def device() -> "torch.device":
     """The device of this process: its GPU, or the CPU."""
     import torch

@@ -10,6 +10,7 @@ platform.prepare()  # before megatron-core is imported: on CPU, importing it fir
 from bridge import parallel
 from bridge.config.run_config import RunConfig
 from bridge.data.source import Prepared
+from bridge.platform import user_buffers
 from bridge.training import metrics, setup
 from bridge.training.loop import Outcome, train
 from bridge.training.metrics import Report
@@ -28,11 +29,23 @@ def run(config: RunConfig) -> Outcome:
     with stop.listening():
         metrics.check_packages(config)
         data = setup.prepare_data(config)
-        parallel.initialize(config.routed().transformer, seed=config.train.seed)
+        join(config)
         outcome = _train(config, data, stop)
         # Not after a failure: the peers of a failed rank may never come to a teardown that waits for them.
         parallel.teardown()
     return outcome
+
+
+def join(config: RunConfig) -> None:
+    """Make the process groups that `config` asks for. Raises ConfigError for what this platform cannot do."""
+    routed = config.routed()
+    platform.check(routed.transformer | routed.ddp | routed.optimizer, routed.origin)
+    instances = routed.ddp.get("num_distributed_optimizer_instances", 1)
+    parallel.initialize(routed.transformer, seed=config.train.seed, num_distributed_optimizer_instances=instances)
+    if routed.transformer.get("tp_comm_overlap"):
+        sequences = config.train.sequences_per_pass(parallel.data_parallel_size())
+        num_tokens = sequences * config.data["sequence_length"] // parallel.context_parallel_size()
+        user_buffers.create(routed.transformer, num_tokens=num_tokens)
 
 
 def _train(config: RunConfig, data: setup.Data, stop: Stop) -> Outcome:

@@ -19,7 +19,7 @@ from bridge.errors import ConfigError
 from bridge.models import ddp, gpt
 from bridge.optim import optimizer as optimizers
 from bridge.optim import schedule
-from bridge.training import initial
+from bridge.training import initial, settings
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def build(config: RunConfig, data: Data) -> Job:
     optimizer = optimizers.build(routed, model=model)
     scheduler = schedule.build(config.scheduler, optimizer=optimizer, fields=routed.optimizer, steps=config.train.steps)
     _connect(model, optimizer)
+    settings.check(routed, model=model, optimizer=optimizer)
     state = Trainable(model, optimizer, scheduler)
     datasets = data.build(seed=config.train.seed)
     progress = Progress(data=data.prepared.identity) if latest is None else checkpoint.load(latest, state)
@@ -114,10 +115,10 @@ def _connect(model: list[Any], optimizer: Any) -> None:
     config = get_model_config(model[0])
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
-    settings = model[0].ddp_config
-    if settings.overlap_grad_reduce:
+    overlaps = model[0].ddp_config
+    if overlaps.overlap_grad_reduce:
         config.no_sync_func = _one_or_all([chunk.no_sync for chunk in model])
-    if settings.overlap_param_gather and settings.align_param_gather:
+    if overlaps.overlap_param_gather and overlaps.align_param_gather:
         config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in model])
 
 

@@ -77,13 +77,18 @@ def _forward_backward(
     return torch.stack([loss["loss"] for loss in losses]).sum(dim=0)
 
 
-def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
-    """megatron-core's forward_step_func: one micro-batch through one model chunk; the loss function for its output."""
+def forward_step(batches: Iterator[Batch], model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
+    """megatron-core's forward_step_func: one micro-batch through one model chunk; the loss function for its output.
+
+    return_schedule_plan: what the chunk would compute, for megatron-core to mix with another chunk's backward pass
+    (overlap_moe_expert_parallel_comm).
+    """
     chunk = unwrap_model(model)
+    run = chunk.build_schedule_plan if return_schedule_plan else model
     if not (chunk.pre_process or chunk.post_process):
-        return model(None, None, None), None
+        return run(None, None, None), None
     batch = _on_device(next(batches))
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    output = run(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
     return output, lambda token_losses: token_loss(token_losses, batch["loss_mask"])
 
 

@@ -240,7 +240,7 @@ REFUSED = [
     (
         {TP: 2, ETP: 1, "sequence_parallel": True, "model": EXPERTS},
         {"world_size": 2},
-        f"parallelism.{ETP}: with EP = 1, ETP >= TP must hold or the ranks' experts drift apart, but 1 < 2; "
+        f"parallelism.{ETP}: with EP = 1, ETP = TP must hold or the ranks' experts drift apart, but 1 != 2; "
         f"set parallelism.{ETP} to 2, or parallelism.{EP} to 2",
     ),
     (
@@ -273,7 +273,7 @@ REFUSED = [
     (
         {"overlap_param_gather": True},
         {},
-        "parallelism.overlap_param_gather: True needs use_distributed_optimizer, which is false; "
+        "parallelism.overlap_param_gather: True needs use_distributed_optimizer=true, which is false; "
         "set parallelism.use_distributed_optimizer to true",
     ),
     (

@@ -193,7 +193,10 @@ def test_padded_size_is_a_multiple_of_tensor_ranks_too():
             {**GEMMA, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
             "attention factor of 1.1386.* would also reach the layers with a window",
         ),
-        ({"attention_softmax_in_fp32": False}, "attention_softmax_in_fp32: False needs Transformer Engine"),
+        (
+            {"attention_softmax_in_fp32": False},
+            "attention_softmax_in_fp32: False has no effect: only megatron-core.s own",
+        ),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(settings: dict[str, Any], message: str):

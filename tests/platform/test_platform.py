@@ -77,8 +77,13 @@ def test_defaults_and_limits_with_transformer_engine(monkeypatch: pytest.MonkeyP
 def test_every_named_field_exists():
     from bridge.config import mcore_fields
 
-    fields = mcore_fields.targets()["transformer"]
-    limits = (*defaults.NEEDS_CUDA, *defaults.NEEDS_TRANSFORMER_ENGINE, *defaults.NEEDS_APEX)
+    fields = {name: field for part in mcore_fields.targets().values() for name, field in part.items()}
+    limits = (
+        *defaults.NEEDS_CUDA,
+        *defaults.NEEDS_TRANSFORMER_ENGINE,
+        *defaults.NEEDS_PACKAGES,
+        *defaults.NEEDS_BLACKWELL,
+    )
     named = {limit.field for limit in limits} | defaults.WITH_TRANSFORMER_ENGINE.keys()
     assert named | defaults.WITHOUT_TRANSFORMER_ENGINE.keys() <= fields.keys()
 

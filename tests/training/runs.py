@@ -49,6 +49,8 @@ def config(runs_dir: Path, *, whole_model: dict[str, Any] | None = None, **overr
         "checkpoint": {},
         "log": {"log_interval": 1},
     }
+    if overrides.get("optimizer", {}).get("optimizer") == "sgd":
+        sections["optimizer"].pop("adam_beta2")
     if "source" in overrides.get("data", {}):
         sections["data"] = {"source": ""}
     for name, value in overrides.items():

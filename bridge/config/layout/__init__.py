@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from bridge.config import divisibility
 from bridge.config.divisibility import Number
-from bridge.config.layout import batch, experts, pipeline, tensor
+from bridge.config.layout import batch, experts, overlap, pipeline, recompute, tensor
 from bridge.config.layout.sizes import Batch, Fields, Layout
 from bridge.config.routing import Routed
 from bridge.config.schema import Train
@@ -25,6 +25,10 @@ MODEL_RULES: tuple[Callable[[Fields, Layout], None], ...] = (
     pipeline.point_to_point,
     pipeline.layers_per_stage,
     experts.experts,
+    recompute.recompute,
+    overlap.needs,
+    overlap.experts_while_computing,
+    overlap.tensor_parallel_buffers,
 )
 # Of a run of train.py besides.
 TRAINING_RULES: tuple[Callable[[Fields, Layout, Batch], None], ...] = (
@@ -42,7 +46,7 @@ def check(routed: Routed, *, world_size: int, sequence_length: int, train: Train
 
     sequence_length in tokens.
     """
-    layout = check_model(routed, world_size=world_size)
+    layout = _check_model(routed, world_size=world_size)
     micro_batch_size = train.sequences_per_pass(layout.dp)
     sizes = Batch(sequence_length, train.global_batch_size, micro_batch_size, train.rampup_batch_size)
     for rule in TRAINING_RULES:
@@ -52,6 +56,12 @@ def check(routed: Routed, *, world_size: int, sequence_length: int, train: Train
 
 def check_model(routed: Routed, *, world_size: int) -> Layout:
     """The rules of `check` that need no batch, for programs with a training loop of their own."""
+    layout = _check_model(routed, world_size=world_size)
+    tensor.prediction_in_parts(Fields(routed), layout)
+    return layout
+
+
+def _check_model(routed: Routed, *, world_size: int) -> Layout:
     fields = Fields(routed)
     _check_positive(fields)
     layout = derive(routed, world_size=world_size)
@@ -73,7 +83,7 @@ def derive(routed: Routed, *, world_size: int) -> Layout:
     if fields.get("num_moe_experts") is not None:
         divisibility.require(processes, by=(etp, ep, pp))
     dp = world_size // (tp.value * pp.value * cp.value)
-    return Layout(tp.value, pp.value, cp.value, ep.value, etp.value, dp, pipeline.chunks(fields, pp), world_size)
+    return Layout(tp.value, pp.value, cp.value, ep.value, etp.value, dp, pipeline.chunks(fields), world_size)
 
 
 _POSITIVE = (
@@ -87,6 +97,7 @@ _POSITIVE = (
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
     "microbatch_group_size_per_vp_stage",
+    "recompute_num_layers",
     "num_query_groups",
     "kv_channels",
     "ffn_hidden_size",

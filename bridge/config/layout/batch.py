@@ -1,5 +1,7 @@
 """Rules about the batch and the optimizer divided over processes."""
 
+from importlib.util import find_spec
+
 from bridge.config import divisibility
 from bridge.config.divisibility import Number
 from bridge.config.layout.sizes import Batch, Fields, Layout, dp_formula
@@ -8,17 +10,17 @@ from bridge.errors import ConfigError
 
 def optimizer(fields: Fields, layout: Layout, batch: Batch) -> None:
     instances = fields.number("num_distributed_optimizer_instances")
-    gathers = fields.get("overlap_param_gather", False)
-    needs = [("overlap_param_gather", "use_distributed_optimizer")] if gathers else []
-    needs += [("overlap_param_gather", "overlap_grad_reduce")] if gathers else []
-    needs += [(instances.name, "use_distributed_optimizer")] if instances.value > 1 else []
-    for name, needed in needs:
-        if not fields.get(needed, False):
-            raise ConfigError(
-                f"{fields.key(name)}: {fields.get(name)} needs {needed}, which is false; "
-                f"set parallelism.{needed} to true"
-            )
+    if fields.get("average_in_collective", False):
+        raise ConfigError(
+            f"{fields.key('average_in_collective')}: an average over ranks is no mean over tokens, which the loss is "
+            "here (calculate_per_token_loss); set it to false"
+        )
     divisibility.require(Number("DP x CP", layout.dp * layout.cp, movable=False), by=[instances])
+    if instances.value > 1 and find_spec("einops") is None:
+        raise ConfigError(
+            f"{instances.key}: megatron-core makes the groups of {instances.value} instances with the package einops, "
+            "which is not here; install it (pip install einops), or set it to 1"
+        )
 
 
 def global_batch(fields: Fields, layout: Layout, batch: Batch) -> None:

@@ -19,13 +19,14 @@ def experts(fields: Fields, layout: Layout) -> None:
     dense = fields.number("ffn_hidden_size", 4 * fields.get("hidden_size"))
     own = fields.get("moe_ffn_hidden_size") is not None
     divisibility.require(fields.number("moe_ffn_hidden_size") if own else dense, by=[etp._replace(key=etp_key)])
-    if layout.ep == 1 and layout.etp < layout.tp:
-        # tensor_parallel/layers.py marks expert weights for the expert groups only if EP > 1.
+    if layout.ep == 1 and layout.etp != layout.tp:
+        # tensor_parallel/layers.py marks expert weights for the expert groups only if EP > 1: else their gradients go
+        # over the data-parallel group of the dense weights, which holds the same slice of an expert only if ETP = TP.
         larger = nearest(divisors(experts)[1:], layout.tp)
         more = f", or parallelism.expert_model_parallel_size to {either(larger)}" if larger else ""
         raise ConfigError(
-            f"{etp_key}: with EP = 1, ETP >= TP must hold or the ranks' experts drift apart, but "
-            f"{layout.etp} < {layout.tp}; set {etp_key} to {layout.tp}{more}"
+            f"{etp_key}: with EP = 1, ETP = TP must hold or the ranks' experts drift apart, but "
+            f"{layout.etp} != {layout.tp}; set {etp_key} to {layout.tp}{more}"
         )
     if layout.tp > 1 and not fields.get("sequence_parallel", False):
         raise ConfigError(
@@ -36,6 +37,11 @@ def experts(fields: Fields, layout: Layout) -> None:
         raise ConfigError(
             f"{etp_key}: ETP = 1 must hold for experts with biases, but ETP = {layout.etp}; "
             f"set {etp_key} to 1, or model.add_bias_linear to false"
+        )
+    if fields.get("moe_token_dispatcher_type") == "allgather" and fields.get("variable_seq_lengths", False):
+        raise ConfigError(
+            f"{fields.key('moe_token_dispatcher_type')}: allgather needs ranks with equally many tokens, but "
+            "variable_seq_lengths is true; set it to alltoall"
         )
     if layout.ep > 1 and fields.get("use_cpu_initialization", False):
         raise ConfigError(

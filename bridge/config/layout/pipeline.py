@@ -9,9 +9,9 @@ from bridge.config.layout.sizes import Batch, Fields, Layout, dp_formula
 from bridge.errors import ConfigError
 
 
-def chunks(fields: Fields, pp: Number) -> int:
+def chunks(fields: Fields) -> int:
     """Chunks of layers per process: as set, or as many as pipeline_model_parallel_layout spells out."""
-    spelled = fields.get("pipeline_model_parallel_layout")
+    pp, spelled = fields.number("pipeline_model_parallel_size"), fields.get("pipeline_model_parallel_layout")
     asked = fields.number("virtual_pipeline_model_parallel_size")
     if spelled is None:
         return asked.value
@@ -29,10 +29,14 @@ def count_stages(spelled: str | list[Any]) -> int:
     """Stages in a layout such as `Et*3|(tt|)*2,L`: megatron-core unrolls (..)*n, then x*n, and splits at `|`."""
     if isinstance(spelled, list):
         return len(spelled)
+    return len(_unrolled(spelled).split("|"))
+
+
+def _unrolled(spelled: str) -> str:
     unrolled = spelled.replace(",", "")
     for repeated in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
         unrolled = re.sub(repeated, lambda found: found.group(1) * int(found.group(2)), unrolled)
-    return len(unrolled.split("|"))
+    return unrolled
 
 
 def interleaving(fields: Fields, layout: Layout) -> None:
@@ -72,6 +76,7 @@ def point_to_point(fields: Fields, layout: Layout) -> None:
 def layers_per_stage(fields: Fields, layout: Layout) -> None:
     """Layers per stage and chunk: the first and last stage may differ, or embedding and loss count as a layer each."""
     if fields.get("pipeline_model_parallel_layout") is not None:
+        _spelled_layers(fields, fields.get("pipeline_model_parallel_layout"))
         return
     ends = [f"num_layers_in_{end}_pipeline_stage" for end in ("first", "last")]
     ends = [name for name in ends if fields.get(name) is not None]
@@ -97,6 +102,47 @@ def layers_per_stage(fields: Fields, layout: Layout) -> None:
     if stages:
         middle = Number(f"(num_layers - {' - '.join(ends)})", left, fields.key(ends[0]), movable=False)
         divisibility.require(middle, by=(Number("middle stages", stages), vpp))
+
+
+OTHER_SPLITS = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+# What a layout consists of, in its order: letter, word, field that says how many there are (None: one).
+PARTS = (
+    ("E", "embedding", None),
+    ("t", "decoder", "num_layers"),
+    ("m", "mtp", "mtp_num_layers"),
+    ("L", "loss", None),
+)
+
+
+def _spelled_layers(fields: Fields, spelled: str | list[Any]) -> None:
+    """pipeline_model_parallel_layout has every part of the model, in order, and is the only split."""
+    key = fields.key("pipeline_model_parallel_layout")
+    for name in OTHER_SPLITS:
+        if fields.get(name):
+            raise ConfigError(
+                f"{fields.key(name)}: does not go with pipeline_model_parallel_layout; set one of the two"
+            )
+    letter_of = {word: letter for letter, word, _ in PARTS}
+    stages = _unrolled(spelled).split("|") if isinstance(spelled, str) else spelled
+    parts = [letter_of.get(part, part) for stage in stages for part in stage]
+    if unknown := set(parts) - {letter for letter, *_ in PARTS}:
+        known = ", ".join(f"{letter} ({word})" for letter, word, _ in PARTS)
+        raise ConfigError(f"{key}: {min(unknown)!r} is no part of a model; set a layout of {known}")
+    for letter, word, field in PARTS:
+        wanted = 1 if field is None else fields.get(field, 0)
+        if parts.count(letter) != wanted:
+            raise ConfigError(
+                f"{key}: {letter} ({word}) must be there {wanted} times ({field or 'one for every model'}), but "
+                f"{spelled} has {parts.count(letter)}; set a layout with {wanted}"
+            )
+    order = [letter for letter, *_ in PARTS]
+    if sorted(parts, key=order.index) != parts:
+        raise ConfigError(f"{key}: the order must be {' '.join(order)}, but is {''.join(parts)}; set it in that order")
 
 
 def microbatches(fields: Fields, layout: Layout, batch: Batch) -> None:

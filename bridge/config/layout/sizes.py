@@ -33,7 +33,7 @@ class Fields:
     """Reads `Routed` by field name."""
 
     def __init__(self, routed: Routed) -> None:
-        self._origin = routed.origin
+        self.origin = routed.origin
         self._values = {**routed.optimizer, **routed.ddp, **routed.gpt, **routed.transformer}
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -41,11 +41,15 @@ class Fields:
         value = self._values.get(name)
         return default if value is None else value
 
+    def names(self, prefix: str) -> list[str]:
+        """The fields the user set whose names begin so."""
+        return [name for name in self._values if name.startswith(prefix)]
+
     def key(self, name: str) -> str:
-        return self._origin.get(name, name)
+        return self.origin.get(name, name)
 
     def number(self, name: str, default: int = 1) -> Number:
-        return Number(name, self.get(name, default), self._origin.get(name, ""))
+        return Number(name, self.get(name, default), self.origin.get(name, ""))
 
 
 def dp_formula(layout: Layout) -> str:

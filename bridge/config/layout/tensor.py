@@ -50,6 +50,15 @@ def sequence_length(fields: Fields, layout: Layout, batch: Batch) -> None:
         )
 
 
+def prediction_in_parts(fields: Fields, layout: Layout) -> None:
+    """megatron-core's prediction modules divide by the tokens of a rank's own part; the loop of train.py never does."""
+    if layout.cp > 1 and fields.get("mtp_num_layers") and not fields.get("calculate_per_token_loss", False):
+        raise ConfigError(
+            f"{fields.key('calculate_per_token_loss')}: false with mtp_num_layers and CP = {layout.cp} gives wrong "
+            "gradients, without an error; set it to true, with a loss function that returns a sum and its token count"
+        )
+
+
 def sequence_parts(fields: Fields, layout: Layout, batch: Batch) -> None:
     length = Number("sequence_length", batch.sequence_length, "data.sequence_length")
     cp = fields.number("context_parallel_size")

@@ -1,0 +1,66 @@
+"""Rules about activations that are computed again in the backward pass instead of being kept.
+
+None of them changes a result; the rules are about settings that megatron-core would ignore or stop at later.
+"""
+
+from bridge.config.layout.sizes import Fields, Layout
+from bridge.errors import ConfigError
+
+# What each granularity reads besides itself; anything else that is set would do nothing.
+READ_BY: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    "full": ("recompute_method", "recompute_num_layers", "distribute_saved_activations"),
+    "selective": ("recompute_modules",),
+}
+# recompute_modules -> what the model must have for it; None: every model has it.
+MODULES = {
+    "core_attn": None,
+    "layernorm": None,
+    "mlp": None,
+    "moe": "num_moe_experts",
+    "moe_act": "num_moe_experts",
+    "shared_experts": "moe_shared_expert_intermediate_size",
+    "mla_up_proj": "multi_latent_attention",
+}
+
+
+def recompute(fields: Fields, layout: Layout) -> None:
+    granularity = fields.get("recompute_granularity")
+    for name in dict.fromkeys(name for names in READ_BY.values() for name in names):
+        if fields.get(name) and name not in READ_BY[granularity]:
+            fitting = next(other for other, names in READ_BY.items() if name in names)
+            shown = "null" if granularity is None else granularity
+            raise ConfigError(
+                f"{fields.key(name)}: {fields.get(name)} has no effect with recompute_granularity={shown}; "
+                f"set parallelism.recompute_granularity={fitting}, or {fields.key(name)} to null"
+            )
+    if granularity == "full":
+        _full(fields, layout)
+    for module in fields.get("recompute_modules", []):
+        _module(fields, module)
+
+
+def _full(fields: Fields, layout: Layout) -> None:
+    key = fields.key("recompute_granularity")
+    if fields.get("recompute_method") is None or fields.get("recompute_num_layers") is None:
+        raise ConfigError(
+            f"{key}: full needs recompute_method and recompute_num_layers; set parallelism.recompute_method=uniform "
+            "parallelism.recompute_num_layers=1 (every layer by itself), or method block for the first so many of "
+            "each stage"
+        )
+    name = "distribute_saved_activations"
+    if fields.get(name, False) and (layout.tp == 1 or fields.get("sequence_parallel", False)):
+        have = "sequence_parallel divides them already" if layout.tp > 1 else "TP = 1"
+        raise ConfigError(f"{fields.key(name)}: divides activations over tensor ranks, but {have}; set it to false")
+
+
+def _module(fields: Fields, module: str) -> None:
+    key = fields.key("recompute_modules")
+    if module not in MODULES:
+        raise ConfigError(f"{key}: no module is called {module!r}; set some of {', '.join(MODULES)}")
+    needed = MODULES[module]
+    if needed is not None and not fields.get(needed):
+        raise ConfigError(f"{key}: {module} needs a model with model.{needed}; leave {module} out")
+    every_layer_has_experts = fields.get("num_moe_experts") is not None and fields.get("moe_layer_freq", 1) == 1
+    if module == "mlp" and every_layer_has_experts:
+        raise ConfigError(f"{key}: mlp is the MLP of layers without experts, of which there are none; set moe instead")

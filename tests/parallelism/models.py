@@ -1,0 +1,58 @@
+"""Models of four layers or so that between them have what a layout can break."""
+
+from typing import Any
+
+from tests.training.runs import MODEL
+
+# Layers that differ, so that a stage which holds the wrong ones shows; the weight of embedding and output is one.
+DENSE: dict[str, Any] = {
+    **MODEL,
+    "num_layers": 4,
+    "share_embeddings_and_output_weights": True,
+    "qk_layernorm": True,
+    "window_size": [6, 0],
+    "window_attn_skip_freq": [0, 1, 1, 0],
+}
+# Fewer key groups than tensor ranks; numbers of layers that divide only with embedding or loss counted.
+ONE_GROUP = {**DENSE, "num_query_groups": 1, "share_embeddings_and_output_weights": False}
+THREE_LAYERS = {**DENSE, "num_layers": 3, "window_attn_skip_freq": [0, 1, 0]}
+SIX_LAYERS = {**DENSE, "num_layers": 6, "window_attn_skip_freq": [0, 1, 0, 1, 1, 0]}
+
+_EXPERTS: dict[str, Any] = {
+    **MODEL,
+    "family": "qwen3_moe",
+    "num_layers": 4,
+    "num_moe_experts": 4,
+    "moe_layer_freq": [0, 1, 0, 1],
+    "moe_ffn_hidden_size": 16,
+    "moe_shared_expert_intermediate_size": 24,
+    "moe_router_topk": 2,
+    "moe_router_dtype": "fp32",
+    "moe_aux_loss_coeff": 0.01,
+    "moe_z_loss_coeff": 0.001,
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.01,
+}
+# The router of bridge.models.router (softmax scores and a bias, as ERNIE 4.5 has them), every token sent to every rank.
+ALLGATHER = {**_EXPERTS, "moe_norm_min": 1e-12, "moe_token_dispatcher_type": "allgather"}
+# megatron-core's, balanced within each sequence.
+ALLTOALL = {
+    **_EXPERTS,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_load_balancing_type": "seq_aux_loss",
+    "moe_token_dispatcher_type": "alltoall",
+}
+# Latent attention, experts and a prediction module.
+LATENT: dict[str, Any] = {
+    **{name: value for name, value in ALLTOALL.items() if name not in ("num_query_groups", "kv_channels")},
+    "family": "deepseek_v3",
+    "moe_layer_freq": [0, 0, 0, 1],
+    "multi_latent_attention": True,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 8,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 8,
+    "mtp_num_layers": 1,
+    "mtp_loss_scaling_factor": 0.1,
+}

@@ -1,0 +1,121 @@
+"""Many short training runs in one set of processes, which start once, and what is compared between them."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+
+from bridge.weights import locate
+from bridge.weights.dist_files import open_dist
+from tests.distributed import run_distributed
+from tests.training.runs import Ran, config, losses, train
+
+STEPS = 5
+PARALLELISM = Path(__file__).resolve().parents[2] / "conf" / "parallelism"
+
+
+class Case(NamedTuple):
+    """A model on so many processes. options: sections that differ from the reference's, `parallelism` above all."""
+
+    model: str
+    ranks: int
+    options: Mapping[str, Mapping[str, Any]]
+
+
+def option(name: str, **overrides: Any) -> dict[str, Any]:
+    """The keys of `parallelism=name` and overrides, as the `parallelism` section has them."""
+    return {**yaml.safe_load((PARALLELISM / f"{name}.yaml").read_text()), **overrides}
+
+
+def train_all(runs: Mapping[str, Any]) -> dict[str, Ran]:
+    """Train each of `runs` in this world, one after the other. Every one makes its own model-parallel groups."""
+    from bridge import parallel
+    from bridge.platform import prepare
+
+    prepare()
+    whole = parallel.teardown
+    parallel.teardown = functools.partial(whole, keep_world=True)
+    torch.distributed.init_process_group("gloo")
+    results = {}
+    for name, run in runs.items():
+        print(f"--- {name}", flush=True)
+        results[name] = train(run)
+    return results
+
+
+class Trained:
+    """The runs of `cases`, trained when one of them is asked for: all of one model and number of processes at once.
+
+    Every run starts from weights that one process saved after a step, so biases that balance experts are not 0.
+    """
+
+    def __init__(self, folder: Path, models: Mapping[str, dict[str, Any]], cases: Mapping[str, Case]) -> None:
+        self.folder, self.models, self.cases = folder, models, cases
+        self.results: dict[str, Ran] = {}
+        start = {"train": {"steps": 5, "exit_interval": 1, "eval_interval": None}}
+        run_distributed(
+            train_all,
+            1,
+            {name: config(folder, name=_start(name), whole_model=models[name], **start) for name in models},
+        )
+        self.results |= run_distributed(train_all, 1, {name: self.run_of(name, Case(name, 1, {})) for name in models})[
+            0
+        ]
+
+    def run_of(self, name: str, case: Case | None = None) -> Any:
+        """The configuration of a case, by default the one of that name."""
+        case = case or self.cases[name]
+        experts = self.models[case.model].get("num_moe_experts") is not None
+        common: dict[str, Any] = {
+            # Samples mask different shares of their tokens, so that a mean of means goes wrong.
+            "data": {"source": "tests.training.masked", "sequence_length": 16, "vocab_size": 100, "num_samples": 50},
+            "train": {"steps": STEPS, "eval_interval": None, "global_batch_size": 2 if experts else 4},
+            "init": {"path": str(self.folder / _start(case.model))},
+        }
+        sections = common.keys() | case.options.keys()
+        merged = {key: {**common.get(key, {}), **case.options.get(key, {})} for key in sections}
+        return config(self.folder, name=name, whole_model=self.models[case.model], **merged)
+
+    def result(self, name: str) -> Ran:
+        """What rank 0 saw of a case."""
+        if name not in self.results:
+            model, ranks, _ = self.cases[name]
+            together = [other for other, case in self.cases.items() if case[:2] == (model, ranks)]
+            self.results |= run_distributed(train_all, ranks, {other: self.run_of(other) for other in together})[0]
+        return self.results[name]
+
+    def by_itself(self, name: str, case: Case) -> Ran:
+        """A case in processes of its own, which one that goes wrong cannot spoil for others."""
+        return run_distributed(train_all, case.ranks, {name: self.run_of(name, case)})[0][name]
+
+    def assert_as_alone(self, name: str, *, rel: float) -> None:
+        """Loss and gradient norm of every step, evaluation loss and saved weights are those of one process."""
+        model = self.cases[name].model
+        ours, alone = self.result(name), self.results[model]
+        assert len(losses(alone.lines)) == STEPS
+        assert losses(ours.lines) == pytest.approx(losses(alone.lines), rel=rel)
+        assert norms(ours) == pytest.approx(norms(alone), rel=rel)
+        assert ours.eval_loss == pytest.approx(alone.eval_loss, rel=rel)
+        saved, expected = saved_weights(self.folder / name), saved_weights(self.folder / model)
+        assert saved.keys() == expected.keys()
+        for key, weight in expected.items():
+            torch.testing.assert_close(saved[key], weight, atol=1e-5, rtol=1e-4, msg=lambda m, key=key: f"{key} {m}")
+
+
+def _start(model: str) -> str:
+    return f"start_{model}"
+
+
+def norms(ran: Ran) -> list[float]:
+    """Gradient norms by step."""
+    return [line["grad_norm"] for line in ran.lines if "loss" in line]
+
+
+def saved_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The model of a run's last checkpoint."""
+    dist = open_dist(locate.locate(run_dir).directory)
+    return {key: dist.read(key).clone() for key in dist.tensors if not key.startswith("optimizer.")}
