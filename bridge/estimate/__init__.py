@@ -5,6 +5,6 @@ distributed optimizer; activations are an estimate from the architecture.
 """
 
 from bridge.estimate.stages import Memory, memory
-from bridge.estimate.text import Parameters, parameters
+from bridge.estimate.text import Parameters, parameters, report
 
-__all__ = ["Memory", "Parameters", "memory", "parameters"]
+__all__ = ["Memory", "Parameters", "memory", "parameters", "report"]

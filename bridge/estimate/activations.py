@@ -7,7 +7,6 @@ Engine's (`fused`: norms, rotary embedding and activation functions save their i
 
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -29,6 +28,7 @@ class Use(NamedTuple):
     weight_copies: bool  # a weight's gradient is a tensor of its own before it is added to the buffer
     fused_loss: bool
     fused_activation: bool
+    rotary: bool  # queries and keys are rotated
     shape: Layout
 
     @property
@@ -80,6 +80,7 @@ def use(routed: Routed, shape: Layout, *, sequence_length: int, micro_batch_size
         weight_copies=not fields.get("gradient_accumulation_fusion"),
         fused_loss=fused and fields.get("cross_entropy_loss_fusion", True),
         fused_activation=fused and fields.get("bias_activation_fusion", swiglu and not clamped),
+        rotary=routed.gpt.get("position_embedding_type") == "rope",
         shape=shape,
     )
 
@@ -102,7 +103,7 @@ def layer(model: TransformerConfig, how: Use, *, experts: bool, groups: int, ffn
         parts += [norm, mlp]
     kept = sum(part.kept for part in parts)
     if model.hidden_dropout > 0:
-        kept += 2 * stream / how.width  # masks of one byte
+        kept += 2 * stream / (how.width if how.fused else 1)  # masks: of bytes, or of the numbers' own width
     again = sum(part.again for part in parts)
     working = max((part.working for part in parts), default=0.0) + 2 * stream
     return Layer(kept=kept - again, again=again, input=stream, working=working)
@@ -120,8 +121,8 @@ def head(model: TransformerConfig, how: Use, *, vocab: int) -> Head:
     """The final norm, `vocab` logits per token (padded, of the whole model) and their loss, which each prediction
     module has as well.
 
-    Transformer Engine's fused loss leaves the gradient in the logits themselves; megatron-core's keeps a float32 softmax
-    (tensor_parallel/cross_entropy.py), beside which 16-bit logits or their gradient exist for a moment.
+    Transformer Engine's fused loss leaves the gradient in the logits themselves; megatron-core's keeps a float32
+    softmax (tensor_parallel/cross_entropy.py), beside which 16-bit logits or their gradient exist for a moment.
     """
     stream = how.tokens * model.hidden_size * how.width / (how.parts if model.sequence_parallel else 1)
     logits = how.tokens * vocab / how.shape.tp
@@ -161,24 +162,24 @@ def _attention(model: TransformerConfig, how: Use, groups: int) -> _Part:
     assert channels is not None
     queries = model.num_attention_heads * channels / tp
     keys = max(groups / tp, 1) * channels
-    rotary = queries + keys  # of their own only if they are rotated, which every family but GPT-2's does
+    rotary = queries + keys if how.rotary else 0.0  # not what they were before
     numbers = 2 * queries + 2 * keys
     if how.fused and "core_attn" in how.selective:
         numbers += rotary
     if not how.fused:
         numbers += rotary if how.shape.cp == 1 else 2 * keys * (how.shape.cp - 1)
     if model.qk_layernorm:
-        numbers += rotary if how.fused else 2 * queries + keys
+        numbers += queries + keys if how.fused else 2 * queries + keys
     kept = how.tokens * (numbers * how.width + 4 * model.num_attention_heads / tp)
     return _Part(kept + _scores(model, how), 0.0, working=how.tokens * (2 * queries + 4 * keys) * how.width)
 
 
 def _scores(model: TransformerConfig, how: Use) -> float:
-    """Capped scores are computed by no fused kernel: tanh and softmax in float32, and what multiplies the values. With
-    context parallelism torch's kernels keep the mask."""
+    """Capped scores are computed by no fused kernel: tanh and softmax in float32, the latter also in 16 bits if the
+    values are. With context parallelism torch's kernels keep the mask."""
     pairs = how.tokens * how.sequence_length
     if getattr(model, "attn_logit_softcapping", None) is not None and "core_attn" not in how.selective:
-        return pairs * model.num_attention_heads / how.shape.tp * (8 + how.width)
+        return pairs * model.num_attention_heads / how.shape.tp * (8 if how.width == 4 else 10)
     return pairs * how.width if how.shape.cp > 1 and not how.fused else 0.0
 
 

@@ -60,7 +60,7 @@ class Weight(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What makes layers different: whether they have experts, key-value groups, channels of the MLP; 0: no such branch."""
+    """What makes layers different: experts or a dense MLP, key-value groups, channels of the MLP; 0: no such branch."""
 
     experts: bool
     groups: int
@@ -212,9 +212,7 @@ def chunks(model: Pieces, fields: dict[str, Any], shape: Layout) -> list[list[Ch
     return stages
 
 
-def _chunk(
-    layers: Sequence[int], config: TransformerConfig, *, embedding: bool, last: bool, num_layers: int
-) -> Chunk:
+def _chunk(layers: Sequence[int], config: TransformerConfig, *, embedding: bool, last: bool, num_layers: int) -> Chunk:
     predicts = config.mtp_num_layers is not None
     norm = num_layers - 1 in layers if predicts else last
     return Chunk(tuple(layers), embedding=embedding, final_norm=norm, prediction=last and predicts, head=last)

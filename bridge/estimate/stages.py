@@ -12,16 +12,20 @@ from bridge.config.layout import Layout
 from bridge.config.routing import Routed
 from bridge.config.run_config import RunConfig
 from bridge.estimate import activations, pieces, state
-from bridge.estimate.activations import Layer, Use
+from bridge.estimate.activations import Head, Layer, Use
 from bridge.estimate.pieces import Chunk, Kind, Pieces
 from bridge.models import gpt
+
+# What a GPU's memory holds besides tensors: about 0.5 GiB of CUDA context and kernels, and NCCL's buffers, which grow
+# with the number of process groups.
+OVERHEAD = 2 * 2**30
 
 
 class Memory(NamedTuple):
     """Bytes on the fullest process of pipeline stage `stage`; `activations` at their peak, all else for the whole run.
 
-    Processes of one stage differ only by the padding of the distributed optimizer's shards: megatron-core deals experts,
-    heads and channels evenly. The CUDA context and NCCL's buffers come on top.
+    Processes of one stage differ only by the padding of the distributed optimizer's shards: experts, heads and channels
+    are dealt evenly. The CUDA context and NCCL's buffers come on top.
     """
 
     stage: int
@@ -36,9 +40,18 @@ class Memory(NamedTuple):
 
 
 class Peak(NamedTuple):
-    """Bytes kept by autograd when most are, and what else there is at a time in the step."""
+    """Bytes when most are needed: `kept` by autograd, and all of them with gradients and what was sent on."""
 
     kept: float
+    total: float
+
+
+class Share(NamedTuple):
+    """Bytes of one micro-batch in a chunk, without the loss: `kept` for its backward pass, and what is there besides
+    while that runs, computed `again` and kept meanwhile, or `working`."""
+
+    kept: float
+    again: float
     working: float
 
 
@@ -74,7 +87,7 @@ def of(routed: Routed, shape: Layout, how: Use, *, micro_batches: int) -> list[M
         weights = [model.weights(chunk, stages=shape.pp, ep=shape.ep) for chunk in chunks]
         held = state.of(weights, routed, shape, first_stage=stage == 0)
         peak = activation_peak(model, routed, how, chunks, stage=stage, micro_batches=micro_batches)
-        most = max(peak.kept + peak.working, held.step)
+        most = max(peak.total, held.step)
         found.append(Memory(stage, held.weights, held.gradients, held.optimizer, int(most)))
     return found
 
@@ -89,28 +102,28 @@ def activation_peak(
     group = fields.get("microbatch_group_size_per_vp_stage") or shape.pp
     live = _live(min(micro_batches, 4 * group), shape.pp, shape.vpp, group, stage)
     kept = max(sum(count * size.kept for count, size in zip(counts, sizes, strict=True)) for counts in live)
-    working = max(size.working for size in sizes)
+    again, working = max(size.again for size in sizes), max(size.again + size.working for size in sizes)
+    loss = Head(0.0, 0.0)
+    if chunks[-1].head:
+        loss = activations.head(model.config, how, vocab=gpt.padded_vocab_size(routed))
+    sent = 0.0
     if not fields.get("deallocate_pipeline_outputs"):
         # The schedule holds on to what it has sent to the next stage until its gradient comes back.
         sending = max(sum(n for n, chunk in zip(counts, chunks, strict=True) if not chunk.head) for counts in live)
-        working += sending * layers[model.kinds[0]].input
-    if chunks[-1].head:
-        loss = activations.head(model.config, how, vocab=gpt.padded_vocab_size(routed))
-        kept += loss.kept
-        working = max(working - loss.kept, loss.working)
-    return Peak(kept, working)
+        sent = sending * layers[model.kinds[0]].input
+    return Peak(kept + max(loss.kept, again), kept + sent + max(loss.kept + loss.working, working))
 
 
-def _chunk(chunk: Chunk, model: Pieces, fields: Mapping[str, Any], how: Use, layers: Mapping[Kind, Layer]) -> Peak:
-    """One micro-batch's share in a chunk, without the loss."""
+def _chunk(chunk: Chunk, model: Pieces, fields: Mapping[str, Any], how: Use, layers: Mapping[Kind, Layer]) -> Share:
     own = [layers[model.kinds[index]] for index in chunk.layers]
-    kept, working = _recomputed(own, fields) if how.full else _stored(own)
-    if chunk.prediction:
-        inside = activations.layer(model.config, how, **_last_kind(model)._asdict())
-        module = activations.prediction(model.config, how, inside)
-        kept += (model.config.mtp_num_layers or 0) * (2 * module.input if how.full else module.kept)
-        working = max(working, (module.kept if how.full else 0.0) + module.again + module.working)
-    return Peak(kept, working)
+    share = _recomputed(own, fields) if how.full else _stored(own)
+    if not chunk.prediction:
+        return share
+    inside = activations.layer(model.config, how, **_last_kind(model)._asdict())
+    module = activations.prediction(model.config, how, inside)
+    kept = (model.config.mtp_num_layers or 0) * (2 * module.input if how.full else module.kept)
+    again = max(share.again, module.kept + module.again if how.full else module.again)
+    return Share(share.kept + kept, again, max(share.working, module.working))
 
 
 def _last_kind(model: Pieces) -> Kind:
@@ -118,25 +131,26 @@ def _last_kind(model: Pieces) -> Kind:
     return model.kinds[-1]._replace(experts=model.config.num_moe_experts is not None)
 
 
-def _stored(layers: Sequence[Layer]) -> Peak:
-    return Peak(sum(layer.kept for layer in layers), max((layer.again + layer.working for layer in layers), default=0.0))
+def _stored(layers: Sequence[Layer]) -> Share:
+    again, working = (max((getattr(layer, name) for layer in layers), default=0.0) for name in ("again", "working"))
+    return Share(sum(layer.kept for layer in layers), again, working)
 
 
-def _recomputed(layers: Sequence[Layer], fields: Mapping[str, Any]) -> Peak:
+def _recomputed(layers: Sequence[Layer], fields: Mapping[str, Any]) -> Share:
     """Full recomputation keeps one input for `recompute_num_layers` layers (method uniform), or of so many layers and
     all of the others (block)."""
     number = fields.get("recompute_num_layers") or 1
     if fields.get("recompute_method") == "block":
-        again, stored = layers[:number], layers[number:]
-        groups = [[layer] for layer in again]
+        groups, stored = [[layer] for layer in layers[:number]], sum(layer.kept for layer in layers[number:])
     else:
-        groups, stored = [list(layers[start : start + number]) for start in range(0, len(layers), number)], []
+        groups, stored = [list(layers[start : start + number]) for start in range(0, len(layers), number)], 0.0
     inputs = sum(group[0].input for group in groups)
     if fields.get("distribute_saved_activations"):
         inputs /= fields.get("tensor_model_parallel_size", 1)
-    most = max((sum(layer.kept + layer.again for layer in group) for group in groups), default=0.0)
+    most = max((sum(layer.kept + layer.again for layer in group) - group[0].input for group in groups), default=0.0)
     working = max((layer.working for layer in layers), default=0.0)
-    return Peak(inputs + sum(layer.kept for layer in stored), most + working)
+    # The stored layers come later in the model: they are free again when the first recomputation begins.
+    return Share(inputs + stored, max(most - stored, 0.0), working)
 
 
 @functools.lru_cache(maxsize=1024)

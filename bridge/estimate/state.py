@@ -30,7 +30,7 @@ class State(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The ranks over which gradients of a buffer are reduced; `shards` of them hold its optimizer state between them."""
+    """Ranks over which gradients of a buffer are reduced; `shards` of them hold its optimizer state between them."""
 
     ranks: int  # without those of context parallelism: what the size of a bucket follows
     shards: int

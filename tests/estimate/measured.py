@@ -39,37 +39,29 @@ def step(run: RunConfig) -> Measured:
     return Measured(parallel.pipeline_rank(), weights, gradients, optimizer, saved.peak)
 
 
-class Saved:
-    """Counts the bytes of storages that autograd holds, each once, and their peak; those in `known` do not count."""
-
-    def __init__(self, known: dict[int, int]) -> None:
-        self.known, self.holders, self.bytes, self.peak = known, dict[int, int](), 0, 0
-
-    def watching(self) -> Any:
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor)
-
-    def _pack(self, tensor: torch.Tensor) -> "Held":
-        held, storage = Held(tensor), tensor.untyped_storage()
-        key, size = storage.data_ptr(), storage.nbytes()
-        if key not in self.known:
-            if self.holders.setdefault(key, 0) == 0:
-                self.bytes += size
-                self.peak = max(self.peak, self.bytes)
-            self.holders[key] += 1
-            weakref.finalize(held, self._drop, key, size)
-        return held
-
-    def _drop(self, key: int, size: int) -> None:
-        self.holders[key] -= 1
-        if self.holders[key] == 0:
-            self.bytes -= size
-
-
 class Held:
     """A saved tensor; autograd's reference to it is the only one."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
+
+
+class Saved:
+    """The bytes of storages that autograd holds, each once, and their peak; those in `known` do not count."""
+
+    def __init__(self, known: dict[int, int]) -> None:
+        self.known, self.held, self.peak = known, weakref.WeakSet[Held](), 0
+
+    def watching(self) -> Any:
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda held: held.tensor)
+
+    def _pack(self, tensor: torch.Tensor) -> Held:
+        held = Held(tensor)
+        self.held.add(held)
+        # Now, not as they were when saved: recomputation frees some storages that stay saved.
+        sizes = _storages(held.tensor for held in self.held)
+        self.peak = max(self.peak, sum(sizes[key] for key in sizes.keys() - self.known.keys()))
+        return held
 
 
 def _parts(state: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
