@@ -47,6 +47,8 @@ class RunConfig:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
     dry_run: bool = False
+    plan: bool = False
+    plan_memory_gib: float = field(default=80.0, metadata={"min": 1})
     runs_dir: str = "runs"
 
     @property

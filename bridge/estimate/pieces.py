@@ -7,6 +7,7 @@ weights of any stage of any layout follow from one small build per size of the t
 import copy
 import functools
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -67,6 +68,13 @@ class Kind(NamedTuple):
     ffn: int
 
 
+class Sizes(NamedTuple):
+    """Numbers in the weights that are no expert's, and in those that are."""
+
+    dense: int
+    experts: int
+
+
 class Chunk(NamedTuple):
     """What one process computes without interruption: a part of its layers, and what comes before and after them."""
 
@@ -103,6 +111,32 @@ class Pieces:
         if chunk.head and tied and not (chunk.embedding or chunk.prediction):
             found.append(embedding[0])
         return found + list(self.output if chunk.head else ())
+
+    def sizes(self, chunk: Chunk, *, stages: int, ep: int) -> "Sizes":
+        """Of the same weights, without a list of them."""
+        ends = [self.embedding] if chunk.embedding or chunk.prediction else []
+        if chunk.head and (self.output or not ends):
+            ends.append(self.output or self.embedding[:1])
+        ends += [self.norm] if chunk.final_norm else []
+        dense = sum(weight.size for part in ends for weight in part)
+        experts = 0
+        parts = [self._sums[self.kinds[layer]] for layer in chunk.layers]
+        parts += [self._sums[None]] if chunk.prediction else []
+        for part in parts:
+            dense += part.dense
+            experts += part.experts // ep
+        return Sizes(dense, experts)
+
+    @functools.cached_property
+    def _sums(self) -> "dict[Kind | None, Sizes]":
+        parts: list[tuple[Kind | None, tuple[Weight, ...]]] = [*self.layers.items(), (None, self.prediction)]
+        return {
+            kind: Sizes(
+                sum(weight.size for weight in weights if weight.expert is None),
+                sum(weight.size for weight in weights if weight.expert is not None),
+            )
+            for kind, weights in parts
+        }
 
     def _local(self, weights: Iterable[Weight], ep: int) -> list[Weight]:
         held = (self.config.num_moe_experts or 1) // ep
@@ -150,7 +184,8 @@ def _built(key: _Key) -> Pieces:
         cut["moe_layer_freq"] = [int(kind.experts) for kind in different]
     fields = fields | cut | {"num_layers": len(different)}
     world = math.lcm(fields["tensor_model_parallel_size"], fields.get("expert_tensor_parallel_size", 1))
-    with parallel.fake(world, 0, fields):
+    with parallel.fake(world, 0, fields), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that of experts on one rank with sequence parallelism
         (model,) = gpt.build(routed._replace(transformer=fields), meta=True)
     parts: dict[str, list[Weight]] = {}
     for name, parameter in model.named_parameters():
@@ -200,7 +235,7 @@ def chunks(model: Pieces, fields: dict[str, Any], shape: Layout) -> list[list[Ch
     whole.virtual_pipeline_model_parallel_size = shape.vpp if shape.vpp > 1 else None
     for name in CUTS[3:7]:
         setattr(whole, name, fields.get(name) or getattr(TransformerConfig, name))
-    stages = []
+    stages: list[list[Chunk]] = []
     for stage in range(shape.pp):
         stages.append([])
         for index in range(shape.vpp):

@@ -82,22 +82,34 @@ def kernels(routed: Routed) -> bool:
 def of(routed: Routed, shape: Layout, how: Use, *, micro_batches: int) -> list[Memory]:
     """`memory` from parts; `micro_batches` per step."""
     model = pieces.of(routed, shape)
+    layers = layers_of(model, how)
     found = []
     for stage, chunks in enumerate(pieces.chunks(model, routed.transformer, shape)):
         weights = [model.weights(chunk, stages=shape.pp, ep=shape.ep) for chunk in chunks]
         held = state.of(weights, routed, shape, first_stage=stage == 0)
-        peak = activation_peak(model, routed, how, chunks, stage=stage, micro_batches=micro_batches)
+        peak = activation_peak(model, routed, how, chunks, layers, stage=stage, micro_batches=micro_batches)
         most = max(peak.total, held.step)
         found.append(Memory(stage, held.weights, held.gradients, held.optimizer, int(most)))
     return found
 
 
+def layers_of(model: Pieces, how: Use) -> dict[Kind, Layer]:
+    """The activations of each kind of layer."""
+    return {kind: activations.layer(model.config, how, **kind._asdict()) for kind in model.layers}
+
+
 def activation_peak(
-    model: Pieces, routed: Routed, how: Use, chunks: Sequence[Chunk], *, stage: int, micro_batches: int
+    model: Pieces,
+    routed: Routed,
+    how: Use,
+    chunks: Sequence[Chunk],
+    layers: Mapping[Kind, Layer],
+    *,
+    stage: int,
+    micro_batches: int,
 ) -> Peak:
     """The activations of pipeline stage `stage`, which computes `chunks`."""
     shape, fields = how.shape, routed.transformer
-    layers = {kind: activations.layer(model.config, how, **kind._asdict()) for kind in model.layers}
     sizes = [_chunk(chunk, model, fields, how, layers) for chunk in chunks]
     group = fields.get("microbatch_group_size_per_vp_stage") or shape.pp
     live = _live(min(micro_batches, 4 * group), shape.pp, shape.vpp, group, stage)

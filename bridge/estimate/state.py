@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from bridge.config.layout import Layout
 from bridge.config.routing import Routed
-from bridge.estimate.pieces import Weight
+from bridge.estimate.pieces import Sizes, Weight
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 PARAMETER_ALIGNMENT = 64  # numbers; only with the distributed optimizer
@@ -36,6 +36,11 @@ class Group(NamedTuple):
     shards: int
 
 
+class _Groups(NamedTuple):
+    dense: Group
+    experts: Group
+
+
 def of(stage: Sequence[Sequence[Weight]], routed: Routed, shape: Layout, *, first_stage: bool) -> State:
     """The state of a process with the model chunks `stage`, on stage 0 (`first_stage`) or another one."""
     sharded = bool(routed.ddp.get("use_distributed_optimizer"))
@@ -49,16 +54,33 @@ def of(stage: Sequence[Sequence[Weight]], routed: Routed, shape: Layout, *, firs
     return total
 
 
+def rough(sizes: Sequence[Sizes], routed: Routed, shape: Layout, *, width: int) -> State:
+    """`of` without padding, for chunks of `sizes`, weights of `width` bytes: off by less than a thousandth."""
+    sharded = bool(routed.ddp.get("use_distributed_optimizer"))
+    dense, experts = (sum(part) for part in zip(*sizes, strict=True))
+    groups = _groups(routed, shape)
+    experts_group = groups.experts if shape.ep > 1 else groups.dense
+    total = State(0, 0, 0, 0)
+    for size, group in ((dense, groups.dense), (experts, experts_group)):
+        held = size // group.shards if sharded else size
+        total = State(*(a + b for a, b in zip(total, _bytes(routed, width, size, held), strict=True)))
+    return total
+
+
+def _groups(routed: Routed, shape: Layout) -> "_Groups":
+    instances = routed.ddp.get("num_distributed_optimizer_instances", 1)
+    expert_ranks = shape.world_size // (shape.pp * shape.ep * shape.etp)
+    return _Groups(Group(shape.dp, shape.dp * shape.cp // instances), Group(shape.dp, expert_ranks // instances))
+
+
 def _buffers(chunk: Sequence[Weight], routed: Routed, shape: Layout) -> Iterable[tuple[list[Weight], Group]]:
     """Weights that share a buffer: those of one dtype, and experts apart if expert-parallel (layers.py:829)."""
-    instances = routed.ddp.get("num_distributed_optimizer_instances", 1)
-    dense = Group(shape.dp, shape.dp * shape.cp // instances)
-    experts = Group(shape.dp, shape.world_size // (shape.pp * shape.ep * shape.etp) // instances)
+    groups = _groups(routed, shape)
     for width in sorted({weight.width for weight in chunk}):
         same = [weight for weight in chunk if weight.width == width]
         apart = [weight for weight in same if weight.expert is not None and shape.ep > 1]
         others = [weight for weight in same if weight.expert is None or shape.ep == 1]
-        yield from ((weights, group) for weights, group in ((others, dense), (apart, experts)) if weights)
+        yield from ((weights, group) for weights, group in ((others, groups.dense), (apart, groups.experts)) if weights)
 
 
 def _bucket_size(routed: Routed, shape: Layout) -> int:

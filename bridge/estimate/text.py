@@ -71,20 +71,23 @@ def _memory_lines(config: RunConfig, *, world_size: int) -> list[str]:
         f" to {per_stage * (fullest.stage + 1) - 1}" if per_stage > 1 else ""
     )
     lines = [f"memory        GiB at the peak of a process, {engine} Transformer Engine", *_table(stages)]
-    lines.append(f"fullest       {ranks} (stage {fullest.stage}): {_gib(fullest.total)} GiB; {OVERHEAD_NOTE}")
+    lines.append(f"fullest       {ranks} (stage {fullest.stage}): {gib(fullest.total)} GiB; {OVERHEAD_NOTE}")
     if planned and not here:
         most = max(stage.total for stage in memory(config, world_size=world_size, fused=False))
-        lines.append(f"              without Transformer Engine, as on this machine: {_gib(most)} GiB")
+        lines.append(f"              without Transformer Engine, as on this machine: {gib(most)} GiB")
     return lines
 
 
 def _table(stages: Sequence[Memory]) -> list[str]:
-    names = ("stage", "weights", "gradients", "optimizer", "activations", "total")
-    rows = [(str(stage.stage), *(_gib(size) for size in (*stage[1:], stage.total))) for stage in stages]
-    return [
-        "  " + "".join(f"{cell:>{len(name) + 4}}" for cell, name in zip(row, names, strict=True))
-        for row in (names, *rows)
-    ]
+    header = ("stage", "weights", "gradients", "optimizer", "activations", "total")
+    rows = ((str(stage.stage), *(gib(size) for size in (*stage[1:], stage.total))) for stage in stages)
+    return table([header, *rows])
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of right-aligned columns, as wide as they have to be."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["".join(f"  {cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def _flops(config: RunConfig) -> float:
@@ -107,5 +110,6 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """Bytes in GiB."""
     return f"{size / 2**30:.2f}"

@@ -62,6 +62,8 @@ def _train(job: compose.Job) -> Result:
     """Check one job and train it in worker processes, or with dry_run print what it would take."""
     config = _config(job)
     num_devices = config.train.num_devices or platform.num_devices() or 1
+    if config.plan:
+        return _plan(config, world_size=num_devices)
     _check_layout(config, world_size=num_devices)
     if config.dry_run:
         return _dry_run(config, world_size=num_devices)
@@ -92,6 +94,14 @@ def _dry_run(config: RunConfig, *, world_size: int) -> Result:
     return Result("done")
 
 
+def _plan(config: RunConfig, *, world_size: int) -> Result:
+    platform.prepare()  # before plan_text imports megatron-core
+    from bridge.estimate import plan_text
+
+    print(plan_text.report(config, world_size=world_size), flush=True)
+    return Result("done")
+
+
 def _torchrun_command() -> int:
     """One rank of `torchrun train.py ...`: rank 0 decides for all, then every rank trains."""
     torchrun.check_environment()
@@ -115,6 +125,8 @@ def _lead(leader: torchrun.Leader) -> int:
     if jobs[0].number is not None:
         torchrun.refuse_sweep()
     config = _config(jobs[0])
+    if config.plan:
+        return _plan(config, world_size=torchrun.world_size()).exit_code
     _check_world(config)
     if config.dry_run:
         return _dry_run(config, world_size=torchrun.world_size()).exit_code
