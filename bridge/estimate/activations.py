@@ -129,6 +129,8 @@ def head(model: TransformerConfig, how: Use, *, vocab: int) -> Head:
     times = 1 + (model.mtp_num_layers or 0)
     norm = (2 + _normalised(model, how)) * stream
     loss = logits * (how.width if how.fused_loss else 4)
+    if getattr(model, "final_logit_softcapping", None) is not None:
+        loss += logits * how.width  # tanh
     moment = 0.0 if how.fused_loss or how.width == 4 else logits * how.width
     weight = vocab / how.shape.tp * model.hidden_size * how.width if how.weight_copies else 0.0
     return Head(kept=norm + times * loss, working=moment + weight + how.tokens * model.hidden_size * how.width)

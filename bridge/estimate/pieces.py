@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from bridge import parallel, platform
 from bridge.config.layout import Layout
 from bridge.config.routing import Routed
+from bridge.errors import ConfigError
 from bridge.models import gpt
 
 # Fields with an entry for each layer, if they are lists.
@@ -46,8 +47,6 @@ CUTS = (
     "hierarchical_context_parallel_sizes",
     "expert_model_parallel_size",
 )
-# What decides about activations only, and needs modules that the small model need not have.
-WITHOUT_WEIGHTS = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
 
 
 class Weight(NamedTuple):
@@ -153,9 +152,11 @@ def of(routed: Routed, shape: Layout) -> Pieces:
 
 
 def small(routed: Routed) -> Routed:
-    """`routed` without what only the machine of the real run can honour, or has no weights."""
-    fields = {name: value for name, value in routed.transformer.items() if name not in WITHOUT_WEIGHTS}
-    return routed._replace(transformer=platform.honoured(fields))
+    """`routed` without what only the machine of the real run can honour; none of it changes a weight."""
+    fields = platform.honoured(routed.transformer)
+    if "moe_act" in (modules := fields.get("recompute_modules") or ()):  # needs the grouped product
+        fields["recompute_modules"] = [name for name in modules if name != "moe_act"]
+    return routed._replace(transformer=fields)
 
 
 class _Key:
@@ -204,6 +205,11 @@ def _kinds(fields: dict[str, Any]) -> tuple[Kind, ...]:
     if fields.get("num_moe_experts") is None:
         experts = [0] * layers
     else:
+        if isinstance(frequency, list) and len(frequency) != layers:
+            raise ConfigError(
+                f"model.moe_layer_freq: {frequency} has {len(frequency)} entries for model.num_layers = {layers}; set "
+                f"one for each layer"
+            )
         experts = frequency if isinstance(frequency, list) else [layer % frequency == 0 for layer in range(layers)]
     by_layer = fields.get("num_query_groups_by_layer") or [groups] * layers
     widths = fields.get("ffn_hidden_size_by_layer") or [ffn] * layers

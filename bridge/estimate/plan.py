@@ -95,10 +95,10 @@ def plans(config: RunConfig, *, cluster: Cluster) -> list[Plan]:
         for size in [config.train.micro_batch_size] if config.train.micro_batch_size else MICRO_BATCHES:
             try:
                 legal = _legal(config, base, fields, size, cluster)
+                plan = _fitted(config, legal, size, room, cluster)
             except ConfigError as error:
                 refused = refused or error
                 continue
-            plan = _fitted(config, legal, size, room, cluster)
             key = legal.shape._replace(vpp=1)
             if isinstance(plan, _Smallest):
                 smallest = min(smallest or plan, plan)
@@ -178,12 +178,7 @@ def _legal(config: RunConfig, base: Routed, fields: Fields, micro_batch_size: in
     for way in ways:
         routed = _routed(base, fields | way)
         try:
-            shape = layout.check(
-                routed,
-                world_size=cluster.world,
-                sequence_length=config.data["sequence_length"],
-                train=dataclasses.replace(config.train, micro_batch_size=micro_batch_size),
-            )
+            shape = _check(config, routed, micro_batch_size, cluster)
             break
         except ConfigError:
             if way is ways[-1]:
@@ -196,6 +191,12 @@ def _legal(config: RunConfig, base: Routed, fields: Fields, micro_batch_size: in
         for chunks in cut
     ]
     return _Legal(routed, shape, fields | way, model, cut, static)
+
+
+def _check(config: RunConfig, routed: Routed, micro_batch_size: int, cluster: Cluster) -> Layout:
+    train = dataclasses.replace(config.train, micro_batch_size=micro_batch_size)
+    length = config.data["sequence_length"]
+    return layout.check(routed, world_size=cluster.world, sequence_length=length, train=train)
 
 
 def _routed(base: Routed, fields: Fields) -> Routed:
@@ -229,7 +230,7 @@ def _fitted(config: RunConfig, legal: _Legal, micro_batch_size: int, room: float
             shape,
             sequence_length=config.data["sequence_length"],
             micro_batch_size=micro_batch_size,
-            fused=routed.transformer.get("transformer_impl") != "local",
+            fused=True,
         )
         layers = stages.layers_of(legal.model, how)
         peaks = [
@@ -241,6 +242,7 @@ def _fitted(config: RunConfig, legal: _Legal, micro_batch_size: int, room: float
             for held, peak in zip(legal.static, peaks, strict=True)
         )
         if memory <= room:
+            _check(config, routed, micro_batch_size, cluster)
             seconds = speed.costs(
                 legal.model, routed, how, legal.stages, layers, micro_batches=micro_batches, cluster=cluster
             )

@@ -68,15 +68,10 @@ def memory(config: RunConfig, *, world_size: int, fused: bool | None = None) -> 
         shape,
         sequence_length=config.data["sequence_length"],
         micro_batch_size=config.train.sequences_per_pass(shape.dp),
-        fused=kernels(routed) if fused is None else fused,
+        fused=platform.has_transformer_engine() if fused is None else fused,
     )
     micro_batches = config.train.global_batch_size // (config.train.sequences_per_pass(shape.dp) * shape.dp)
     return of(routed, shape, how, micro_batches=micro_batches)
-
-
-def kernels(routed: Routed) -> bool:
-    """True when a run on this machine would use Transformer Engine's."""
-    return platform.has_transformer_engine() and routed.transformer.get("transformer_impl") != "local"
 
 
 def of(routed: Routed, shape: Layout, how: Use, *, micro_batches: int) -> list[Memory]:

@@ -60,9 +60,8 @@ def report(config: RunConfig, *, world_size: int) -> str:
 
 def _memory_lines(config: RunConfig, *, world_size: int) -> list[str]:
     """A table of the stages. A machine without a GPU plans for one with Transformer Engine, and adds its own total."""
-    local = config.routed().transformer.get("transformer_impl") == "local"
-    here = platform.has_transformer_engine() and not local
-    planned = not local and (here or platform.num_devices() == 0)
+    here = platform.has_transformer_engine()
+    planned = here or platform.num_devices() == 0
     stages = memory(config, world_size=world_size, fused=planned)
     fullest = max(stages, key=lambda stage: stage.total)
     engine = "with" if planned else "without"
