@@ -29,12 +29,8 @@ class Use(NamedTuple):
     fused_loss: bool
     fused_activation: bool
     rotary: bool  # queries and keys are rotated
+    parts: int  # of the residual stream, divided by sequence parallelism (section 4.2.2)
     shape: Layout
-
-    @property
-    def parts(self) -> int:
-        """Into how many parts the residual stream is divided: sequence parallelism (section 4.2.2)."""
-        return self.shape.tp
 
 
 class Layer(NamedTuple):
@@ -81,13 +77,14 @@ def use(routed: Routed, shape: Layout, *, sequence_length: int, micro_batch_size
         fused_loss=fused and fields.get("cross_entropy_loss_fusion", True),
         fused_activation=fused and fields.get("bias_activation_fusion", swiglu and not clamped),
         rotary=routed.gpt.get("position_embedding_type") == "rope",
+        parts=shape.tp if fields.get("sequence_parallel") else 1,
         shape=shape,
     )
 
 
 def layer(model: TransformerConfig, how: Use, *, experts: bool, groups: int, ffn: int) -> Layer:
     """One decoder layer: with experts or a dense MLP, `groups` key-value groups, `ffn` channels; 0: no such branch."""
-    stream = how.tokens * model.hidden_size * how.width / (how.parts if model.sequence_parallel else 1)
+    stream = how.tokens * model.hidden_size * how.width / how.parts
     parts: list[_Part] = []
     if groups:
         latent = isinstance(model, MLATransformerConfig)
@@ -124,7 +121,7 @@ def head(model: TransformerConfig, how: Use, *, vocab: int) -> Head:
     Transformer Engine's fused loss leaves the gradient in the logits themselves; megatron-core's keeps a float32
     softmax (tensor_parallel/cross_entropy.py), beside which 16-bit logits or their gradient exist for a moment.
     """
-    stream = how.tokens * model.hidden_size * how.width / (how.parts if model.sequence_parallel else 1)
+    stream = how.tokens * model.hidden_size * how.width / how.parts
     logits = how.tokens * vocab / how.shape.tp
     times = 1 + (model.mtp_num_layers or 0)
     norm = (2 + _normalised(model, how)) * stream
@@ -194,7 +191,7 @@ def _latent_attention(model: TransformerConfig, how: Use) -> _Part:
     assert isinstance(model, MLATransformerConfig)
     ranks = model.kv_lora_rank + (model.q_lora_rank or 0)
     shared = model.qk_pos_emb_head_dim + ranks * (2 + _normalised(model, how))
-    shared /= how.parts if model.sequence_parallel else 1
+    shared /= how.parts
     heads = model.num_attention_heads / how.shape.tp
     width = model.qk_head_dim + model.qk_pos_emb_head_dim
     values = model.v_head_dim if how.fused else model.qk_head_dim + model.v_head_dim  # with what they were split from
@@ -230,7 +227,7 @@ def _experts(model: TransformerConfig, how: Use) -> _Part:
     expert tensor parallelism the processes of an expert see each other's tokens as well.
     """
     shape, matrices = how.shape, 2 if model.gated_linear_unit else 1
-    tokens = how.tokens / (shape.tp if model.sequence_parallel else 1)
+    tokens = how.tokens / how.parts
     routed = tokens * model.moe_router_topk * shape.etp * _capacity(model)
     ffn = (model.moe_ffn_hidden_size or model.ffn_hidden_size) / shape.etp
     activated = _activation(model, how, scaled=True)

@@ -111,7 +111,7 @@ class Pieces:
             found.append(embedding[0])
         return found + list(self.output if chunk.head else ())
 
-    def sizes(self, chunk: Chunk, *, stages: int, ep: int) -> "Sizes":
+    def sizes(self, chunk: Chunk, *, ep: int) -> Sizes:
         """Of the same weights, without a list of them."""
         ends = [self.embedding] if chunk.embedding or chunk.prediction else []
         if chunk.head and (self.output or not ends):
@@ -127,7 +127,7 @@ class Pieces:
         return Sizes(dense, experts)
 
     @functools.cached_property
-    def _sums(self) -> "dict[Kind | None, Sizes]":
+    def _sums(self) -> dict[Kind | None, Sizes]:
         parts: list[tuple[Kind | None, tuple[Weight, ...]]] = [*self.layers.items(), (None, self.prediction)]
         return {
             kind: Sizes(
@@ -145,7 +145,7 @@ class Pieces:
 def of(routed: Routed, shape: Layout) -> Pieces:
     """The pieces of the model for processes of layout `shape`. Raises ConfigError when it cannot be built."""
     kept = {name: value for name, value in routed.transformer.items() if name not in CUTS}
-    sizes = {"tensor_model_parallel_size": shape.tp, "sequence_parallel": shape.tp > 1}
+    sizes = {"tensor_model_parallel_size": shape.tp}
     if routed.transformer.get("num_moe_experts") is not None:
         sizes["expert_tensor_parallel_size"] = shape.etp
     return _built(_Key(routed._replace(transformer=kept | sizes)))

@@ -187,8 +187,7 @@ def _legal(config: RunConfig, base: Routed, fields: Fields, micro_batch_size: in
     cut = pieces.chunks(model, routed.transformer, shape)
     width = model.norm[0].width
     static = [
-        state.rough([model.sizes(chunk, stages=shape.pp, ep=shape.ep) for chunk in chunks], routed, shape, width=width)
-        for chunks in cut
+        state.rough([model.sizes(chunk, ep=shape.ep) for chunk in chunks], routed, shape, width=width) for chunks in cut
     ]
     return _Legal(routed, shape, fields | way, model, cut, static)
 

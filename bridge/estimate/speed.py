@@ -227,7 +227,7 @@ def _recompute(
 
 def _sizes(model: Pieces, how: Use, chunks: Sequence[Chunk]) -> Sizes:
     """Weights of a stage on one process: those that all data-parallel ranks share, and those of parallel experts."""
-    parts = [model.sizes(chunk, stages=how.shape.pp, ep=how.shape.ep) for chunk in chunks]
+    parts = [model.sizes(chunk, ep=how.shape.ep) for chunk in chunks]
     dense, experts = (sum(part) for part in zip(*parts, strict=True))
     return Sizes(dense, experts) if how.shape.ep > 1 else Sizes(dense + experts, 0)
 

@@ -70,6 +70,7 @@ CASES = {
     "sharded, small buckets": Case(2, TIED, SHARDED | {"overlap_grad_reduce": True, "bucket_size": 50000}, BF16),
     "bf16 gradients": Case(1, {}, {}, BF16 | {"grad_reduce_in_fp32": False}),
     "TP": Case(2, {"qk_layernorm": True}, TP2),
+    "TP, whole sequences": Case(2, {}, {"tensor_model_parallel_size": 2}),
     "CP": Case(2, {}, {"context_parallel_size": 2}),
     "PP, tied, sharded": Case(4, TIED, PP2 | SHARDED),
     "VPP": Case(2, {}, VPP2),
