@@ -40,6 +40,7 @@ UNCHANGED = (
     "cp -r",
     "--cfg",
     "dry_run=true",
+    "plan=true",
     "convert.py",
     "bridge.generate",
     "bridge.status",

@@ -48,6 +48,8 @@ class RunConfig:
     log: Log = field(default_factory=Log)
     launch: Launch = field(default_factory=Launch)
     dry_run: bool = False
+    plan: bool = False
+    plan_memory_gib: float = field(default=80.0, metadata={"min": 1})
     runs_dir: str = "runs"
 
     @property

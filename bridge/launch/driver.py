@@ -92,6 +92,8 @@ def _train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> R
     config = _config(job)
     num_devices = _processes_per_node(config, job)
     world_size = num_devices * config.train.num_nodes
+    if config.plan:
+        return _plan(config, world_size=world_size)
     _check_layout(config, world_size=world_size)
     if config.dry_run:
         return _dry_run(config, world_size=world_size)
@@ -159,6 +161,14 @@ def _dry_run(config: RunConfig, *, world_size: int) -> Result:
     return Result("done")
 
 
+def _plan(config: RunConfig, *, world_size: int) -> Result:
+    platform.prepare()  # before plan_text imports megatron-core
+    from bridge.estimate import plan_text
+
+    print(plan_text.report(config, world_size=world_size), flush=True)
+    return Result("done")
+
+
 def _composed_once() -> Prepared | None:
     """What `torchrun train.py ...` trains, composed by rank 0; None when there is nothing to train."""
     jobs: list[compose.Job] = []
@@ -178,6 +188,9 @@ def _composed_once() -> Prepared | None:
 def _of_ranks(job: compose.Job) -> Prepared | None:
     """Check a job against the processes that were started for it; None for a dry run, printed here."""
     config = _config(job)
+    if config.plan:
+        _plan(config, world_size=torchrun.world_size())
+        return None
     _check_world(config)
     if config.dry_run:
         _dry_run(config, world_size=torchrun.world_size())

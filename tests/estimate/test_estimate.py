@@ -1,11 +1,10 @@
-"""Counts against transformers and against hand counts; activations against what autograd really keeps."""
+"""Counts against transformers and against hand counts, and the dry run's text."""
 
 from typing import Any
 
 import pytest
-import torch
 
-from bridge import estimate, parallel, platform
+from bridge import estimate, parallel
 from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.models import gpt
@@ -90,7 +89,23 @@ def test_memory_of_one_process():
 def test_memory_of_half_precision_with_divided_optimizer():
     parallelism = {"use_distributed_optimizer": True}
     (stage,) = estimate.memory(config(precision=BF16, parallelism=parallelism), world_size=4)
-    assert (stage.weights, stage.gradients, stage.optimizer) == (2 * TOTAL, 4 * TOTAL, 12 * TOTAL // 4)
+    padded = TOTAL + 128  # to a multiple of 128 numbers, in parts of 64
+    assert 2 * TOTAL <= stage.weights <= 2 * padded
+    assert stage.gradients == 2 * stage.weights
+    assert stage.optimizer == 12 * stage.weights // 2 // 4
+
+
+@pytest.mark.parametrize(("settings", "per_parameter"), [({}, 12), ({"store_param_remainders": False}, 8)])
+def test_precision_aware_optimizer_keeps_what_it_is_told(settings: dict[str, Any], per_parameter: int):
+    """A fp32 copy of bf16 weights is the 16 bits that they lack, unless it is to be whole."""
+    moments = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16", "use_precision_aware_optimizer": True}
+    optimizer = moments | settings if settings else {}
+    parallelism = {"use_distributed_optimizer": True}
+    (stage,) = estimate.memory(config(precision=BF16, parallelism=parallelism, optimizer=optimizer), world_size=1)
+    assert stage.optimizer == per_parameter * TOTAL
+    if settings:
+        (stage,) = estimate.memory(config(precision=BF16, parallelism=parallelism, optimizer=moments), world_size=1)
+        assert stage.optimizer == 6 * TOTAL
 
 
 def test_memory_of_tensor_and_pipeline_ranks():
@@ -101,39 +116,6 @@ def test_memory_of_tensor_and_pipeline_ranks():
     assert first.weights == 4 * (half_embedding + 2 * half_layer)
     assert last.weights == first.weights + 4 * 64  # the final norm
     assert first.activations != last.activations
-
-
-EVEN = {**LATENT, "v_head_dim": 24}  # values as wide as keys: torch's flash kernel takes no others on a CPU
-
-
-@pytest.mark.parametrize("model", [{}, EVEN, {**EVEN, "mtp_num_layers": 1, "calculate_per_token_loss": True}])
-def test_activations_are_what_autograd_keeps(model: dict[str, Any]):
-    run = config(model=model)
-    (stage,) = estimate.memory(run, world_size=1)
-    with parallel.single_process():
-        (chunk,) = gpt.build(run.routed())
-        weights = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
-        kept: dict[int, torch.Tensor] = {}
-
-        def remember(tensor: torch.Tensor) -> torch.Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        ids = torch.randint(1001, (2, 128), device=platform.device())
-        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-            chunk(ids, torch.arange(128, device=ids.device).expand(2, -1), None, labels=ids)
-        measured = sum(kept[key].untyped_storage().nbytes() for key in kept.keys() - weights)
-    assert stage.activations == pytest.approx(measured, rel=0.1)
-
-
-def test_full_recompute_keeps_one_input_per_layer():
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    (kept,) = estimate.memory(config(), world_size=1)
-    (recomputed,) = estimate.memory(config(parallelism=recompute), world_size=1)
-    saved_layers = 3  # one of the four is kept whole while it is recomputed
-    tokens, inputs = 2 * 128, 4 * 64 * 4
-    per_layer = (kept.activations - recomputed.activations + tokens * inputs) / saved_layers / tokens / 4
-    assert per_layer == pytest.approx(6 * 64 + 256 + 32 + 5 * 176, rel=0.01)
 
 
 @pytest.mark.parametrize("model", [LATENT, {**LATENT, **EXPERTS, "mtp_num_layers": 2, "q_lora_rank": None}])
@@ -160,6 +142,19 @@ def test_flops_are_six_per_matrix_weight_and_causal_attention():
 
 def test_report_of_a_layout():
     parallelism = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}
-    text = estimate.report(config(parallelism=parallelism), world_size=8)
+    run = config(parallelism=parallelism, precision=BF16)
+    text = estimate.report(run, world_size=8)
     assert "8 = TP 2 x PP 2 x CP 1 x DP 2" in text
     assert "2 x 2 sequences of 128 tokens" in text
+    stages = estimate.memory(run, world_size=8, fused=True)
+    rows = [[float(cell) for cell in line.split()] for line in text.splitlines() if line.split()[0] in ("0", "1")]
+    assert rows == [[stage.stage, *(round(size / 2**30, 2) for size in (*stage[1:], stage.total))] for stage in stages]
+    fullest = max(stages, key=lambda stage: stage.total).stage
+    assert f"rank {4 * fullest} to {4 * fullest + 3} (stage {fullest})" in text
+
+
+def test_a_machine_without_gpu_plans_for_one_with_transformer_engine():
+    run = config(precision=BF16)
+    text = estimate.report(run, world_size=1)
+    assert "with Transformer Engine" in text
+    assert "without Transformer Engine, as on this machine" in text
