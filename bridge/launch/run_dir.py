@@ -25,7 +25,14 @@ FREE_KEYS = (
     "data.num_workers",
     *(f"model.{name}" for name in NOT_ARCHITECTURE - {"family"}),
 )
-FREE_IN_SWEEPS = ("train.", "checkpoint.", "log.", "parallelism")  # may change between two starts of the same sweep
+FREE_IN_SWEEPS = (
+    "train.",
+    "checkpoint.",
+    "log.",
+    "rerun.",
+    "launch.",
+    "parallelism",
+)  # may change between two starts of the same sweep
 
 
 class Claim(NamedTuple):

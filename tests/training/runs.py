@@ -48,6 +48,8 @@ def config(runs_dir: Path, *, whole_model: dict[str, Any] | None = None, **overr
         "init": {},
         "checkpoint": {},
         "log": {"log_interval": 1},
+        "rerun": {},
+        "launch": {},
     }
     if "source" in overrides.get("data", {}):
         sections["data"] = {"source": ""}

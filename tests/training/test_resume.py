@@ -96,7 +96,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path, world_size: in
 
 
 def test_a_time_limit_saves_and_stops(tmp_path: Path) -> None:
-    run = config(tmp_path, train={"steps": 2000, "exit_duration_in_mins": 0.02})
+    run = config(tmp_path, train={"steps": 2000, "exit_after": "1s"})
     result = run_distributed(train, 1, run)[0]
     assert result.status == "stopped" and result.step < 2000
     assert (run.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == str(result.step)
