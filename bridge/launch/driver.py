@@ -67,7 +67,8 @@ def _train(job: compose.Job) -> Result:
         return _dry_run(config, world_size=num_devices)
     with claimed(config, overrides=job.overrides, swept=None if job.number is None else job.swept) as claim:
         _print_start(claim, num_processes=num_devices)
-        return spawn.run_workers(claim, num_devices=num_devices, fields=config.routed().transformer)
+        fields, restarts = config.routed().transformer, config.launch.max_restarts
+        return spawn.run_workers(claim, num_devices=num_devices, fields=fields, max_restarts=restarts)
 
 
 def _config(job: compose.Job) -> RunConfig:
@@ -126,6 +127,11 @@ def _lead(leader: torchrun.Leader) -> int:
 
 def _check_world(config: RunConfig) -> None:
     world_size = torchrun.world_size()
+    if config.launch.max_restarts > 0:
+        raise ConfigError(
+            f"launch.max_restarts: {config.launch.max_restarts} is for workers that train.py starts itself; "
+            f"use `torchrun --max-restarts={config.launch.max_restarts}`"
+        )
     if config.train.num_devices not in (None, world_size):
         raise ConfigError(
             f"train.num_devices: {config.train.num_devices} differs from the {world_size} processes that torchrun "

@@ -54,7 +54,7 @@ def claimed(config: RunConfig, *, overrides: list[str], swept: Sequence[str] | N
     (path / "logs").mkdir(parents=True, exist_ok=True)
     lock_fd = _lock(path, name=config.name)
     try:
-        step = _latest_step(path)
+        step = latest_step(path)
         if step is not None:
             _check_unchanged(config, path)
             if swept is not None:
@@ -81,7 +81,8 @@ def _lock(path: Path, *, name: str) -> int:
     return lock_fd
 
 
-def _latest_step(path: Path) -> int | None:
+def latest_step(path: Path) -> int | None:
+    """The step of the latest checkpoint in the run directory `path`, None without one."""
     latest = path / "checkpoints" / "latest_checkpointed_iteration.txt"
     return int(latest.read_text(encoding="utf-8")) if latest.is_file() else None
 

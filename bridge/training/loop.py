@@ -76,11 +76,11 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse) -> Outcome:
             skipped=progress.skipped + (not result.updated),
         )
         pending.add(Step(step, result, lr, samples, progress.consumed_samples, progress.skipped))
-        pulse.finish_step()
 
         last = step == train.steps
         failed = result.verdict is not None and result.verdict.action == "error"
         reason = None if last else stop.reason(step=step)
+        pulse.finish_step()  # at about the same moment on all ranks
         evaluating = last or _due(step, train.eval_interval)
         saving = last or reason is not None or _due(step, job.config.checkpoint.save_interval)
         if evaluating or saving or failed or _due(step, job.config.log.log_interval):

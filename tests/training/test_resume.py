@@ -68,27 +68,30 @@ def test_a_finished_run_is_done_at_once_and_keeps_its_metrics(tmp_path: Path) ->
     assert again == first
 
 
-def train_and_signal(run: Any, number: int) -> Any:
-    signal_when_a_step_is_logged(run, number)
+def train_and_signal(run: Any, number: int, told: int) -> Any:
+    signal_when_a_step_is_logged(run, number, told)
     return train(run)
 
 
-def signal_when_a_step_is_logged(run: Any, number: int) -> None:
+def signal_when_a_step_is_logged(run: Any, number: int, told: int) -> None:
     log = run.run_dir / "metrics.jsonl"
 
     def watch() -> None:
         while not log.is_file() or not log.read_text():
             time.sleep(0.01)
-        if os.environ["RANK"] == "0":  # one rank is told, all must stop at the same step
+        if os.environ["RANK"] == str(told):  # all must stop at the same step
             os.kill(os.getpid(), number)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-@pytest.mark.parametrize(("world_size", "number"), [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
-def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path, world_size: int, number: int) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "number", "told"),
+    [(1, signal.SIGUSR1, 0), (1, signal.SIGINT, 0), (2, signal.SIGTERM, 0), (2, signal.SIGUSR2, 1)],
+)
+def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path, world_size: int, number: int, told: int) -> None:
     run = config(tmp_path, train={"steps": 2000})
-    ranks = run_distributed(train_and_signal, world_size, run, number)
+    ranks = run_distributed(train_and_signal, world_size, run, number, told)
     assert {rank.status for rank in ranks} == {"stopped"}
     (step,) = {rank.step for rank in ranks}
     latest = run.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
