@@ -36,7 +36,7 @@ SMALL = [
 ]
 # Part of a command -> nothing is appended to it.
 UNCHANGED = ("--help", "cp -r", "--cfg", "dry_run=true", "convert.py", "bridge.generate", "rl_step.py")
-EXIT_CODES = {"train.exit_interval=10": 75}
+EXIT_CODES = {"train.exit_interval=10": 75, "persistent_error": 75}
 # .ci/run executes the test command; installing and training for real would take minutes here.
 NOT_RUN = "python3 -m venv"
 

@@ -1,17 +1,22 @@
 """Workers that die are started again from the last checkpoint, as long as that leads anywhere."""
 
 import json
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bridge.launch import spawn
+from bridge.errors import ConfigError
+from bridge.launch import driver, spawn
 from bridge.launch.result import Result
 from bridge.launch.run_dir import Claim
 from bridge.training.metrics import read
+from tests.distributed import run_distributed
 from tests.launch.commands import TINY, train
+from tests.training.runs import config
 
 DYING_SOURCE = """
 import os, signal
@@ -97,3 +102,22 @@ def test_restarts_end_when_they_lead_nowhere(
 
 def test_a_run_that_was_asked_to_stop_is_not_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran(tmp_path, [(FAILED, 3)], monkeypatch, stopping=True) == FAILED
+
+
+def execute_after_an_hour(run: Any) -> Result:
+    from bridge.launch import worker
+
+    os.environ[worker.STARTED] = str(time.time() - 3600)
+    return worker.execute(run, rank=0)
+
+
+def test_the_time_limit_counts_from_before_a_restart(tmp_path: Path) -> None:
+    run = config(tmp_path, train={"exit_after": "30m", "eval_interval": None})
+    (result,) = run_distributed(execute_after_an_hour, 1, run)
+    assert (result.status, result.step) == ("stopped", 1)
+
+
+def test_torchruns_workers_are_restarted_by_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"^launch.max_restarts: 2 is for .*; use `torchrun --max-restarts=2`$"):
+        driver._check_world(config(tmp_path, launch={"max_restarts": 2}))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.distributed import run_distributed
-from tests.training.runs import Ran, config, losses, train
+from tests.training.runs import Ran, config, losses, train, train_and_print
 
 STEPS = {"steps": 6, "eval_interval": None}
 
@@ -120,19 +120,8 @@ def test_injected_faults_are_classified(tmp_path: Path, kind: str, first: str, e
         assert elsewhere in result.error
 
 
-def test_every_step_twice_trains_the_same_and_reports_how_much_differs(
-    tmp_path: Path, straight: list[float], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_every_step_twice_trains_the_same_and_reports_how_much_differs(tmp_path: Path, straight: list[float]) -> None:
     run = dropping(tmp_path, rerun={"mode": "report_determinism_stats"})
-    ranks = run_distributed(train_and_keep_output, 2, run)
-    assert losses(ranks[0][0].lines) == straight
-    assert "every step computed twice: 12 samples, all identical" in ranks[0][1]  # 6 steps of 2 ranks
-
-
-def train_and_keep_output(run: Any) -> tuple[Ran, str]:
-    import contextlib
-    import io
-
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        ran = train(run)
-    return ran, output.getvalue()
+    ran, printed = run_distributed(train_and_print, 2, run)[0]
+    assert losses(ran.lines) == straight
+    assert "every step computed twice: 12 samples, all identical" in printed  # 6 steps of 2 ranks
