@@ -149,6 +149,8 @@ def _work(config: RunConfig) -> int:
     _print_ending(result)
     if result.error is not None:
         leave(result.exit_code)
+    if result.status == "stopped" and rank > 0:
+        return EXIT_CODES["done"]  # at the first other code, torchrun kills the ranks that have still to write theirs
     return result.exit_code
 
 

@@ -92,6 +92,17 @@ def test_a_bad_step_is_left_out_on_all_ranks_as_if_it_had_been_listed(
     assert {line["nonfinite"] + line["spikes"] for line in lines[BAD:]} == {1}
 
 
+def test_stages_of_a_pipeline_leave_a_step_out_together(tmp_path: Path) -> None:
+    """Only the last stage has a loss."""
+    stages = {"parallelism": {"pipeline_model_parallel_size": 2}}
+    known = config(tmp_path, name="known", train={**STEPS, "iterations_to_skip": [BAD]}, **stages)
+    found = config(tmp_path, name="found", train={**STEPS, "nonfinite_loss": "skip"}, **stages)
+    run_distributed(train, 2, known)
+    run_distributed(train_with_bad_loss, 2, found, math.nan)
+    assert strict_lines(found)[BAD - 1]["nonfinite"] == 1
+    assert losses(strict_lines(found)[BAD:]) == losses(strict_lines(known)[BAD:])
+
+
 def test_a_loss_that_is_not_finite_goes_into_the_metrics_as_null_and_training_on(tmp_path: Path) -> None:
     run = run_with(tmp_path, "run", nonfinite_loss="continue")
     run_distributed(train_with_bad_loss, 2, run, math.inf)
