@@ -48,8 +48,7 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse) -> Outcome:
     pulse.enter(STARTING, step=progress.step)
     policy = LossPolicy(job.config, progress)
     rerun = Rerun(job.config, policy, step=progress.step, model=job.state.model)
-    stragglers = Stragglers(job.config.log.straggler_interval, pulse)
-    stragglers.watch(job.state.model)
+    stragglers = Stragglers(job.config.log.straggler_interval, pulse, job.state.model)
     pending = Pending(_rates(job), policy)
     iterators = rerun.iterators(_training_batches(job, pulse))
     batch_size_at = batches.batch_size_at(train, data_parallel_size=parallel.data_parallel_size())
@@ -60,10 +59,10 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse) -> Outcome:
         samples = batch_size_at(progress.consumed_samples)
         shape = _shape(job, samples)
         lr = schedule.learning_rate(job.state.optimizer)
+        pulse.enter(COMPUTING, step=step)
         if step in train.iterations_to_skip:
             result = pass_over(job.state, iterators, shape)
         else:
-            pulse.enter(COMPUTING, step=step)
             stragglers.begin_step()
             result = train_step(job.state, iterators, shape, step=step, policy=policy, rerun=rerun)
         if result.ending is not None:
@@ -78,12 +77,11 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse) -> Outcome:
         pending.add(Step(step, result, lr, samples, progress.consumed_samples, progress.skipped))
 
         last = step == train.steps
-        failed = result.verdict is not None and result.verdict.action == "error"
         reason = None if last else stop.reason(step=step)
         pulse.finish_step()  # at about the same moment on all ranks
         evaluating = last or _due(step, train.eval_interval)
         saving = last or reason is not None or _due(step, job.config.checkpoint.save_interval)
-        if evaluating or saving or failed or _due(step, job.config.log.log_interval):
+        if evaluating or saving or result.is_error or _due(step, job.config.log.log_interval):
             _report(pending, report)
             _say(rerun.statistics())
         _say(stragglers.report(step))

@@ -37,6 +37,11 @@ class StepResult(NamedTuple):
     verdict: Verdict | None = None
     ending: Ending | None = None
 
+    @property
+    def is_error(self) -> bool:
+        """Whether the verdict ends the run."""
+        return self.verdict is not None and self.verdict.action == "error"
+
 
 def train_step(
     state: Trainable, batches: list[Iterator[Batch]], shape: Shape, *, step: int, policy: LossPolicy, rerun: Rerun

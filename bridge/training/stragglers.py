@@ -25,13 +25,11 @@ class Stragglers:
     Ranks that hold one model together do, in the middle of the passes: there, only the time of reading tells.
     """
 
-    def __init__(self, interval: int | None, pulse: Pulse) -> None:
+    def __init__(self, interval: int | None, pulse: Pulse, model: list[Any]) -> None:
+        """`model`: this rank's chunks. From here on `pulse` knows when their gradients are to be reduced."""
         self.interval, self.pulse = interval, pulse
         self.start: Any = None
         self.marks: list[tuple[Any, Any]] = []
-
-    def watch(self, model: list[Any]) -> None:
-        """Notice when the passes of `model` (this rank's chunks) are done and its gradients are to be reduced."""
         config = get_model_config(model[0])
         finalize = config.finalize_model_grads_func
 

@@ -98,6 +98,20 @@ def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path, world_size: in
     assert 0 < step < 2000 and latest.read_text() == str(step)
 
 
+def test_usr2_is_left_to_a_launcher_that_listens_to_it() -> None:
+    from bridge.training.stop import Stop
+
+    def launchers(*_: Any) -> None: ...
+
+    before = signal.signal(signal.SIGUSR2, launchers)
+    try:
+        with Stop(config(Path("runs")).train, started=0.0).listening():
+            assert signal.getsignal(signal.SIGUSR2) is launchers
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
 def test_a_time_limit_saves_and_stops(tmp_path: Path) -> None:
     run = config(tmp_path, train={"steps": 2000, "exit_after": "1s"})
     result = run_distributed(train, 1, run)[0]
