@@ -21,7 +21,7 @@ def main() -> None:
     except ChildFailedError as error:
         print(error, file=sys.stderr, flush=True)
         for rank, failure in error.failures.items():
-            if failure.exitcode < 0:
+            if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:  # that one comes from the driver
                 # A rank aborts itself when it has lost a peer; any other signal came first, and the rest followed.
                 at = failure.timestamp if -failure.exitcode == signal.SIGABRT else 0.0
                 result = Result("failed", error=killed(rank, -failure.exitcode))

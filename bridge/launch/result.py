@@ -80,7 +80,7 @@ def write_rank_error(
 
 def killed(rank: int, signum: int) -> str:
     """What is said of a rank that a signal ended."""
-    guess = ", probably for want of memory" if signum == signal.SIGKILL else ""
+    guess = ", probably out of memory" if signum == signal.SIGKILL else ""
     return f"rank {rank} was killed by {signal.Signals(signum).name}{guess}"
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core import rerun_state_machine as mcore
+from megatron.core import tensor_parallel
 from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, RerunState, RerunStateMachine
 
 from bridge import parallel, platform
@@ -60,11 +61,11 @@ class Rerun:
         self.rejected.parent.mkdir(parents=True, exist_ok=True)
         # Its own report of determinism fails in 0.16.1 (Caller has no filename); `statistics` is ours.
         RerunStateMachine.REPORTING_INTERVAL_ITERATIONS = sys.maxsize
-        save, restore = _state_besides_random_generators(model)
+        generators = tensor_parallel.get_cuda_rng_tracker()  # the machine itself knows of the others
         mcore.initialize_rerun_state_machine(
             mode=RerunMode(config.rerun.mode),
-            state_save_func=save,
-            state_restore_func=restore,
+            state_save_func=lambda: (generators.get_states(), kept_buffers(model)),
+            state_restore_func=_restore,
             error_injector=mcore.RerunErrorInjector(
                 config.rerun.error_injection_rate, mcore.RerunDiagnostic(config.rerun.error_injection_type)
             ),
@@ -177,27 +178,22 @@ class Rerun:
         )
 
 
-def _state_besides_random_generators(
-    model: Sequence[torch.nn.Module],
-) -> tuple[Callable[[], Any], Callable[[Any], None]]:
-    """Save and restore what a forward pass changes apart from the generators the machine itself knows of: the tracker
-    of tensor-parallel generators, and buffers, in which routers count tokens."""
-    from megatron.core import tensor_parallel
+def _restore(state: tuple[dict[str, torch.Tensor], Callable[[], None]]) -> None:
+    generators, put_back = state
+    tensor_parallel.get_cuda_rng_tracker().set_states(generators)
+    put_back()
 
-    def buffers() -> Iterator[torch.Tensor]:
-        for chunk in model:
-            yield from (buffer for _, buffer in chunk.named_buffers())
 
-    def save() -> Any:
-        return tensor_parallel.get_cuda_rng_tracker().get_states(), [buffer.clone() for buffer in buffers()]
+def kept_buffers(model: Sequence[torch.nn.Module]) -> Callable[[], None]:
+    """Copy the buffers of `model`, in which routers of experts count tokens and keep their biases: both change before
+    the update. What is returned puts them back."""
+    kept = [(buffer, buffer.clone()) for chunk in model for _, buffer in chunk.named_buffers()]
 
-    def restore(state: Any) -> None:
-        tracked, saved = state
-        tensor_parallel.get_cuda_rng_tracker().set_states(tracked)
-        for buffer, before in zip(buffers(), saved, strict=True):
+    def put_back() -> None:
+        for buffer, before in kept:
             buffer.copy_(before)
 
-    return save, restore
+    return put_back
 
 
 def _plain(machine: RerunStateMachine) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from bridge import parallel, platform
 from bridge.checkpoint import Trainable
 from bridge.training.batches import Batch
 from bridge.training.loss_policy import LossPolicy, Verdict
-from bridge.training.rerun import Ending, Rerun
+from bridge.training.rerun import Ending, Rerun, kept_buffers
 
 INPUTS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -47,6 +47,7 @@ def train_step(
     state: Trainable, batches: list[Iterator[Batch]], shape: Shape, *, step: int, policy: LossPolicy, rerun: Rerun
 ) -> StepResult:
     """Forward and backward over `num_microbatches` of each of `batches` (one iterator per model chunk), then update."""
+    put_back_buffers = kept_buffers(state.model) if policy.judges_before_update else None
     for _ in rerun.attempts(batches, step=step):
         for chunk in state.model:
             chunk.zero_grad_buffer()
@@ -57,10 +58,11 @@ def train_step(
         return StepResult(loss, ending=ending)
 
     verdict = None
-    if policy.judges_before_update:
+    if put_back_buffers is not None:
         mean, gradient = _loss_and_gradient(loss, state.model)
         verdict = policy.judge(step, loss=mean, grad_norm=gradient)
         if verdict.action in ("skip", "error"):
+            put_back_buffers()
             return StepResult(loss, verdict=verdict)
     updated, grad_norm, _ = state.optimizer.step()
     if updated:

@@ -1,4 +1,7 @@
-"""Which rank is the slowest, and whether it is so in reading its data."""
+"""Which rank is the slowest, and whether it is so in reading its data.
+
+megatron-core's StragglerDetector wants CUDA and NVML, and opens a port.
+"""
 
 import os
 import statistics

@@ -49,7 +49,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_from_its_last_checkpoint(tmp
     code, out, err = train(*arguments, "data.source=user_package.dying", "launch.max_restarts=3", cwd=tmp_path)
     run_dir = tmp_path / "runs" / "a"
     assert code == 0, err
-    assert err == "restart 1 of 3 from step 4: rank 1 was killed by SIGKILL, probably for want of memory\n"
+    assert err == "restart 1 of 3 from step 4: rank 1 was killed by SIGKILL, probably out of memory\n"
     assert err in (run_dir / "logs" / "launcher.log").read_text()
     assert "at step 4" in out
     result = json.loads((run_dir / "result.json").read_text())

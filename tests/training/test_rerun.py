@@ -10,6 +10,7 @@ import pytest
 
 from tests.distributed import run_distributed
 from tests.training.runs import Ran, config, losses, train, train_and_print
+from tests.training.test_experts import MODELS
 
 STEPS = {"steps": 6, "eval_interval": None}
 
@@ -125,3 +126,13 @@ def test_every_step_twice_trains_the_same_and_reports_how_much_differs(tmp_path:
     ran, printed = run_distributed(train_and_print, 2, run)[0]
     assert losses(ran.lines) == straight
     assert "every step computed twice: 12 samples, all identical" in printed  # 6 steps of 2 ranks
+
+
+def test_a_router_counts_the_tokens_of_a_repeated_step_once(tmp_path: Path) -> None:
+    """Its bias follows from the tokens that each forward pass adds up. The fault is in step 3 of 6."""
+    model = MODELS["megatron_core's_choice"]
+    straight = config(tmp_path, name="straight", whole_model=model, train=STEPS)
+    options: dict[str, Any] = {"train": {**STEPS, "nonfinite_loss": "continue"}, "rerun": {"mode": "validate_results"}}
+    expected = losses(run_distributed(train, 1, straight)[0].lines)
+    (result,) = ended(config(tmp_path, name="faulty", whole_model=model, **options), faulty=(0, 3, 1))
+    assert result.ran is not None and losses(result.ran.lines) == expected
