@@ -47,7 +47,7 @@ UNCHANGED = (
     "bridge.sweep_report",
     "rl_step.py",
 )
-EXIT_CODES = {"train.exit_interval=10": 75}
+EXIT_CODES = {"train.exit_interval=10": 75, "persistent_error": 75}
 # .ci/run executes the test command; installing and training for real would take minutes here.
 NOT_RUN = "python3 -m venv"
 

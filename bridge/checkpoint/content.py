@@ -22,13 +22,17 @@ METADATA = {
 
 
 class Progress(NamedTuple):
-    """How far a run has come. step: optimizer steps, `skipped` among them those left out for infinite gradients.
+    """How far a run has come. step: optimizer steps, `skipped` of them left out, `nonfinite` with a loss or gradient
+    that is not finite, `spikes` with a sudden loss. recent_losses: what the next spike is measured against.
     data: identity of the samples that `consumed_samples` counts."""
 
     step: int = 0
     consumed_samples: int = 0
     skipped: int = 0
     data: str = ""
+    nonfinite: int = 0
+    spikes: int = 0
+    recent_losses: tuple[float, ...] = ()
 
 
 class Trainable(NamedTuple):

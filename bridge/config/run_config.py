@@ -11,7 +11,7 @@ import yaml
 
 from bridge.config import effect, modules, routing, sections
 from bridge.config.routing import Routed
-from bridge.config.schema import Checkpoint, ConvertConfig, Init, Launch, Log, Scheduler, Train
+from bridge.config.schema import Checkpoint, ConvertConfig, Init, Launch, Log, Rerun, Scheduler, Train
 from bridge.errors import ConfigError
 
 _CONVERT_NEEDS = {
@@ -46,6 +46,7 @@ class RunConfig:
     init: Init = field(default_factory=Init)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
+    rerun: Rerun = field(default_factory=Rerun)
     launch: Launch = field(default_factory=Launch)
     dry_run: bool = False
     plan: bool = False
@@ -77,6 +78,7 @@ def from_dict(config: Mapping[str, Any]) -> RunConfig:
     _check_schedule(run, routed)
     _check_vocabulary(run, routed)
     effect.check(routed)
+    _check_rerun(run)
     return run
 
 
@@ -178,4 +180,12 @@ def _check_vocabulary(run: RunConfig, routed: Routed) -> None:
         raise ConfigError(
             f"data.vocab_size: data.vocab_size <= model.vocab_size must hold, but {made} > {room}; "
             f"set data.vocab_size to {room} or less, or model.vocab_size to {made}"
+        )
+
+
+def _check_rerun(run: RunConfig) -> None:
+    if run.rerun.error_injection_rate > 0 and run.rerun.mode != "validate_results":
+        raise ConfigError(
+            f"rerun.error_injection_rate: {run.rerun.error_injection_rate} has no effect with rerun.mode="
+            f"{run.rerun.mode}; set rerun.mode=validate_results or leave it out"
         )

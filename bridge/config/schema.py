@@ -1,15 +1,22 @@
 """The closed sections of a configuration: in them an unknown key, a wrong type or a value out of range is an error.
 
-Field metadata `min` is the smallest legal value.
+Field metadata: `min` is the smallest legal value (of a list: of each item), `duration` marks a length of time
+(bridge.config.durations).
 """
 
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bridge.config import durations
+
 
 def _from(smallest: float, default: Any) -> Any:
     return field(default=default, metadata={"min": smallest})
+
+
+def _duration() -> Any:
+    return field(default=None, metadata={"duration": True})
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,11 @@ class Train:
     eval_interval: int | None = _from(1, 100)
     eval_iters: int = _from(1, 16)
     exit_interval: int | None = _from(1, None)
-    exit_duration_in_mins: float | None = _from(0, None)
+    exit_after: str | None = _duration()
+    iterations_to_skip: list[int] = field(default_factory=list, metadata={"min": 1})
+    nonfinite_loss: Literal["error", "skip", "continue"] = "error"
+    spiking_loss: Literal["error", "skip", "continue"] = "continue"
+    loss_spike_factor: float = _from(1, 10.0)
     num_nodes: int = _from(1, 1)
     num_devices: int | None = _from(1, None)
     seed: int = _from(0, 1234)
@@ -92,16 +103,33 @@ class Log:
     """What is reported where. log_interval counts steps between console lines."""
 
     log_interval: int = _from(1, 10)
+    straggler_interval: int | None = _from(1, None)
     sample_ids: bool = False
     tensorboard: bool = False
     wandb: Wandb = field(default_factory=Wandb)
 
 
 @dataclass(frozen=True)
-class Launch:
-    """How the run is started."""
+class Rerun:
+    """megatron-core's rerun state machine: a step with a suspicious loss is computed again on the same samples."""
 
+    mode: Literal["disabled", "validate_results", "report_determinism_stats"] = "disabled"
+    error_injection_rate: int = _from(0, 0)
+    error_injection_type: Literal["correct_result", "transient_error", "persistent_error"] = "transient_error"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the worker processes are started, when they are given up, and how often they are started anew."""
+
+    max_restarts: int = _from(0, 0)
+    hang_timeout: str | None = _duration()
     detach: bool = False
+
+    @property
+    def hang_seconds(self) -> float | None:
+        """hang_timeout in seconds."""
+        return None if self.hang_timeout is None else durations.seconds(self.hang_timeout)
 
 
 @dataclass(frozen=True)

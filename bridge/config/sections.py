@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from bridge.config import annotation
+from bridge.config import annotation, durations
 from bridge.errors import ConfigError, did_you_mean
 
 Section = TypeVar("Section")
@@ -20,7 +20,8 @@ def unknown_key(key: str, value: Any, names: Any) -> ConfigError:
 def build(kind: type[Section], values: Any, path: str) -> Section:
     """An instance of dataclass `kind` from `values`. Raises ConfigError with the full key.
 
-    `path` is where the section sits; empty: the top level. A field may carry metadata `min`: its smallest legal value.
+    `path` is where the section sits; empty: the top level. A field may carry metadata `min`, its smallest legal value
+    (of a list: of each item), or `duration`, for a text such as 90s.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: {values!r} is not a section; set its keys one by one, as {path}.KEY=VALUE")
@@ -44,10 +45,14 @@ def build(kind: type[Section], values: Any, path: str) -> Section:
 def _value(field: "dataclasses.Field[Any]", value: Any, key: str) -> Any:
     if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
         return build(field.type, value, key)
+    if field.metadata.get("duration") and value is not None:
+        durations.check(key, value)
+        return value
     annotation.check(key, value, annotation.of_dataclass_field(field.type))
     smallest = field.metadata.get("min")
-    if smallest is not None and value is not None and value < smallest:
-        raise ConfigError(f"{key}: {value!r} is too small; set {smallest} or more")
+    for item in value if isinstance(value, list) else [value]:
+        if smallest is not None and item is not None and item < smallest:
+            raise ConfigError(f"{key}: {item!r} is too small; set {smallest} or more")
     return value
 
 

@@ -104,6 +104,7 @@ def _train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> R
         return earlier
     swept = None if job.number is None else job.swept
     if job.slurm is not None:
+        _check_restarts(config, starter="Slurm", instead="let Slurm requeue the job (launch.max_restarts=0)")
         slurm.check_free(config.run_dir)
         with claimed(config, overrides=job.overrides, swept=swept):
             pass  # the job claims it again when it starts
@@ -117,7 +118,8 @@ def _train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> R
     with claimed(config, overrides=job.overrides, swept=swept) as claim:
         (claim.path / "job.json").unlink(missing_ok=True)
         ranks.print_start(claim, num_processes=num_devices)
-        return spawn.run_workers(claim, num_devices=num_devices, fields=config.routed().transformer)
+        fields, restarts = config.routed().transformer, config.launch.max_restarts
+        return spawn.run_workers(claim, num_devices=num_devices, fields=fields, max_restarts=restarts)
 
 
 def _config(job: compose.Job) -> RunConfig:
@@ -141,6 +143,14 @@ def _check_local(config: RunConfig) -> None:
         raise ConfigError(
             "launch.detach: true, and without Slurm nothing would keep the run; add hydra/launcher=slurm, or run "
             "`nohup python train.py ... &`"
+        )
+
+
+def _check_restarts(config: RunConfig, *, starter: str, instead: str) -> None:
+    if config.launch.max_restarts > 0:
+        raise ConfigError(
+            f"launch.max_restarts: {config.launch.max_restarts} is for workers that train.py starts itself, and "
+            f"{starter} starts these; {instead}"
         )
 
 
@@ -202,6 +212,8 @@ def _check_world(config: RunConfig) -> None:
     world_size, per_node = torchrun.world_size(), torchrun.local_world_size()
     if config.launch.detach:
         raise ConfigError(f"launch.detach: true, but {torchrun.starter()} runs the processes; leave it out")
+    restarts = config.launch.max_restarts
+    _check_restarts(config, starter=torchrun.starter(), instead=f"use `torchrun --max-restarts={restarts}`")
     if config.train.num_devices not in (None, per_node):
         raise ConfigError(
             f"train.num_devices: {config.train.num_devices} differs from the {per_node} processes that "

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -18,12 +19,15 @@ input; stopped: saved, resume later."""
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. eval_loss: the last evaluation's loss in nats per token, None without one. error: one line."""
+    """How a run ended. eval_loss: the last evaluation's loss in nats per token, None without one. error: one line.
+    repeats: the same would happen again. restarts: how often its workers were started anew."""
 
     status: str
     step: int | None = None
     eval_loss: float | None = None
     error: str | None = None
+    repeats: bool = False
+    restarts: int = 0
 
     @property
     def exit_code(self) -> int:
@@ -80,9 +84,18 @@ def read_result(run_dir: Path) -> Result | None:
         return None
 
 
-def write_rank_error(result: Result, run_dir: Path, *, rank: int) -> None:
-    """logs/rank_N.error: a rank's failure and when it happened."""
-    write_json({"time": time.time(), **asdict(result)}, run_dir / "logs" / f"rank_{rank}.error")
+def write_rank_error(
+    result: Result, run_dir: Path, *, rank: int, traceback: bool = True, at: float | None = None
+) -> None:
+    """logs/rank_N.error: a rank's failure, whether its log has a traceback, and when it happened (None: now)."""
+    record = {"time": time.time() if at is None else at, "traceback": traceback, **asdict(result)}
+    write_json(record, run_dir / "logs" / f"rank_{rank}.error")
+
+
+def killed(rank: int, signum: int) -> str:
+    """What is said of a rank that a signal ended."""
+    guess = ", probably out of memory" if signum == signal.SIGKILL else ""
+    return f"rank {rank} was killed by {signal.Signals(signum).name}{guess}"
 
 
 def first_rank_error(run_dir: Path) -> Result | None:
@@ -92,13 +105,15 @@ def first_rank_error(run_dir: Path) -> Result | None:
         return None
     failures = [(json.loads(file.read_text(encoding="utf-8")), file) for file in files]
     first, file = min(failures, key=lambda failure: failure[0].pop("time"))
+    traceback = first.pop("traceback")
     result = Result(**first)
-    if result.status == "invalid":
+    if result.status == "invalid" or not traceback:
         return result
     return replace(result, error=f"{result.error} (full traceback in {file.with_suffix('.log')})")
 
 
 def forget(run_dir: Path) -> None:
     """Remove what an earlier run in this directory ended with."""
-    for file in [result_path(run_dir), *(run_dir / "logs").glob("rank_*.error")]:
+    logs = run_dir / "logs"
+    for file in [result_path(run_dir), *logs.glob("rank_*.error"), *logs.glob("rank_*.hang")]:
         file.unlink(missing_ok=True)

@@ -26,7 +26,14 @@ FREE_KEYS = (
     "data.num_workers",
     *(f"model.{name}" for name in NOT_ARCHITECTURE - {"family"}),
 )
-FREE_IN_SWEEPS = ("train.", "checkpoint.", "log.", "parallelism")  # may change between two starts of the same sweep
+FREE_IN_SWEEPS = (
+    "train.",
+    "checkpoint.",
+    "log.",
+    "rerun.",
+    "launch.",
+    "parallelism",
+)  # may change between two starts of the same sweep
 
 
 class Claim(NamedTuple):
@@ -48,7 +55,7 @@ def claimed(config: RunConfig, *, overrides: list[str], swept: Sequence[str] | N
     (path / "logs").mkdir(parents=True, exist_ok=True)
     lock_fd = _lock(path, name=config.name)
     try:
-        step = _latest_step(path)
+        step = latest_step(path)
         if step is not None:
             _check_unchanged(config, path)
             if swept is not None:
@@ -83,7 +90,8 @@ def _flocked(lock_fd: int) -> bool:
     return False
 
 
-def _latest_step(path: Path) -> int | None:
+def latest_step(path: Path) -> int | None:
+    """The step of the latest checkpoint in the run directory `path`, None without one."""
     latest = path / "checkpoints" / "latest_checkpointed_iteration.txt"
     return int(latest.read_text(encoding="utf-8")) if latest.is_file() else None
 

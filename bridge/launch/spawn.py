@@ -5,8 +5,10 @@ import signal
 import site
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,33 +16,68 @@ from typing import Any
 import psutil
 
 import bridge
-from bridge.launch.result import Result, first_rank_error, read_result, write_result
-from bridge.launch.run_dir import Claim
-from bridge.launch.worker import die_with_parent
+from bridge.launch.result import Result, first_rank_error, forget, killed, read_result, write_result
+from bridge.launch.run_dir import Claim, latest_step
+from bridge.launch.worker import STARTED, die_with_parent
 
-WORKER = "bridge.launch.worker"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+WORKER, ELASTIC = "bridge.launch.worker", "bridge.launch.elastic"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+MOST_FRUITLESS = 2  # restarts in a row without a newer checkpoint
 
 
-def run_workers(claim: Claim, *, num_devices: int, fields: Mapping[str, Any]) -> Result:
-    """Run one worker per device on claim.path until all have ended. fields: TransformerConfig fields that are set."""
+def run_workers(claim: Claim, *, num_devices: int, fields: Mapping[str, Any], max_restarts: int = 0) -> Result:
+    """Run one worker per device on claim.path until all have ended, and again after a failure up to `max_restarts`
+    times. fields: TransformerConfig fields that are set.
+
+    Not again when the same would happen again, nor when two restarts in a row have brought no newer checkpoint.
+    """
+    environment = worker_environment(num_devices=num_devices, fields=fields) | {STARTED: str(time.time())}
+    restarts = fruitless = 0
+    while True:
+        before = latest_step(claim.path)
+        result, stopping = _run_once(claim, environment, num_devices=num_devices)
+        result = replace(result, restarts=restarts)
+        write_result(result, claim.path)
+        if result.status != "failed" or result.repeats or stopping or restarts == max_restarts:
+            return result
+        after = latest_step(claim.path)
+        fruitless = fruitless + 1 if restarts > 0 and after == before else 0
+        if fruitless == MOST_FRUITLESS:
+            _tell(claim, f"no restart {restarts + 1}: {fruitless} in a row have brought no newer checkpoint")
+            return result
+        restarts += 1
+        place = "the start" if after is None else f"step {after}"
+        _tell(claim, f"restart {restarts} of {max_restarts} from {place}: {result.error}")
+        forget(claim.path)
+
+
+def _run_once(claim: Claim, environment: dict[str, str], *, num_devices: int) -> tuple[Result, bool]:
+    """How all workers ended, and whether they were asked to stop."""
     entry = ["-m", WORKER, str(claim.path)]
-    environment = worker_environment(num_devices=num_devices, fields=fields)
-    logs = claim.path / "logs"
     if num_devices == 1:
         ended, stopping = _watch([sys.executable, *entry], environment, claim, stderr=None)
-        last_resort = f"the worker {_described(ended)}; see {logs / 'rank_0.log'}"
+        said = killed(0, -ended) if ended < 0 else f"the worker left with exit code {ended}"
+        last_resort = f"{said}; see {claim.path / 'logs' / 'rank_0.log'}"
     else:
-        elastic = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_devices}", *entry]
+        elastic = ["-m", ELASTIC, str(claim.path), "--standalone", f"--nproc-per-node={num_devices}", *entry]
         # Torch elastic's own report of a failure goes to a file: the driver prints the cause in one line.
-        with (logs / "launcher.log").open("ab") as launcher_log:
-            _, stopping = _watch([sys.executable, *elastic], environment, claim, stderr=launcher_log)
-        last_resort = f"a worker died without an error of its own; see {logs / 'launcher.log'}"
+        with _launcher_log(claim).open("ab") as log:
+            _, stopping = _watch([sys.executable, *elastic], environment, claim, stderr=log)
+        last_resort = f"a worker died without an error of its own; see {_launcher_log(claim)}"
     result = first_rank_error(claim.path) or read_result(claim.path)
     if result is None:  # asked to stop before there was anything to save, or died in a way no process can report itself
         result = Result("stopped") if stopping else Result("failed", error=last_resort)
-    write_result(result, claim.path)
-    return result
+    return result, stopping
+
+
+def _launcher_log(claim: Claim) -> Path:
+    return claim.path / "logs" / "launcher.log"
+
+
+def _tell(claim: Claim, line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+    with _launcher_log(claim).open("a", encoding="utf-8") as log:
+        log.write(f"{line}\n")
 
 
 def worker_environment(*, num_devices: int, fields: Mapping[str, Any]) -> dict[str, str]:
@@ -84,10 +121,6 @@ def _watch(command: list[str], environment: dict[str, str], claim: Claim, *, std
         if stop.asked:  # between the handlers' installation and now
             stop.forward()
         return process.wait(), stop.asked > 0
-
-
-def _described(ended: int) -> str:
-    return f"was killed by {signal.Signals(-ended).name}" if ended < 0 else f"left with exit code {ended}"
 
 
 class _Stop:

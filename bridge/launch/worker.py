@@ -17,8 +17,10 @@ from pathlib import Path
 from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.errors import BridgeError
+from bridge.launch import watchdog
 from bridge.launch.result import Result, in_one_line, log_path, write_rank_error, write_result
 
+STARTED = "BRIDGE_STARTED"  # environment: the time.time() at which the run was started, before any restart
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -88,16 +90,22 @@ def _point_output(stdout: int, stderr: int) -> None:
 
 def execute(config: RunConfig, *, rank: int) -> Result:
     """Train as `config` says in this process. Rank 0 writes result.json, a failing rank logs/rank_N.error."""
+    since = time.time() - float(os.environ.get(STARTED, time.time()))
+    started = time.monotonic() - since
     try:
+        from bridge.training.pulse import Pulse
         from bridge.training.run import run  # imports torch
 
-        outcome = run(config)
+        pulse = Pulse()
+        with watchdog.watching(pulse, config, rank=rank):
+            outcome = run(config, started=started, pulse=pulse)
         result = Result(outcome.status, outcome.step, outcome.eval_loss)
     except BridgeError as error:
         result = Result("invalid", error=str(error))
     except Exception as error:
         traceback.print_exc()
-        result = Result("failed", error=in_one_line(error))
+        # A loss that is not finite comes out of the same samples and weights again.
+        result = Result("failed", error=in_one_line(error), repeats=isinstance(error, FloatingPointError))
     if result.error is not None:
         write_rank_error(result, config.run_dir, rank=rank)
     if rank == 0:

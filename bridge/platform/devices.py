@@ -2,9 +2,10 @@
 
 import functools
 import resource
+import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +89,22 @@ def synchronize() -> None:
         import torch
 
         torch.cuda.synchronize()
+
+
+def mark() -> "float | torch.cuda.Event":
+    """A point in the device's queue of work, for `seconds_between`. Costs no wait."""
+    if not on_cuda():
+        return time.perf_counter()
+    import torch
+
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(first: Any, last: Any) -> float:
+    """Time the device took from one `mark` to a later one; both must have been reached (`synchronize`)."""
+    return first.elapsed_time(last) / 1e3 if on_cuda() else last - first
 
 
 def peak_memory_bytes() -> int:

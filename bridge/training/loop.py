@@ -11,11 +11,20 @@ from bridge.optim import schedule
 from bridge.training import batches, flops, initial
 from bridge.training.batches import Batch
 from bridge.training.evaluate import evaluate
+from bridge.training.loss_policy import LossPolicy
 from bridge.training.metrics import Pending, Rates, Report, Step
 from bridge.training.metrics import read as read_metrics
+from bridge.training.pulse import COMPUTING, EVALUATING, REPORTING, SAVING, STARTING, Pulse
+from bridge.training.rerun import Ending, Rerun
 from bridge.training.setup import Job
-from bridge.training.step import Shape, train_step
+from bridge.training.step import Shape, pass_over, train_step
 from bridge.training.stop import Stop
+from bridge.training.stragglers import Stragglers
+from bridge.weights.locate import iteration_directory
+
+
+class HardwareFault(RuntimeError):
+    """The rerun state machine's last word on a loss it rejected."""
 
 
 @dataclass(frozen=True)
@@ -28,41 +37,88 @@ class Outcome:
     reason: str | None = None
 
 
-def train(job: Job, *, stop: Stop, report: Report) -> Outcome:
-    """Run `job` to its last step or until `stop` has a reason."""
+def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse) -> Outcome:
+    """Run `job` to its last step or until `stop` has a reason.
+
+    Raises FloatingPointError for a loss that train.nonfinite_loss or train.spiking_loss calls an error, HardwareFault
+    for a result that another computation contradicts, both before anything of that step is saved.
+    """
     train = job.config.train
     progress = job.progress
-    pending = Pending(_rates(job))
-    iterators = _training_batches(job)
+    pulse.enter(STARTING, step=progress.step)
+    policy = LossPolicy(job.config, progress)
+    rerun = Rerun(job.config, policy, step=progress.step, model=job.state.model)
+    stragglers = Stragglers(job.config.log.straggler_interval, pulse, job.state.model)
+    pending = Pending(_rates(job), policy)
+    iterators = rerun.iterators(_training_batches(job, pulse))
     batch_size_at = batches.batch_size_at(train, data_parallel_size=parallel.data_parallel_size())
     eval_loss = _evaluation_at(job, progress.step)
     reason = None
     while progress.step < train.steps and reason is None:
+        step = progress.step + 1
         samples = batch_size_at(progress.consumed_samples)
+        shape = _shape(job, samples)
         lr = schedule.learning_rate(job.state.optimizer)
-        result = train_step(job.state, iterators, _shape(job, samples))
+        pulse.enter(COMPUTING, step=step)
+        if step in train.iterations_to_skip:
+            result = pass_over(job.state, iterators, shape)
+        else:
+            stragglers.begin_step()
+            result = train_step(job.state, iterators, shape, step=step, policy=policy, rerun=rerun)
+        if result.ending is not None:
+            _report(pending, report)
+            _end_for_rerun(job, policy.remembered(progress), rerun, result.ending, pulse)
+            return Outcome("stopped", progress.step, eval_loss, result.ending.message)
         progress = progress._replace(
-            step=progress.step + 1,
+            step=step,
             consumed_samples=progress.consumed_samples + samples,
             skipped=progress.skipped + (not result.updated),
         )
-        pending.add(Step(progress.step, result, lr, samples, progress.consumed_samples, progress.skipped))
+        pending.add(Step(step, result, lr, samples, progress.consumed_samples, progress.skipped))
 
-        last = progress.step == train.steps
-        reason = None if last else stop.reason(step=progress.step)
-        evaluating = last or _due(progress.step, train.eval_interval)
-        saving = last or reason is not None or _due(progress.step, job.config.checkpoint.save_interval)
-        if evaluating or saving or _due(progress.step, job.config.log.log_interval):
-            for line in pending.take():
-                report.write(line)
+        last = step == train.steps
+        reason = None if last else stop.reason(step=step)
+        pulse.finish_step()  # at about the same moment on all ranks
+        evaluating = last or _due(step, train.eval_interval)
+        saving = last or reason is not None or _due(step, job.config.checkpoint.save_interval)
+        if evaluating or saving or result.is_error or _due(step, job.config.log.log_interval):
+            _report(pending, report)
+            _say(rerun.statistics())
+        _say(stragglers.report(step))
         if evaluating and job.datasets.valid is not None:
-            eval_loss = _evaluate(job)
-            report.write({"step": progress.step, "eval_loss": eval_loss})
+            eval_loss = _evaluate(job, pulse)
+            report.write({"step": step, "eval_loss": eval_loss})
         if saving:
-            _save(job, progress)
+            _save(job, policy.remembered(progress), pulse)
         if evaluating or saving:
             pending.restart_clock()
+    pulse.leave()
     return Outcome("done" if reason is None else "stopped", progress.step, eval_loss, reason)
+
+
+def _report(pending: Pending, report: Report) -> None:
+    """Write all steps not yet reported. Raises FloatingPointError on every rank at one that is an error."""
+    for line, verdict in pending.take():
+        report.write(line)
+        if verdict.action == "error":
+            raise FloatingPointError(verdict.message)
+        _say(verdict.message)
+
+
+def _say(line: str | None) -> None:
+    if line and parallel.is_main():
+        print(line, flush=True)
+
+
+def _end_for_rerun(job: Job, progress: Progress, rerun: Rerun, ending: Ending, pulse: Pulse) -> None:
+    """Save what megatron-core's rerun state machine wants kept. Raises HardwareFault when that was its last word."""
+    latest = checkpoint.latest(job.checkpoints)
+    there = latest is not None and latest.directory == iteration_directory(job.checkpoints, iteration=progress.step)
+    if ending.save and not there:
+        _save(job, progress, pulse)
+    rerun.leave(ending, step=progress.step)
+    if not ending.resumable:
+        raise HardwareFault(ending.message)
 
 
 def _due(step: int, interval: int | None) -> bool:
@@ -87,7 +143,7 @@ def _rates(job: Job) -> Rates:
     )
 
 
-def _training_batches(job: Job) -> list[Iterator[Batch]]:
+def _training_batches(job: Job, pulse: Pulse) -> list[Iterator[Batch]]:
     """One iterator per model chunk; all give the same batches."""
     config = job.config
     iterators = [
@@ -102,13 +158,17 @@ def _training_batches(job: Job) -> list[Iterator[Batch]]:
     if config.log.sample_ids and parallel.tensor_parallel_rank() == 0 and parallel.is_pipeline_first_stage():
         path = config.run_dir / "sample_ids" / f"data_parallel_{parallel.data_parallel_rank()}.txt"
         iterators[0] = batches.recorded(iterators[0], path)
-    return iterators
+    return [pulse.reading(iterator) for iterator in iterators]
 
 
-def _evaluate(job: Job) -> float:
+def _evaluate(job: Job, pulse: Pulse) -> float:
     train = job.config.train
+    shape = _shape(job, train.global_batch_size)
+    pulse.enter(EVALUATING)
     with _gathered_parameters(job.state.model):
-        return evaluate(job.state.model, job.datasets.valid, train=train, shape=_shape(job, train.global_batch_size))
+        loss = evaluate(job.state.model, job.datasets.valid, train=train, shape=shape)
+    pulse.enter(REPORTING)
+    return loss
 
 
 def _evaluation_at(job: Job, step: int) -> float | None:
@@ -119,7 +179,8 @@ def _evaluation_at(job: Job, step: int) -> float | None:
     return next((line["eval_loss"] for line in lines if "eval_loss" in line), None)
 
 
-def _save(job: Job, progress: Progress) -> None:
+def _save(job: Job, progress: Progress, pulse: Pulse) -> None:
+    pulse.enter(SAVING)
     keep_last = job.config.checkpoint.keep_last
     if parallel.is_main():
         initial.describe(job.checkpoints, job.config, tokenizer=job.data.prepared.tokenizer)
@@ -127,6 +188,7 @@ def _save(job: Job, progress: Progress) -> None:
         directory = checkpoint.save(job.checkpoints, job.state, progress=progress, keep_last=keep_last)
     if parallel.is_main():
         print(f"saved {directory}", flush=True)
+    pulse.enter(REPORTING)
 
 
 @contextmanager

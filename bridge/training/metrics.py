@@ -15,20 +15,23 @@ from typing import Any, NamedTuple, Protocol
 from bridge import platform
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
+from bridge.training.loss_policy import LossPolicy, Verdict
 from bridge.training.step import StepResult, global_means
 
 METRICS = "metrics.jsonl"
 TRAINING = (
     "step",  # number of the optimizer step, from 1
-    "loss",  # nats per token, mean over the global batch
-    "grad_norm",  # L2 norm of the whole gradient before clipping; null when the step was left out
+    "loss",  # nats per token, mean over the global batch; null when it is not finite or the step was passed over
+    "grad_norm",  # L2 norm of the whole gradient before clipping; null when it is not finite or the step was left out
     "lr",  # learning rate the step used
     "consumed_samples",  # sequences read since the start of the run, this step included
     "consumed_tokens",  # their tokens
     "tokens_per_second",  # of all ranks together
     "tflops_per_gpu",  # model TFLOP/s of each device (bridge.training.flops)
     "step_seconds",  # mean over the steps between two reports
-    "skipped",  # steps left out so far because of infinite gradients (fp16)
+    "skipped",  # steps left out so far: infinite gradients (fp16), train.iterations_to_skip, the next two with `skip`
+    "nonfinite",  # steps so far whose loss or gradient was not finite (train.nonfinite_loss)
+    "spikes",  # steps so far with a sudden loss (train.spiking_loss)
     "peak_memory_bytes",  # of rank 0's device so far
 )
 
@@ -57,8 +60,8 @@ class Step(NamedTuple):
 class Pending:
     """Steps whose loss nobody has looked at: reading a loss waits for the device, so it is done once per report."""
 
-    def __init__(self, rates: Rates) -> None:
-        self.rates = rates
+    def __init__(self, rates: Rates, policy: LossPolicy) -> None:
+        self.rates, self.policy = rates, policy
         self.steps: list[Step] = []
         self.restart_clock()
 
@@ -71,25 +74,31 @@ class Pending:
         """Keep a step for the next report."""
         self.steps.append(step)
 
-    def take(self) -> list[dict[str, Any]]:
-        """The lines of all steps kept since the last call. A collective call.
-
-        Raises FloatingPointError on every rank, naming the first step with a loss or gradient that is not finite: so no
-        checkpoint is written after one.
-        """
+    def take(self) -> list[tuple[dict[str, Any], Verdict]]:
+        """The lines of all steps kept since the last call, and what was found about each. A collective call."""
         if not self.steps:
             return []
-        losses = global_means([step.result.loss for step in self.steps])
+        computed = [step.result.loss for step in self.steps if step.result.loss is not None]
+        losses = iter(global_means(computed) if computed else [])
         platform.synchronize()
         seconds = (time.perf_counter() - self.started) / len(self.steps)
-        lines = [self._line(step, loss, seconds) for step, loss in zip(self.steps, losses, strict=True)]
+        taken = []
+        for step in self.steps:
+            loss = None if step.result.loss is None else next(losses)
+            verdict = self._verdict(step, loss)
+            taken.append((self._line(step, loss, verdict, seconds), verdict))
         self.steps = []
         self.restart_clock()
-        for line in lines:
-            _check_finite(line)
-        return lines
+        return taken
 
-    def _line(self, step: Step, loss: float, seconds: float) -> dict[str, Any]:
+    def _verdict(self, step: Step, loss: float | None) -> Verdict:
+        if step.result.verdict is not None:
+            return step.result.verdict
+        if loss is None:
+            return self.policy.nothing()
+        return self.policy.judge(step.step, loss=loss, grad_norm=step.result.grad_norm or 0.0)
+
+    def _line(self, step: Step, loss: float | None, verdict: Verdict, seconds: float) -> dict[str, Any]:
         tokens_per_second = step.samples * self.rates.sequence_length / seconds
         values = (
             step.step,
@@ -102,18 +111,11 @@ class Pending:
             tokens_per_second * self.rates.flops_per_token / self.rates.num_devices / 1e12,
             seconds,
             step.skipped,
+            verdict.nonfinite,
+            verdict.spikes,
             platform.peak_memory_bytes(),
         )
         return dict(zip(TRAINING, values, strict=True))
-
-
-def _check_finite(line: Values) -> None:
-    for name in ("loss", "grad_norm"):
-        if line[name] is not None and not math.isfinite(line[name]):
-            raise FloatingPointError(
-                f"step {line['step']}: {name} is {line[name]}; training stops, the last checkpoint is from before. "
-                "Lower optimizer.lr, lengthen scheduler.lr_warmup_steps or look at this step's data"
-            )
 
 
 class Sink(Protocol):
@@ -136,7 +138,9 @@ class JsonLines:
         self.file = path.open("a", buffering=1)
 
     def write(self, line: Values) -> None:
-        self.file.write(json.dumps(line) + "\n")
+        # JSON has no NaN: a reader other than Python's would refuse the line.
+        finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
+        self.file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def close(self) -> None:
         self.file.close()
@@ -164,9 +168,10 @@ class Console:
         if "eval_loss" in line:
             print(f"step {line['step']}/{self.steps} | eval loss {line['eval_loss']:.4f}", flush=True)
         elif line["step"] % self.log_interval == 0 or line["step"] == self.steps:
+            loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
             norm = "skipped" if line["grad_norm"] is None else f"{line['grad_norm']:.3f}"
             print(
-                f"step {line['step']}/{self.steps} | loss {line['loss']:.4f} | grad norm {norm} | lr {line['lr']:.2e}"
+                f"step {line['step']}/{self.steps} | loss {loss} | grad norm {norm} | lr {line['lr']:.2e}"
                 f" | {line['tokens_per_second']:,.0f} tokens/s | {line['tflops_per_gpu']:.3g} TFLOP/s per device | "
                 f"{line['step_seconds']:.3g} s per step",
                 flush=True,

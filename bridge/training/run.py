@@ -14,23 +14,25 @@ from bridge.platform import user_buffers
 from bridge.training import metrics, setup
 from bridge.training.loop import Outcome, train
 from bridge.training.metrics import Report
+from bridge.training.pulse import Pulse
 from bridge.training.stop import Stop
 
 __all__ = ["Outcome", "run"]
 
 
-def run(config: RunConfig) -> Outcome:
+def run(config: RunConfig, *, started: float | None = None, pulse: Pulse | None = None) -> Outcome:
     """Train as `config` says, in this process, as the rank that RANK and WORLD_SIZE name (none: a world of one).
 
-    Resumes from the run directory's latest checkpoint. Raises ConfigError for what only now turns out to be wrong with
-    the configuration, FloatingPointError when the loss is not finite.
+    Resumes from the run directory's latest checkpoint. `started`: the time.monotonic() from which train.exit_after
+    counts, now unless given. `pulse` tells another thread where the run is. Raises ConfigError for what only now turns
+    out to be wrong with the configuration, and what `bridge.training.loop.train` raises.
     """
-    stop = Stop(config.train, started=time.monotonic())
+    stop = Stop(config.train, started=time.monotonic() if started is None else started)
     with stop.listening():
         metrics.check_packages(config)
         data = setup.prepare_data(config)
         join(config)
-        outcome = _train(config, data, stop)
+        outcome = _train(config, data, stop, pulse or Pulse())
         # Not after a failure: the peers of a failed rank may never come to a teardown that waits for them.
         parallel.teardown()
     return outcome
@@ -48,10 +50,10 @@ def join(config: RunConfig) -> None:
         user_buffers.create(routed.transformer, num_tokens=num_tokens)
 
 
-def _train(config: RunConfig, data: setup.Data, stop: Stop) -> Outcome:
+def _train(config: RunConfig, data: setup.Data, stop: Stop, pulse: Pulse) -> Outcome:
     job = setup.build(config, data)
     report = Report(config, resumed_step=job.progress.step, is_main=parallel.is_main())
-    outcome = train(job, stop=stop, report=report)
+    outcome = train(job, stop=stop, report=report, pulse=pulse)
     report.close()
     if parallel.is_main():
         _say_what_next(config, outcome, data.prepared)

@@ -1,15 +1,18 @@
 """One optimizer step, and one pass without gradients. Read `train_step` from top to bottom."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
+from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config, unwrap_model
 
 from bridge import parallel, platform
 from bridge.checkpoint import Trainable
 from bridge.training.batches import Batch
+from bridge.training.loss_policy import LossPolicy, Verdict
+from bridge.training.rerun import Ending, Rerun, kept_buffers
 
 INPUTS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -23,25 +26,71 @@ class Shape(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """loss: this rank's [sum of token losses, number of tokens], float64 on the device; see `global_means`.
-    grad_norm: L2 norm of the whole gradient before clipping, None for a step left out because of infinite gradients."""
+    """loss: this rank's [sum of token losses, number of tokens], float64 on the device; see `global_means`. None for a
+    step that was passed over.
+    grad_norm: L2 norm of the whole gradient before clipping, None for a step that was left out.
+    verdict: on the loss, where it was needed before the update. ending: the run ends before this step's update."""
 
-    loss: torch.Tensor
-    grad_norm: float | None
-    updated: bool
+    loss: torch.Tensor | None
+    grad_norm: float | None = None
+    updated: bool = False
+    verdict: Verdict | None = None
+    ending: Ending | None = None
+
+    @property
+    def is_error(self) -> bool:
+        """Whether the verdict ends the run."""
+        return self.verdict is not None and self.verdict.action == "error"
 
 
-def train_step(state: Trainable, batches: list[Iterator[Batch]], shape: Shape) -> StepResult:
+def train_step(
+    state: Trainable, batches: list[Iterator[Batch]], shape: Shape, *, step: int, policy: LossPolicy, rerun: Rerun
+) -> StepResult:
     """Forward and backward over `num_microbatches` of each of `batches` (one iterator per model chunk), then update."""
-    for chunk in state.model:
-        chunk.zero_grad_buffer()
-    state.optimizer.zero_grad()
+    put_back_buffers = kept_buffers(state.model) if policy.judges_before_update else None
+    for _ in rerun.attempts(batches, step=step):
+        for chunk in state.model:
+            chunk.zero_grad_buffer()
+        state.optimizer.zero_grad()
+        loss = _forward_backward(state.model, batches, shape, forward_only=False)
+        rerun.validate(loss)
+    if (ending := rerun.ending(step=step)) is not None:
+        return StepResult(loss, ending=ending)
 
-    loss = _forward_backward(state.model, batches, shape, forward_only=False)
+    verdict = None
+    if put_back_buffers is not None:
+        mean, gradient = _loss_and_gradient(loss, state.model)
+        verdict = policy.judge(step, loss=mean, grad_norm=gradient)
+        if verdict.action in ("skip", "error"):
+            put_back_buffers()
+            return StepResult(loss, verdict=verdict)
     updated, grad_norm, _ = state.optimizer.step()
     if updated:
         state.scheduler.step(1)
-    return StepResult(loss, None if grad_norm is None else float(grad_norm), bool(updated))
+    return StepResult(loss, None if grad_norm is None else float(grad_norm), bool(updated), verdict)
+
+
+def pass_over(state: Trainable, batches: list[Iterator[Batch]], shape: Shape) -> StepResult:
+    """Read what `train_step` would read, and do nothing with it. The learning rate's schedule waits."""
+    for chunk, iterator in zip(unwrap_model(state.model), batches, strict=True):
+        if chunk.pre_process or chunk.post_process:
+            for _ in range(shape.num_microbatches):
+                next(iterator)
+    return StepResult(None)
+
+
+def _loss_and_gradient(loss: torch.Tensor, model: list[Any]) -> tuple[float, float]:
+    """The mean loss over all ranks' tokens, and NaN if any rank has a gradient that is not finite, else 0. The same
+    on all ranks, which wait for each other here."""
+    wrong = torch.zeros(1, dtype=loss.dtype, device=loss.device)
+    if not get_model_config(model[0]).fp16:  # its loss scaler looks for them itself, and expects some
+        for chunk in model:
+            for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+                wrong += ~torch.isfinite(buffer.grad_data.sum(dtype=torch.float32))
+    sums = torch.cat([loss, wrong])
+    torch.distributed.all_reduce(sums)
+    total, num_tokens, num_wrong = sums.tolist()
+    return total / num_tokens, math.nan if num_wrong else 0.0
 
 
 @torch.no_grad()

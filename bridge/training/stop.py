@@ -9,10 +9,13 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from bridge.config import durations
 from bridge.config.schema import Train
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-NO_REASON, SIGNAL, TIME_LIMIT = 0, 1, 2
+# What schedulers, torch elastic and people send: Slurm's --signal is often USR1 or USR2, Ctrl-C is INT.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# What the ranks agree on is the largest of these and the signals' own numbers, which are all above.
+NO_REASON, TIME_LIMIT = 0, 1
 
 
 class Stop:
@@ -21,18 +24,21 @@ class Stop:
     def __init__(self, train: Train, *, started: float) -> None:
         self.train = train
         self.received: signal.Signals | None = None
-        minutes = train.exit_duration_in_mins
-        self.deadline = None if minutes is None else started + 60 * minutes
+        self.deadline = None if train.exit_after is None else started + durations.seconds(train.exit_after)
         self.host_group: dist.ProcessGroup | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note SIGTERM and SIGUSR1 instead of dying from them, so that a save is never cut short."""
+        """Note SIGNALS instead of dying from them, so that a save is never cut short. A second SIGINT interrupts."""
 
         def note(number: int, _: FrameType | None) -> None:
+            if number == self.received == signal.SIGINT:
+                raise KeyboardInterrupt
             self.received = signal.Signals(number)
 
-        previous = {number: signal.signal(number, note) for number in SIGNALS}
+        # By SIGUSR2 submitit learns of the time limit: its handler, or what part of a launcher wraps it, stays.
+        taken = [n for n in SIGNALS if n != signal.SIGUSR2 or signal.getsignal(n) == signal.SIG_DFL]
+        previous = {number: signal.signal(number, note) for number in taken}
         try:
             yield
         finally:
@@ -47,13 +53,11 @@ class Stop:
         if self.deadline is not None and time.monotonic() >= self.deadline:
             mine = TIME_LIMIT
         if self.received is not None:
-            mine = SIGNAL
+            mine = self.received.value
         agreed = self._largest_of_all_ranks(mine)
-        if agreed == TIME_LIMIT:
-            return f"train.exit_duration_in_mins={self.train.exit_duration_in_mins}"
-        if agreed == SIGNAL:
-            return self.received.name if self.received is not None else "a signal to another rank"
-        return None
+        if agreed == NO_REASON:
+            return None
+        return f"train.exit_after={self.train.exit_after}" if agreed == TIME_LIMIT else signal.Signals(agreed).name
 
     def _largest_of_all_ranks(self, value: int) -> int:
         if dist.get_world_size() == 1:

@@ -27,7 +27,14 @@ def test_run_resume_and_refusal(tmp_path):
     run_dir = tmp_path / "runs" / "a"
     code, out, err = train(*command, cwd=tmp_path)
     assert code == 0, err
-    assert result(run_dir) | {"eval_loss": None} == {"status": "done", "step": 2, "eval_loss": None, "error": None}
+    assert result(run_dir) | {"eval_loss": None} == {
+        "status": "done",
+        "step": 2,
+        "eval_loss": None,
+        "error": None,
+        "repeats": False,
+        "restarts": 0,
+    }
     assert result(run_dir)["eval_loss"] == pytest.approx(math.log(64), rel=0.1)  # random tokens, untrained model
     log = (run_dir / "logs" / "rank_0.log").read_text()
     assert "step 2/2" in log and log in out

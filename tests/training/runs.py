@@ -1,5 +1,7 @@
 """Small run configurations for the tests of the training loop."""
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +50,8 @@ def config(runs_dir: Path, *, whole_model: dict[str, Any] | None = None, **overr
         "init": {},
         "checkpoint": {},
         "log": {"log_interval": 1},
+        "rerun": {},
+        "launch": {},
     }
     if overrides.get("optimizer", {}).get("optimizer") == "sgd":
         sections["optimizer"].pop("adam_beta2")
@@ -74,6 +78,13 @@ def train(run: RunConfig) -> Ran:
 
     outcome = run_config_here(run)
     return Ran(outcome.status, outcome.step, outcome.eval_loss, metrics.read(run.run_dir))
+
+
+def train_and_print(run: RunConfig) -> tuple[Ran, str]:
+    """`train`, and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        ran = train(run)
+    return ran, output.getvalue()
 
 
 def losses(lines: list[dict[str, Any]]) -> list[float]:

@@ -24,6 +24,8 @@ TRAINING = {
     "tflops_per_gpu",
     "step_seconds",
     "skipped",
+    "nonfinite",
+    "spikes",
     "peak_memory_bytes",
 }
 

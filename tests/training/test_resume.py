@@ -68,35 +68,52 @@ def test_a_finished_run_is_done_at_once_and_keeps_its_metrics(tmp_path: Path) ->
     assert again == first
 
 
-def train_and_signal(run: Any, number: int) -> Any:
-    signal_when_a_step_is_logged(run, number)
+def train_and_signal(run: Any, number: int, told: int) -> Any:
+    signal_when_a_step_is_logged(run, number, told)
     return train(run)
 
 
-def signal_when_a_step_is_logged(run: Any, number: int) -> None:
+def signal_when_a_step_is_logged(run: Any, number: int, told: int) -> None:
     log = run.run_dir / "metrics.jsonl"
 
     def watch() -> None:
         while not log.is_file() or not log.read_text():
             time.sleep(0.01)
-        if os.environ["RANK"] == "0":  # one rank is told, all must stop at the same step
+        if os.environ["RANK"] == str(told):  # all must stop at the same step
             os.kill(os.getpid(), number)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-@pytest.mark.parametrize(("world_size", "number"), [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
-def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path, world_size: int, number: int) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "number", "told"),
+    [(1, signal.SIGUSR1, 0), (1, signal.SIGINT, 0), (2, signal.SIGTERM, 0), (2, signal.SIGUSR2, 1)],
+)
+def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path, world_size: int, number: int, told: int) -> None:
     run = config(tmp_path, train={"steps": 2000})
-    ranks = run_distributed(train_and_signal, world_size, run, number)
+    ranks = run_distributed(train_and_signal, world_size, run, number, told)
     assert {rank.status for rank in ranks} == {"stopped"}
     (step,) = {rank.step for rank in ranks}
     latest = run.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
     assert 0 < step < 2000 and latest.read_text() == str(step)
 
 
+def test_usr2_is_left_to_a_launcher_that_listens_to_it() -> None:
+    from bridge.training.stop import Stop
+
+    def launchers(*_: Any) -> None: ...
+
+    before = signal.signal(signal.SIGUSR2, launchers)
+    try:
+        with Stop(config(Path("runs")).train, started=0.0).listening():
+            assert signal.getsignal(signal.SIGUSR2) is launchers
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
 def test_a_time_limit_saves_and_stops(tmp_path: Path) -> None:
-    run = config(tmp_path, train={"steps": 2000, "exit_duration_in_mins": 0.02})
+    run = config(tmp_path, train={"steps": 2000, "exit_after": "1s"})
     result = run_distributed(train, 1, run)[0]
     assert result.status == "stopped" and result.step < 2000
     assert (run.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == str(result.step)

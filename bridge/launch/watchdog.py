@@ -1,0 +1,118 @@
+"""Ends a run that hangs: every rank writes the stacks of its threads into its log, then says which ranks are behind.
+
+Each rank watches itself, whoever started it. No rank leaves before the others had GRACE seconds to do the same: the
+first to leave breaks the connections that the others wait on.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from bridge.config.run_config import RunConfig
+from bridge.launch.result import EXIT_CODES, Result, write_json, write_rank_error, write_result
+
+if TYPE_CHECKING:
+    from bridge.training.pulse import Pulse
+
+# The first step of a process, an evaluation and a save may each take so many times as long as a step.
+ALLOWANCE = 10
+GRACE = 5.0  # seconds; ranks notice within a second of each other, a shared file system shows their files later
+MOST_NAMED = 8
+
+
+class Stuck(NamedTuple):
+    """Where a rank was when it gave up. order: the further a rank has come in the step, the larger."""
+
+    step: int
+    order: int
+    phase: str
+    host: str
+
+
+@contextmanager
+def watching(pulse: "Pulse", config: RunConfig, *, rank: int) -> Iterator[None]:
+    """While the body runs, end this process when `pulse` stands still for launch.hang_timeout."""
+    if config.launch.hang_seconds is None:
+        yield
+        return
+    done = threading.Event()
+    threading.Thread(target=_watch, args=(pulse, config, rank, done), daemon=True, name="watchdog").start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _watch(pulse: "Pulse", config: RunConfig, rank: int, done: threading.Event) -> None:
+    timeout = config.launch.hang_seconds
+    assert timeout is not None
+    while not done.wait(min(1.0, timeout / 10)):
+        if _is_late(pulse, timeout):
+            try:
+                _tell(pulse, config, rank)
+            finally:  # also when the disk is what hangs or fails
+                os._exit(EXIT_CODES["failed"])
+
+
+def _is_late(pulse: "Pulse", timeout: float) -> bool:
+    from bridge.training.pulse import WORK_BETWEEN_STEPS
+
+    since, slow = pulse.busy_since, pulse.finished_steps == 0 or pulse.place.phase in WORK_BETWEEN_STEPS
+    return since is not None and time.monotonic() - since > timeout * (ALLOWANCE if slow else 1)
+
+
+def _tell(pulse: "Pulse", config: RunConfig, rank: int) -> None:
+    """Stacks into the log, then after GRACE seconds which ranks are behind: into the log and the error files."""
+    from bridge.training.pulse import PHASES
+
+    step, phase, _ = pulse.place
+    print(f"no progress: rank {rank} is {phase}, step {step}. The stacks of its threads:", file=sys.stderr, flush=True)
+    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+    stuck = Stuck(step, PHASES.index(phase), phase, os.uname().nodename)
+    write_json(stuck, _place_path(config.run_dir, rank))
+    time.sleep(GRACE)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    found = described(_places(config.run_dir), world_size=world_size)
+    error = f"no step finished within launch.hang_timeout={config.launch.hang_timeout}: {found}"
+    result = Result("failed", error=f"{error}; stacks in {config.run_dir / 'logs'}/rank_N.log")
+    write_rank_error(result, config.run_dir, rank=rank, traceback=False)
+    if rank == 0:
+        write_result(result, config.run_dir)
+    print(result.error, file=sys.stderr, flush=True)
+
+
+def described(places: Mapping[int, Stuck], *, world_size: int) -> str:
+    """Where the ranks are, those behind first: they keep the others waiting."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for rank, place in sorted(places.items()):
+        groups.setdefault(place[:2], []).append(rank)
+    told = []
+    if silent := sorted(set(range(world_size)) - places.keys()):
+        told.append(f"{_named(silent)} {'does' if len(silent) == 1 else 'do'} not answer")
+    for _, ranks in sorted(groups.items()):
+        first = places[ranks[0]]
+        hosts = ", ".join(sorted({places[rank].host for rank in ranks})[:MOST_NAMED])
+        told.append(f"{_named(ranks)} ({hosts}): {first.phase}, step {first.step}")
+    return ("behind is " if len(told) > 1 else "") + "; ".join(told)
+
+
+def _named(ranks: list[int]) -> str:
+    shown = ", ".join(str(rank) for rank in ranks[:MOST_NAMED])
+    more = f" and {len(ranks) - MOST_NAMED} more" if len(ranks) > MOST_NAMED else ""
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}{more}"
+
+
+def _place_path(run_dir: Path, rank: int) -> Path:
+    return run_dir / "logs" / f"rank_{rank}.hang"
+
+
+def _places(run_dir: Path) -> dict[int, Stuck]:
+    files = (run_dir / "logs").glob("rank_*.hang")
+    return {int(file.stem.removeprefix("rank_")): Stuck(*json.loads(file.read_text())) for file in files}

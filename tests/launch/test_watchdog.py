@@ -1,0 +1,107 @@
+"""A run that hangs ends by itself, with the stacks of all ranks in their logs and the one that is behind named."""
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridge.launch.watchdog import Stuck, described
+from tests.distributed import run_distributed
+from tests.training.runs import config
+
+SECONDS = 1000.0
+
+
+def train_with_a_stuck_rank(run: Any) -> None:
+    """Rank 1 never gets its 5th sample, of step 3."""
+    from bridge.data import mock
+    from bridge.launch import watchdog, worker
+
+    watchdog.GRACE = 2.0
+    rank, read, original = int(os.environ["RANK"]), 0, mock.RandomTokens.__getitem__
+
+    def never_returns(self: Any, index: int) -> Any:
+        nonlocal read
+        read += 1
+        if rank == 1 and read == 5:
+            time.sleep(SECONDS)
+        return original(self, index)
+
+    mock.RandomTokens.__getitem__ = never_returns  # type: ignore[method-assign]
+    result = worker.execute(run, rank=rank)
+    raise AssertionError(f"came back with {result}")
+
+
+def test_a_rank_that_never_gets_its_data_is_named_and_all_stacks_are_kept(tmp_path: Path) -> None:
+    run = config(tmp_path, train={"eval_interval": None}, launch={"hang_timeout": "5s"})
+    (run.run_dir / "logs").mkdir(parents=True)
+    with pytest.raises(AssertionError) as caught:
+        run_distributed(train_with_a_stuck_rank, 2, run, timeout=60)
+    _, rank_0, rank_1 = re.split(r"^--- rank \d, exit code 1$", str(caught.value), flags=re.MULTILINE)
+    assert "never_returns" in rank_1 and "never_returns" not in rank_0
+    assert "train_step" in rank_0 and "came back" not in rank_0 + rank_1
+    result = json.loads((run.run_dir / "result.json").read_text())
+    host = re.escape(os.uname().nodename)
+    assert (result["status"], result["step"]) == ("failed", None)
+    assert re.match(
+        rf"no step finished within launch.hang_timeout=5s: behind is rank 1 \({host}\): reading data, step 3; "
+        rf"rank 0 \({host}\): reducing gradients and updating, step 3; stacks in {re.escape(str(run.run_dir))}/logs/",
+        result["error"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("places", "world_size", "said"),
+    [
+        ({0: Stuck(7, 2, "forward and backward", "a")}, 1, "rank 0 (a): forward and backward, step 7"),
+        (
+            {rank: Stuck(7, 2, "forward and backward", "a") for rank in (0, 2, 3)},
+            4,
+            "behind is rank 1 does not answer; ranks 0, 2, 3 (a): forward and backward, step 7",
+        ),
+        (
+            {rank: Stuck(8 if rank else 7, 2, "saving", f"host{rank % 2}") for rank in range(12)},
+            12,
+            "behind is rank 0 (host0): saving, step 7; "
+            "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 3 more (host0, host1): saving, step 8",
+        ),
+    ],
+)
+def test_ranks_that_are_behind_come_first(places: dict[int, Stuck], world_size: int, said: str) -> None:
+    assert described(places, world_size=world_size) == said
+
+
+def test_first_steps_evaluations_and_saves_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bridge.launch import watchdog
+    from bridge.training import pulse as places
+
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    pulse = places.Pulse()
+
+    def late_after(seconds: float) -> bool:
+        nonlocal now
+        now += seconds
+        return watchdog._is_late(pulse, 10.0)
+
+    assert not late_after(10000)  # tokenising, loading: before the loop there are no steps
+    pulse.enter(places.STARTING, step=0)
+    pulse.enter(places.COMPUTING, step=1)
+    assert not late_after(99) and late_after(2)
+    pulse.finish_step()
+    pulse.enter(places.READING, step=2)
+    assert not late_after(9)
+    pulse.enter(places.COMPUTING)  # within a step, moving on is not finishing
+    assert late_after(2)
+    for phase in (places.EVALUATING, places.SAVING):
+        pulse.finish_step()
+        pulse.enter(phase)
+        assert not late_after(99) and late_after(2)
+        pulse.enter(places.REPORTING)
+        assert not late_after(9) and late_after(2)
+    pulse.leave()
+    assert not late_after(10000)
