@@ -8,6 +8,7 @@ per parameter in all of them; only these are stored, and the rest is taken from 
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -39,8 +40,12 @@ class OptimizerState:
     ) -> None:
         """`weights`: the sharded weights of the model, as `content.weights` gives them. A collective call."""
         self._optimizer = optimizer
-        self._tree = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(metadata))
-        self._parts = _parts(optimizer, self._tree)
+        with _padding_between_buckets(optimizer):
+            self._tree = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(metadata))
+        chained = _chained(optimizer)
+        self._parts = [
+            (part, self._tree if len(chained) == 1 else self._tree[number]) for number, part in enumerate(chained)
+        ]
         for part, state in self._parts:
             _drop_copies_of_weights(part, state)
         self._places = list(_places(self._tree))
@@ -72,12 +77,8 @@ class OptimizerState:
             self._optimizer.load_state_dict(self._tree)
 
 
-def _parts(optimizer: MegatronOptimizer, tree: dict[Any, Any]) -> list[tuple[MegatronOptimizer, dict[Any, Any]]]:
-    """Each of the chained optimizers with its part of the state dict."""
-    chained: Sequence[MegatronOptimizer] = getattr(optimizer, "chained_optimizers", [optimizer])
-    if len(chained) == 1:
-        return [(chained[0], tree)]
-    return [(part, tree[number]) for number, part in enumerate(chained)]
+def _chained(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def _groups(state: dict[Any, Any]) -> list[dict[str, Any]]:
@@ -101,6 +102,47 @@ def _canonical(value: ShardedBase) -> ShardedBase:
     if value.key.startswith(DISTRIBUTED_MAIN):
         return replace(value, key=MAIN + value.key.removeprefix(DISTRIBUTED_MAIN))  # type: ignore[type-var]
     return value
+
+
+@contextmanager
+def _padding_between_buckets(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Let DistributedOptimizer find each parameter's state where it is.
+
+    megatron-core 0.16.1 gathers the buckets of a buffer one behind the other without the padding at their ends, and then
+    looks for a parameter at its place in the padded buffer: all behind the first padding would be saved as another's, or
+    as zeros (Megatron-LM pull request 5077). A tied embedding has a bucket of its own, large models have many.
+    """
+    parts: list[Any] = [part for part in _chained(optimizer) if isinstance(part, DistributedOptimizer)]
+    for part in parts:
+        part.get_parameter_state_dp_zero = _padding_put_back(part)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.get_parameter_state_dp_zero
+
+
+def _padding_put_back(part: DistributedOptimizer) -> Any:
+    gather = part.get_parameter_state_dp_zero
+
+    def gather_and_spread(**options: Any) -> Any:
+        state = gather(**options)
+        for number, buffer in enumerate(part.buffers):
+            for tensors in state[number].values() if len(buffer.buckets) > 1 else ():
+                for name in ("param", "exp_avg", "exp_avg_sq"):
+                    tensors[name] = _spread(tensors[name], buffer)
+        return state
+
+    return gather_and_spread
+
+
+def _spread(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """The buckets in `packed`, one behind the other, at their places in a tensor of the buffer's size."""
+    spread = packed.new_zeros(buffer.numel)
+    sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
+    for bucket, piece in zip(buffer.buckets, packed.split(sizes), strict=True):
+        spread[bucket.offset : bucket.offset + len(piece)] = piece
+    return spread
 
 
 def _full_precision_weights(part: MegatronOptimizer) -> Iterator[tuple[int, torch.Tensor]]:
