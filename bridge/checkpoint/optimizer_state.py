@@ -40,9 +40,12 @@ class OptimizerState:
     ) -> None:
         """`weights`: the sharded weights of the model, as `content.weights` gives them. A collective call."""
         self._optimizer = optimizer
+        chained = _chained(optimizer)
+        if not is_loading:  # before the first update (fp16 leaves steps out) there are no moments yet
+            for part in chained:
+                part.init_state_fn(part.optimizer, part.config)
         with _padding_between_buckets(optimizer):
             self._tree = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(metadata))
-        chained = _chained(optimizer)
         self._parts = [
             (part, self._tree if len(chained) == 1 else self._tree[number]) for number, part in enumerate(chained)
         ]
