@@ -15,6 +15,7 @@ from bridge.optim import schedule
 from bridge.platform.random_state import random_state
 
 FORMAT = 1
+RANDOM_STATE = "random_state_"
 
 # fully_reshardable stores optimizer state per parameter; megatron-core 0.16.1 cannot load its own default format again.
 METADATA = {
@@ -81,14 +82,16 @@ def layout(state: Trainable) -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """"lr 0.01 -> 0.02, ..." for the names both have with different values; empty when there is none."""
-    return ", ".join(f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name])
+    """ "lr 0.01 -> 0.02, ..." for the names both have with different values; empty when there is none."""
+    return ", ".join(
+        f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]
+    )
 
 
 def random_state_of_rank() -> ShardedObject:
     """This rank's generators, under a key that only the same rank of the same layout asks for."""
-    layout = (
+    sizes = (
         f"tp{parallel.tensor_parallel_size()}pp{parallel.pipeline_size()}cp{parallel.context_parallel_size()}"
         f"ep{parallel.expert_parallel_size()}"
     )
-    return ShardedObject(f"random_state_{layout}", random_state(), (parallel.world_size(),), (parallel.rank(),))
+    return ShardedObject(f"{RANDOM_STATE}{sizes}", random_state(), (parallel.world_size(),), (parallel.rank(),))

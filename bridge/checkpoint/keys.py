@@ -1,27 +1,31 @@
 """The keys of a checkpoint against those the present model and optimizer ask for, on all ranks together."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensorFactory
 
 from bridge import platform
+from bridge.checkpoint.content import RANDOM_STATE
 from bridge.weights.ledger import OPTIMIZER_PREFIXES, name_some
+from bridge.weights.shards import all_gather
 
-WEIGHTS, BUFFERS, OPTIMIZER, EXTRA_STATE = "weights", "buffers", "optimizer state", "extra state"
+WEIGHT, BUFFER, OPTIMIZER, EXTRA_STATE, GENERATOR = "weight", "buffer", "optimizer tensor", "extra state", "generator"
+UNIMPORTANT = (EXTRA_STATE, GENERATOR)
 # Persistent buffers of megatron-core's modules, by their last name.
 BUFFER_NAMES = ("expert_bias",)
-OWN = ("random_state_",)  # keys of other layouts' generators; not asked for, not missed
 
 
 def kind(key: str) -> str:
-    """The class of a stored tensor or object: weights, buffers, optimizer state or extra state (of the kernels)."""
+    """The class of a stored tensor or object: extra state is the kernels', a generator's belongs to one layout."""
+    if key.startswith(RANDOM_STATE):
+        return GENERATOR
     if "_extra_state" in key:
         return EXTRA_STATE
     if key.startswith(OPTIMIZER_PREFIXES):
         return OPTIMIZER
-    return BUFFERS if key.rpartition(".")[2] in BUFFER_NAMES else WEIGHTS
+    return BUFFER if key.rpartition(".")[2] in BUFFER_NAMES else WEIGHT
 
 
 def keys_of(value: Any) -> Iterator[str]:
@@ -49,37 +53,42 @@ def without_missing_extra_state(wanted: dict[str, Any], stored: Iterable[str]) -
     }
 
 
-def differences(wanted: dict[str, Any], stored: Iterable[str]) -> str | None:
-    """What the ranks ask for and the checkpoint lacks, and what it has and no rank asks for, counted by class.
+class Differences(NamedTuple):
+    """Keys that a checkpoint lacks, and keys in it that no rank asks for, without those that nobody misses."""
 
-    None when nothing but extra state differs. The same on every rank; a collective call.
-    """
+    missing: list[str]
+    unasked: list[str]
+
+    def __str__(self) -> str:
+        lacks = f"it lacks {by_class(self.missing)}" if self.missing else ""
+        too_much = f"this run has no place for its {by_class(self.unasked)}" if self.unasked else ""
+        return "; ".join(filter(None, (lacks, too_much)))
+
+    @property
+    def kinds(self) -> set[str]:
+        return {kind(key) for key in (*self.missing, *self.unasked)}
+
+
+def differences(wanted: dict[str, Any], stored: Iterable[str]) -> Differences:
+    """What the ranks want and a checkpoint has, compared: the same on every rank. A collective call."""
     names = sorted(stored)
     number_of = {name: number for number, name in enumerate(names)}
     ours = set(keys_of(wanted))
     asked = torch.zeros(len(names), dtype=torch.int32, device=platform.device())
-    asked[[number_of[key] for key in ours if key in number_of]] = 1
+    asked[torch.tensor([number_of[key] for key in ours if key in number_of], dtype=torch.int64)] = 1
     torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
     unasked = [name for name, count in zip(names, asked.tolist(), strict=True) if not count]
-    lists: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(lists, sorted(ours - number_of.keys()))
-    missing = sorted({key for keys in lists for key in keys})
-    said = [
-        f"{verb} {counted}"
-        for verb, keys in (("it lacks", missing), ("this run has no place for its", unasked))
-        if (counted := by_class(keys))
-    ]
-    return "; ".join(said) or None
+    missing = {key for keys in all_gather(ours - number_of.keys()) for key in keys}
+    return Differences(*(sorted(key for key in keys if kind(key) not in UNIMPORTANT) for keys in (missing, unasked)))
 
 
 def by_class(keys: Iterable[str]) -> str:
-    """"3 weights (a, b, c), 2 buffers (d, e)"; extra state and other layouts' generators are passed over."""
-    classes: dict[str, list[str]] = {}
+    """ "3 weights (a, b, c), 1 buffer (d)"."""
+    classes: dict[str, list[str]] = {name: [] for name in (WEIGHT, BUFFER, OPTIMIZER)}
     for key in keys:
-        if not key.startswith(OWN):
-            classes.setdefault(kind(key), []).append(key)
+        classes[kind(key)].append(key)
     return ", ".join(
-        f"{len(classes[name])} {name} ({name_some(classes[name])})"
-        for name in (WEIGHTS, BUFFERS, OPTIMIZER)
-        if name in classes
+        f"{len(found)} {name}{'s' if len(found) > 1 else ''} ({name_some(found)})"
+        for name, found in classes.items()
+        if found
     )

@@ -36,11 +36,7 @@ def load(path: CheckpointPath, state: Trainable) -> Progress:
     weights = content.weights(state.model)
     optimizer = OptimizerState(state.optimizer, weights, metadata=METADATA, is_loading=True)
     wanted = keys.without_missing_extra_state(weights, stored) | {"optimizer_state": optimizer.tensors}
-    if difference := keys.differences(wanted, stored):
-        raise ConfigError(
-            f"checkpoint: {directory} is of another model or optimizer: {difference}; set another name=, or the model "
-            f"and optimizer it is of ({WEIGHTS_ONLY.format(path=directory)})"
-        )
+    _check_same(keys.differences(wanted, stored), directory)
     generators = content.random_state_of_rank()
     same_layout = generators.unique_key in stored
     if same_layout:
@@ -54,6 +50,16 @@ def load(path: CheckpointPath, state: Trainable) -> Progress:
         set_random_state(loaded["random_state"])
     _say_what_changed(loaded, state)
     return Progress(**loaded["progress"])
+
+
+def _check_same(differences: keys.Differences, directory: Path) -> None:
+    if differences.kinds == {keys.OPTIMIZER}:
+        raise ConfigError(
+            f"checkpoint: {directory} is of another optimizer: {differences}; set the optimizer it is of, or "
+            f"{WEIGHTS_ONLY.format(path=directory)}"
+        )
+    if differences.kinds:
+        raise ConfigError(f"checkpoint: {directory} is of another model: {differences}; set another name=")
 
 
 def _check_format(directory: Path, stored: frozenset[str], *, now: Mapping[str, Any]) -> None:

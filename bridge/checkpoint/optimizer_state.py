@@ -1,10 +1,10 @@
-"""Optimizer state in a checkpoint: per parameter, under names that neither the layout nor the kind of optimizer changes.
+"""Optimizer state in a checkpoint: per parameter, under names that no layout and no kind of optimizer changes.
 
     optimizer.state.exp_avg.KEY, .exp_avg_sq.KEY   moments of the weight KEY, in its shape (SGD: momentum_buffer)
     optimizer.state.fp32_param.KEY                 its 32-bit original, where KEY itself is stored with fewer bits
-and as plain data the number of updates and the state of the loss scaler. megatron-core's own layouts of this state differ
-between its optimizers: plain, distributed, or several in a chain, as with expert parallelism. Its tensors are the same
-per parameter in all of them; only these are stored, and the rest is taken from the optimizer that loads them.
+Beside them, as plain data, stand the number of updates and the state of the loss scaler. megatron-core's optimizers
+(plain, distributed, or several in a chain, as with expert parallelism) each wrap these tensors in a state dict of their
+own, which none of the others can load. Only the tensors are stored; the wrapping is that of the optimizer that loads.
 """
 
 from collections.abc import Iterator, Sequence
@@ -103,7 +103,7 @@ def _places(node: Any) -> Iterator[Place]:
 
 def _canonical(value: ShardedBase) -> ShardedBase:
     if value.key.startswith(DISTRIBUTED_MAIN):
-        return replace(value, key=MAIN + value.key.removeprefix(DISTRIBUTED_MAIN))  # type: ignore[type-var]
+        return replace(value, key=MAIN + value.key.removeprefix(DISTRIBUTED_MAIN))
     return value
 
 
@@ -111,9 +111,10 @@ def _canonical(value: ShardedBase) -> ShardedBase:
 def _padding_between_buckets(optimizer: MegatronOptimizer) -> Iterator[None]:
     """Let DistributedOptimizer find each parameter's state where it is.
 
-    megatron-core 0.16.1 gathers the buckets of a buffer one behind the other without the padding at their ends, and then
-    looks for a parameter at its place in the padded buffer: all behind the first padding would be saved as another's, or
-    as zeros (Megatron-LM pull request 5077). A tied embedding has a bucket of its own, large models have many.
+    megatron-core 0.16.1 gathers the buckets of a buffer one behind the other without the padding at their ends, and
+    then looks for a parameter at its place in the padded buffer: all behind the first padding would be saved as
+    another's state, or as zeros (Megatron-LM pull request 5077). A tied embedding has a bucket of its own at pipeline
+    parallelism, large models have many.
     """
     parts: list[Any] = [part for part in _chained(optimizer) if isinstance(part, DistributedOptimizer)]
     for part in parts:

@@ -1,4 +1,4 @@
-"""What the writer of a checkpoint says about it in `common.pt`: Megatron-LM's training script leaves its arguments there.
+"""What the writer of a checkpoint says about it in `common.pt`, such as Megatron-LM's script its arguments.
 
 The file is torch.save's: a zip archive around a pickle. Read here are plain values and the attributes of an
 `argparse.Namespace`; every other class in it (enums of megatron-core, tensors, whatever else) becomes an inert Foreign,

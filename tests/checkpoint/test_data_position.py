@@ -5,6 +5,7 @@ import os
 import random
 import signal
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_resumed_with_other_batches(tmp_path: Path):
     steps = read_by_step(tmp_path / "run")
     assert [len(ids) for ids in steps.values()] == [2, 2, 4, 3, 3, *[8] * 6]
     ids = list(itertools.chain.from_iterable(steps.values()))
-    assert len(ids) == last.lines[-1]["consumed_samples"] if "loss" in last.lines[-1] else last.lines[-2]
+    assert [line["consumed_samples"] for line in last.lines if "loss" in line][-1] == len(ids)
     assert epochs(ids, SAMPLES) == [list(range(SAMPLES))] * (len(ids) // SAMPLES)
 
 
@@ -92,11 +93,9 @@ def segment(consumed: int, number: int, *, size: int, train: Train, num_ranks: i
     """What `number` steps after `consumed` samples read, in the order of the data, as the ranks' samplers say."""
     from bridge.training.batches import batch_size_at
 
-    size_at = batch_size_at(train, data_parallel_size=num_ranks)
-    batches = sampler.TrainingBatches
-    ranks = [
-        iter(
-            batches(
+    def reader(rank: int) -> Iterator[list[int]]:
+        return iter(
+            sampler.TrainingBatches(
                 size=size,
                 seed=train.seed,
                 consumed=consumed,
@@ -106,8 +105,9 @@ def segment(consumed: int, number: int, *, size: int, train: Train, num_ranks: i
                 num_ranks=num_ranks,
             )
         )
-        for rank in range(num_ranks)
-    ]
+
+    size_at = batch_size_at(train, data_parallel_size=num_ranks)
+    ranks = [reader(rank) for rank in range(num_ranks)]
     ids: list[int] = []
     for _ in range(number):
         samples, before = size_at(consumed + len(ids)), len(ids)

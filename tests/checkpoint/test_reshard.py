@@ -45,14 +45,22 @@ LAYOUTS: dict[str, Layout] = {
 }
 # Every pair of neighbours is a change of layout.
 DENSE = "one tp2 pp2_sharded tp2_sharded pp2_vpp2 dp2_sharded tp2_pp2 cp2_sharded one one_sharded dp2"
-EXPERTS = "one ep2 one ep2_sharded one_sharded tp2_ep2 pp2_vpp2 tp2_ep2_sharded tp2_etp2 pp2_ep2_sharded ep2 cp2_sharded"
+EXPERTS = (
+    "one ep2 one ep2_sharded one_sharded tp2_ep2 pp2_vpp2 tp2_ep2_sharded tp2_etp2 pp2_ep2_sharded ep2 cp2_sharded"
+)
 LATENT = "one tp2_ep2_sharded pp2 ep2 cp2_sharded"
 # The embedding is the output layer, too, and 99 tokens take another padding at another TP.
 TIED = {**MODEL, "num_layers": 4, "vocab_size": 99, "share_embeddings_and_output_weights": True}
 EXPERT_MODEL = {**MODELS["megatron_core's_choice"], "num_layers": 4, "moe_layer_freq": [0, 1, 1, 1], "vocab_size": 99}
 BFLOAT16 = {"params_dtype": "bf16", "pipeline_dtype": "bf16", "bf16": True}
 # A first scale that overflows for a few steps: the scaler's counters matter.
-FLOAT16 = {"params_dtype": "fp16", "pipeline_dtype": "fp16", "fp16": True, "initial_loss_scale": 2.0**17, "hysteresis": 1}
+FLOAT16 = {
+    "params_dtype": "fp16",
+    "pipeline_dtype": "fp16",
+    "fp16": True,
+    "initial_loss_scale": 2.0**17,
+    "hysteresis": 1,
+}
 
 
 def moved_and_not(folder: Path, layouts: str, **options: Any) -> tuple[Ran, Ran]:
@@ -108,9 +116,10 @@ def move(run: Any, target: Path) -> None:
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """All of a checkpoint; of the embedding the rows of tokens: more are padding, as many as the layout needs."""
+    """All of a checkpoint; of embedding and output the rows of tokens: more are padding, as many as a layout needs."""
     dist = open_dist(directory)
-    return {key: dist.read(key)[: 99 if "embedding" in key else None].clone() for key in dist.tensors}
+    padded = ("embedding.word_embeddings.weight", "output_layer.weight")
+    return {key: dist.read(key)[: 99 if key.endswith(padded) else None].clone() for key in dist.tensors}
 
 
 @pytest.mark.parametrize(
@@ -144,3 +153,23 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path, layouts: str, options:
         assert all(now[part] == common[part] for part in ("optimizer", "scheduler", "progress", "settings"))
         shutil.rmtree(first)
         (tmp_path / name).rename(first)
+
+
+def test_weights_alone_from_any_layout(tmp_path: Path):
+    """init.path takes a run of another layout, and what it had to say is not carried on."""
+    ranks, parallelism = LAYOUTS["tp2_ep2_sharded"]
+    options = {"whole_model": EXPERT_MODEL, "data": {"vocab_size": 99}}
+    limits = {"steps": 8, "exit_interval": 2, "eval_interval": None}
+    run_distributed(train, ranks, config(tmp_path, name="source", parallelism=parallelism, train=limits, **options))
+    source = locate(tmp_path / "source").directory
+    expected = {key: value for key, value in tensors(source).items() if not key.startswith("optimizer.")}
+    for name, path in (("one", tmp_path / "source"), ("pp2_ep2_sharded", source)):
+        ranks, parallelism = LAYOUTS[name]
+        run = config(tmp_path, name=f"from_{name}", parallelism=parallelism, init={"path": str(path)}, **options)
+        run_distributed(move, ranks, run, tmp_path / name)
+        directory = locate(tmp_path / name).directory
+        found = tensors(directory)
+        different = [key for key, value in expected.items() if not torch.equal(found[key], value)]
+        assert not different, (name, different)
+        assert not any(value.any() for key, value in found.items() if key.startswith("optimizer."))
+        assert torch.load(directory / "common.pt", weights_only=True)["progress"]["step"] == 0

@@ -81,7 +81,9 @@ def losses(lines: list[dict[str, Any]]) -> list[float]:
 
 def sample_ids(run_dir: Path) -> list[list[int]]:
     """Ids read so far, by data-parallel rank."""
-    return [[index for _, ids in recorded(file) for index in ids] for file in sorted((run_dir / "sample_ids").iterdir())]
+    return [
+        [index for _, ids in recorded(file) for index in ids] for file in sorted((run_dir / "sample_ids").iterdir())
+    ]
 
 
 def recorded(file: Path) -> list[tuple[int, list[int]]]:
