@@ -66,18 +66,24 @@ def to_save(state: Trainable, progress: Progress) -> dict[str, Any]:
 
 
 def layout(state: Trainable) -> dict[str, Any]:
-    """The layout and precision of a run under the names of megatron-core's configurations, as plain values."""
-    virtual = parallel.virtual_pipeline_size()
+    """The layout and precision of a run under the names of megatron-core's configurations, as plain values.
+
+    Sizes of experts only where there are any.
+    """
+    transformer, virtual = get_model_config(state.model[0]), parallel.virtual_pipeline_size()
+    experts = {
+        "expert_model_parallel_size": parallel.expert_parallel_size(),
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size(),
+    }
     return {
         "tensor_model_parallel_size": parallel.tensor_parallel_size(),
         "pipeline_model_parallel_size": parallel.pipeline_size(),
         "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
         "context_parallel_size": parallel.context_parallel_size(),
-        "expert_model_parallel_size": parallel.expert_parallel_size(),
-        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size(),
+        **(experts if transformer.num_moe_experts else {}),
         "data_parallel_size": parallel.data_parallel_size(),
         "use_distributed_optimizer": bool(state.model[0].ddp_config.use_distributed_optimizer),
-        "params_dtype": str(get_model_config(state.model[0]).params_dtype).removeprefix("torch."),
+        "params_dtype": str(transformer.params_dtype).removeprefix("torch."),
     }
 
 

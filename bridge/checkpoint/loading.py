@@ -96,6 +96,6 @@ def _say_what_changed(loaded: Mapping[str, Any], state: Trainable) -> None:
     if not parallel.is_main():
         return
     if changed := content.changes(loaded["layout"], content.layout(state)):
-        print(f"layout since the checkpoint: {changed}; its random generators are not continued", flush=True)
+        print(f"layout since the checkpoint: {changed}; random generators start anew", flush=True)
     if changed := content.changes(loaded["settings"], schedule.settings(state.scheduler, state.optimizer)):
         print(f"settings since the checkpoint: {changed}; the present ones apply", flush=True)

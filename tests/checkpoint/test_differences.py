@@ -137,8 +137,8 @@ def test_formats_bound_to_a_layout_are_refused(tmp_path: Path):
         (
             {"content_metadata": {"distrib_optim_sharding_type": "dp_reshardable"}},
             "in the format 'dp_reshardable', bound to the layout that wrote it (tensor_model_parallel_size=1 "
-            "pipeline_model_parallel_size=1 context_parallel_size=1 expert_model_parallel_size=1 "
-            "expert_tensor_parallel_size=1 data_parallel_size=1; now tensor_model_parallel_size=2 ",
+            "pipeline_model_parallel_size=1 context_parallel_size=1 data_parallel_size=1; now "
+            "tensor_model_parallel_size=2 pipeline",
         ),
         ({"format": None}, "is no training checkpoint of this program (format None, not 1); init.path="),
     ):

@@ -32,7 +32,7 @@ LAYOUTS: dict[str, Layout] = {
     "tp2": (2, TP2),
     "tp2_sharded": (2, {**TP2, **SHARDED}),
     "pp2": (2, PP2),
-    "pp2_sharded": (2, {**PP2, **SHARDED}),
+    "pp2_sharded": (2, {**PP2, **SHARDED, "num_layers_in_first_pipeline_stage": 1}),
     "pp2_vpp2": (2, VPP2),
     "cp2_sharded": (2, {**CP2, **SHARDED}),
     "tp2_pp2": (4, {**TP2, **PP2}),
