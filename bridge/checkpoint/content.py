@@ -88,7 +88,7 @@ def layout(state: Trainable) -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """ "lr 0.01 -> 0.02, ..." for the names both have with different values; empty when there is none."""
+    """As in: lr 0.01 -> 0.02, min_lr 0 -> 0.001. Names that both have with different values; empty without any."""
     return ", ".join(
         f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]
     )

@@ -1,6 +1,6 @@
 """The keys of a checkpoint against those the present model and optimizer ask for, on all ranks together."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -41,11 +41,11 @@ def keys_of(value: Any) -> Iterator[str]:
             yield from keys_of(inner)
 
 
-def without_missing_extra_state(wanted: dict[str, Any], stored: Iterable[str]) -> dict[str, Any]:
+def without_missing_extra_state(wanted: dict[str, Any], stored: Collection[str]) -> dict[str, Any]:
     """`wanted` less the kernels' `_extra_state` that is not stored; checkpoints of other kernels have less or more."""
 
     def keep(value: Any) -> bool:
-        return kind(getattr(value, "key", "")) != EXTRA_STATE or set(keys_of(value)) <= set(stored)
+        return kind(getattr(value, "key", "")) != EXTRA_STATE or all(key in stored for key in keys_of(value))
 
     return {
         name: {key: inner for key, inner in value.items() if keep(inner)} if isinstance(value, dict) else value
@@ -83,7 +83,7 @@ def differences(wanted: dict[str, Any], stored: Iterable[str]) -> Differences:
 
 
 def by_class(keys: Iterable[str]) -> str:
-    """ "3 weights (a, b, c), 1 buffer (d)"."""
+    """As in: 3 weights (a, b, c), 1 buffer (d)."""
     classes: dict[str, list[str]] = {name: [] for name in (WEIGHT, BUFFER, OPTIMIZER)}
     for key in keys:
         classes[kind(key)].append(key)

@@ -48,7 +48,7 @@ def load(path: CheckpointPath, state: Trainable) -> Progress:
     schedule.resume(state.scheduler, num_steps=loaded["scheduler"]["num_steps"])
     if same_layout:
         set_random_state(loaded["random_state"])
-    _say_what_changed(loaded, state)
+    _say_what_changed(loaded, state, same_generators=same_layout)
     return Progress(**loaded["progress"])
 
 
@@ -65,9 +65,10 @@ def _check_same(differences: keys.Differences, directory: Path) -> None:
 def _check_format(directory: Path, stored: frozenset[str], *, now: Mapping[str, Any]) -> None:
     """ConfigError for checkpoints of other programs, and for those whose optimizer state is bound to a layout."""
     common = common_state.read(directory)
-    sharding = (common.get("content_metadata") or {}).get(SHARDING, METADATA[SHARDING])
-    if sharding != METADATA[SHARDING] or any(key.startswith("optimizer.distributed.") for key in stored):
-        theirs = common.get("layout") or common_state.megatron_args(directory)
+    sharding = _mapping(common.get("content_metadata")).get(SHARDING)
+    bound = any(key.startswith("optimizer.distributed.") for key in stored)
+    if bound or sharding not in (None, METADATA[SHARDING]):
+        theirs = _mapping(common.get("layout")) or common_state.megatron_args(directory)
         raise ConfigError(
             f"checkpoint: {directory} keeps its optimizer state in the format {sharding!r}, bound to the layout that "
             f"wrote it ({_shown(theirs, now)}; now {_shown(now, now)}); save it there with "
@@ -78,6 +79,10 @@ def _check_format(directory: Path, stored: frozenset[str], *, now: Mapping[str, 
             f"checkpoint: {directory} is no training checkpoint of this program (format {common.get('format')!r}, not "
             f"{content.FORMAT}); {WEIGHTS_ONLY.format(path=directory)}"
         )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _shown(layout: Mapping[str, Any], names: Mapping[str, Any]) -> str:
@@ -91,11 +96,12 @@ def _load_chunk(chunk: torch.nn.Module, weights: Mapping[str, Any]) -> None:
     assert not wrong, f"not restored: {wrong}"
 
 
-def _say_what_changed(loaded: Mapping[str, Any], state: Trainable) -> None:
+def _say_what_changed(loaded: Mapping[str, Any], state: Trainable, *, same_generators: bool) -> None:
     """One line each for layout and settings, where a resumed run's differ from those of the run that was stopped."""
     if not parallel.is_main():
         return
     if changed := content.changes(loaded["layout"], content.layout(state)):
-        print(f"layout since the checkpoint: {changed}; random generators start anew", flush=True)
+        anew = "" if same_generators else "; random generators start anew"
+        print(f"layout since the checkpoint: {changed}{anew}", flush=True)
     if changed := content.changes(loaded["settings"], schedule.settings(state.scheduler, state.optimizer)):
         print(f"settings since the checkpoint: {changed}; the present ones apply", flush=True)

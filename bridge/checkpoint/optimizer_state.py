@@ -42,7 +42,7 @@ class OptimizerState:
         self._optimizer = optimizer
         chained = _chained(optimizer)
         if not is_loading:  # before the first update (fp16 leaves steps out) there are no moments yet
-            for part in chained:
+            for part in (part for part in chained if part.init_state_fn is not None):
                 part.init_state_fn(part.optimizer, part.config)
         with _padding_between_buckets(optimizer):
             self._tree = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(metadata))
