@@ -1,5 +1,6 @@
 """What a checkpoint lacks, has too much or says differently is named; what does not matter is passed over."""
 
+import argparse
 import contextlib
 import io
 import re
@@ -128,20 +129,55 @@ def test_the_kernels_extra_state_is_never_missed(tmp_path: Path):
     assert losses(last.lines) == losses(straight[0].lines)
 
 
-def test_formats_bound_to_a_layout_are_refused(tmp_path: Path):
-    run = config(tmp_path, train=STOP, parallelism={"tensor_model_parallel_size": 2})
+def save_as_megatron_lm_does(run: Any, directory: Path) -> None:
+    """With the optimizer state in the format that megatron-core's own scripts write unless told otherwise."""
+    from megatron.core import dist_checkpointing
+
+    from bridge import parallel
+    from bridge.checkpoint import content
+    from bridge.training import setup
+
+    data = setup.prepare_data(run)
+    parallel.initialize(run.routed().transformer, seed=run.train.seed)
+    state, metadata = (
+        setup.build(run, data).state,
+        {**content.METADATA, "distrib_optim_sharding_type": "dp_reshardable"},
+    )
+    if parallel.is_main():
+        directory.mkdir(parents=True)
+        (directory.parent / "latest_checkpointed_iteration.txt").write_text("2")
+    parallel.barrier()
+    for part in state.optimizer.chained_optimizers:
+        part.init_state_fn(part.optimizer, part.config)
+    weights = content.weights(state.model)
+    optimizer = state.optimizer.sharded_state_dict(weights, metadata=metadata)
+    sizes = {name: size for name, size in content.layout(state).items() if name.endswith("_size")}
+    args = argparse.Namespace(**sizes, iteration=2)
+    state_dict = {**weights, "optimizer": optimizer, "args": args, "checkpoint_version": 3.0}
+    dist_checkpointing.save(state_dict, str(directory), content_metadata=metadata)
+
+
+def test_a_format_bound_to_its_layout_is_refused(tmp_path: Path):
     directory = tmp_path / "run" / "checkpoints" / "iter_0000002"
-    run_distributed(train, 1, config(tmp_path, train=STOP))
-    common = torch.load(directory / "common.pt", weights_only=True)
-    for changed, said in (
-        (
-            {"content_metadata": {"distrib_optim_sharding_type": "dp_reshardable"}},
-            "in the format 'dp_reshardable', bound to the layout that wrote it (tensor_model_parallel_size=1 "
-            "pipeline_model_parallel_size=1 context_parallel_size=1 data_parallel_size=1; now "
-            "tensor_model_parallel_size=2 pipeline",
-        ),
-        ({"format": None}, "is no training checkpoint of this program (format None, not 1); init.path="),
-    ):
-        torch.save({**common, **changed}, directory / "common.pt")
-        for text in run_distributed(refusal, 2, run):
-            assert said in text and f"init.path={directory} and another name= start" in text
+    parallelism = {"use_distributed_optimizer": True}
+    run = config(tmp_path, train=STOP, parallelism=parallelism)
+    run_distributed(save_as_megatron_lm_does, 2, run, directory)
+    (text,) = run_distributed(refusal, 1, run)
+    said = (
+        "state in the format 'dp_reshardable', bound to the layout that wrote it (tensor_model_parallel_size=1 "
+        "pipeline_model_parallel_size=1 context_parallel_size=1 data_parallel_size=2; now tensor_model_parallel_size=1 "
+        "pipeline_model_parallel_size=1 context_parallel_size=1 data_parallel_size=1); save it there with "
+    )
+    assert said in text and f"or init.path={directory} and another name= start from its weights alone" in text
+    other = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    again = config(tmp_path, name="other", train=STOP, parallelism=other, init={"path": str(directory)})
+    assert run_distributed(train, 2, again)[0].step == 2
+
+
+def test_a_checkpoint_of_another_program_is_refused(tmp_path: Path):
+    run = config(tmp_path, train=STOP)
+    run_distributed(train, 1, run)
+    file = tmp_path / "run" / "checkpoints" / "iter_0000002" / "common.pt"
+    torch.save(torch.load(file, weights_only=True) | {"format": None}, file)
+    (text,) = run_distributed(refusal, 1, run)
+    assert "is no training checkpoint of this program (format None, not 1); init.path=" in text
