@@ -1,17 +1,21 @@
-"""What a checkpoint holds: weights under canonical names, optimizer state per parameter, generators, progress."""
+"""What a checkpoint holds: weights under canonical names, optimizer state per parameter, generators, and as plain data
+progress, schedule, layout and settings of the run that wrote it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.utils import unwrap_model
+from megatron.core.utils import get_model_config, unwrap_model
 
 from bridge import parallel
+from bridge.checkpoint.optimizer_state import OptimizerState
+from bridge.optim import schedule
 from bridge.platform.random_state import random_state
 
 FORMAT = 1
+RANDOM_STATE = "random_state_"
 
 # fully_reshardable stores optimizer state per parameter; megatron-core 0.16.1 cannot load its own default format again.
 METADATA = {
@@ -49,7 +53,55 @@ def weights(model: Sequence[Any]) -> dict[str, Any]:
     return {f"model{index}": chunk.sharded_state_dict(metadata=dict(METADATA)) for index, chunk in enumerate(chunks)}
 
 
+def to_save(state: Trainable, progress: Progress) -> dict[str, Any]:
+    """All that a checkpoint holds, as the sharded state dict of this rank. A collective call."""
+    sharded = weights(state.model)
+    optimizer = OptimizerState(state.optimizer, sharded, metadata=METADATA, is_loading=False)
+    return sharded | {
+        "optimizer_state": optimizer.tensors,
+        "optimizer": optimizer.plain(),
+        "random_state": random_state_of_rank(),
+        "scheduler": {"num_steps": state.scheduler.num_steps},
+        "progress": progress._asdict(),
+        "layout": layout(state),
+        "settings": schedule.settings(state.scheduler, state.optimizer),
+        "format": FORMAT,
+    }
+
+
+def layout(state: Trainable) -> dict[str, Any]:
+    """The layout and precision of a run under the names of megatron-core's configurations, as plain values.
+
+    Sizes of experts only where there are any.
+    """
+    transformer, virtual = get_model_config(state.model[0]), parallel.virtual_pipeline_size()
+    experts = {
+        "expert_model_parallel_size": parallel.expert_parallel_size(),
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size(),
+    }
+    return {
+        "tensor_model_parallel_size": parallel.tensor_parallel_size(),
+        "pipeline_model_parallel_size": parallel.pipeline_size(),
+        "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
+        "context_parallel_size": parallel.context_parallel_size(),
+        **(experts if transformer.num_moe_experts else {}),
+        "data_parallel_size": parallel.data_parallel_size(),
+        "use_distributed_optimizer": bool(state.model[0].ddp_config.use_distributed_optimizer),
+        "params_dtype": str(transformer.params_dtype).removeprefix("torch."),
+    }
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """As in: lr 0.01 -> 0.02, min_lr 0 -> 0.001. Names that both have with different values; empty without any."""
+    return ", ".join(
+        f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]
+    )
+
+
 def random_state_of_rank() -> ShardedObject:
     """This rank's generators, under a key that only the same rank of the same layout asks for."""
-    layout = f"tp{parallel.tensor_parallel_size()}pp{parallel.pipeline_size()}cp{parallel.context_parallel_size()}"
-    return ShardedObject(f"random_state_{layout}", random_state(), (parallel.world_size(),), (parallel.rank(),))
+    sizes = (
+        f"tp{parallel.tensor_parallel_size()}pp{parallel.pipeline_size()}cp{parallel.context_parallel_size()}"
+        f"ep{parallel.expert_parallel_size()}"
+    )
+    return ShardedObject(f"{RANDOM_STATE}{sizes}", random_state(), (parallel.world_size(),), (parallel.rank(),))

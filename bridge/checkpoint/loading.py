@@ -1,83 +1,107 @@
 """Loading: a checkpoint of any layout restored into the present one."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensorFactory
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.utils import unwrap_model
 
-from bridge.checkpoint import content
+from bridge import parallel
+from bridge.checkpoint import content, keys
 from bridge.checkpoint.content import METADATA, Progress, Trainable
+from bridge.checkpoint.optimizer_state import OptimizerState
 from bridge.errors import ConfigError
 from bridge.optim import schedule
 from bridge.platform.random_state import set_random_state
+from bridge.weights import common_state
+from bridge.weights.dist_files import stored_keys
 from bridge.weights.locate import CheckpointPath
+
+SHARDING = "distrib_optim_sharding_type"
+WEIGHTS_ONLY = "init.path={path} and another name= start from its weights alone"
 
 
 def load(path: CheckpointPath, state: Trainable) -> Progress:
     """Restore `state` in place from a checkpoint written by `save`, whatever layout it was written with.
 
-    Rates and decay follow the present configuration, not the checkpoint. Random generators continue only in the layout
-    that wrote them. Raises ConfigError naming weights the checkpoint does not have.
+    Rates and decay follow the present configuration, not the checkpoint; what differs is printed. Random generators
+    continue only in the layout that wrote them. Raises ConfigError naming what the checkpoint lacks or has too much, or
+    when its format is bound to the layout that wrote it.
     """
-    directory = str(path.directory)
-    configured = schedule.configured_groups(state.optimizer)
+    directory = path.directory
+    stored = stored_keys(directory)
+    _check_format(directory, stored, now=content.layout(state))
     weights = content.weights(state.model)
-    optimizer = state.optimizer.sharded_state_dict(weights, is_loading=True, metadata=dict(METADATA))
-    wanted = weights | {"optimizer": optimizer}
-    stored = _stored_keys(directory)
-    same_layout = content.random_state_of_rank().unique_key in stored
+    optimizer = OptimizerState(state.optimizer, weights, metadata=METADATA, is_loading=True)
+    wanted = keys.without_missing_extra_state(weights, stored) | {"optimizer_state": optimizer.tensors}
+    _check_same(keys.differences(wanted, stored), directory)
+    generators = content.random_state_of_rank()
+    same_layout = generators.unique_key in stored
     if same_layout:
-        wanted["random_state"] = content.random_state_of_rank()
-    loaded = dist_checkpointing.load(_without_missing_extra_state(wanted, stored, directory), directory)
+        wanted["random_state"] = generators
+    loaded = dist_checkpointing.load(wanted, str(directory))
     for index, chunk in enumerate(unwrap_model(state.model)):
         _load_chunk(chunk, loaded[f"model{index}"])
-    with torch.no_grad():  # DistributedOptimizer copies into leaf tensors
-        state.optimizer.load_state_dict(loaded["optimizer"])
-    schedule.reapply(configured, optimizer=state.optimizer)
+    optimizer.restore(loaded["optimizer_state"], loaded["optimizer"])
     schedule.resume(state.scheduler, num_steps=loaded["scheduler"]["num_steps"])
     if same_layout:
         set_random_state(loaded["random_state"])
+    _say_what_changed(loaded, state, same_generators=same_layout)
     return Progress(**loaded["progress"])
 
 
-def _stored_keys(directory: str) -> set[str]:
-    """Keys of the tensors and unique keys of the objects in a checkpoint."""
-    return set(load_sharded_metadata(directory))
-
-
-def _without_missing_extra_state(wanted: dict[str, Any], stored: set[str], directory: str) -> dict[str, Any]:
-    """`wanted` less the kernels' own `_extra_state` the checkpoint lacks; ConfigError for missing weights."""
-
-    def keep(value: Any) -> bool:
-        return not (isinstance(value, ShardedObject) and "_extra_state" in value.key and value.unique_key not in stored)
-
-    kept = dict(wanted)
-    missing: list[str] = []
-    for name in [name for name in wanted if name.startswith("model")]:
-        kept[name] = {key: value for key, value in wanted[name].items() if keep(value)}
-        missing += [
-            value.key
-            for value in kept[name].values()
-            if isinstance(value, ShardedBase) and not isinstance(value, ShardedObject) and _absent(value, stored)
-        ]
-    if missing:
+def _check_same(differences: keys.Differences, directory: Path) -> None:
+    if differences.kinds == {keys.OPTIMIZER}:
         raise ConfigError(
-            f"checkpoint: {directory} has no {missing[0]} ({len(missing)} tensors are missing); "
-            "it belongs to another model: set another name="
+            f"checkpoint: {directory} is of another optimizer: {differences}; set the optimizer it is of, or "
+            f"{WEIGHTS_ONLY.format(path=directory)}"
         )
-    return kept
+    if differences.kinds:
+        raise ConfigError(f"checkpoint: {directory} is of another model: {differences}; set another name=")
 
 
-def _absent(value: ShardedBase, stored: set[str]) -> bool:
-    # A factory writes several tensors under its own key (gate and up of a gated MLP share one).
-    return value.key not in stored and not isinstance(value, ShardedTensorFactory)
+def _check_format(directory: Path, stored: frozenset[str], *, now: Mapping[str, Any]) -> None:
+    """ConfigError for checkpoints of other programs, and for those whose optimizer state is bound to a layout."""
+    common = common_state.read(directory)
+    sharding = _mapping(common.get("content_metadata")).get(SHARDING)
+    bound = any(key.startswith("optimizer.distributed.") for key in stored)
+    if bound or sharding not in (None, METADATA[SHARDING]):
+        theirs = _mapping(common.get("layout")) or common_state.megatron_args(directory)
+        raise ConfigError(
+            f"checkpoint: {directory} keeps its optimizer state in the format {sharding!r}, bound to the layout that "
+            f"wrote it ({_shown(theirs, now)}; now {_shown(now, now)}); save it there with "
+            f"--dist-ckpt-optim-fully-reshardable, or {WEIGHTS_ONLY.format(path=directory)}"
+        )
+    if common.get("format") != content.FORMAT:
+        raise ConfigError(
+            f"checkpoint: {directory} is no training checkpoint of this program (format {common.get('format')!r}, not "
+            f"{content.FORMAT}); {WEIGHTS_ONLY.format(path=directory)}"
+        )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _shown(layout: Mapping[str, Any], names: Mapping[str, Any]) -> str:
+    sizes = [f"{name}={layout[name]}" for name in names if name.endswith("_size") and layout.get(name) is not None]
+    return " ".join(sizes) or "not recorded in it"
 
 
 def _load_chunk(chunk: torch.nn.Module, weights: Mapping[str, Any]) -> None:
     result = chunk.load_state_dict(weights, strict=False)
     wrong = [key for key in (*result.missing_keys, *result.unexpected_keys) if "_extra_state" not in key]
     assert not wrong, f"not restored: {wrong}"
+
+
+def _say_what_changed(loaded: Mapping[str, Any], state: Trainable, *, same_generators: bool) -> None:
+    """One line each for layout and settings, where a resumed run's differ from those of the run that was stopped."""
+    if not parallel.is_main():
+        return
+    if changed := content.changes(loaded["layout"], content.layout(state)):
+        anew = "" if same_generators else "; random generators start anew"
+        print(f"layout since the checkpoint: {changed}{anew}", flush=True)
+    if changed := content.changes(loaded["settings"], schedule.settings(state.scheduler, state.optimizer)):
+        print(f"settings since the checkpoint: {changed}; the present ones apply", flush=True)

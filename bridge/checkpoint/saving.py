@@ -10,7 +10,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from bridge import parallel
 from bridge.checkpoint import content, files
-from bridge.checkpoint.content import FORMAT, METADATA, Progress, Trainable
+from bridge.checkpoint.content import METADATA, Progress, Trainable
 from bridge.weights.locate import iteration_directory
 
 
@@ -26,15 +26,7 @@ def save(root: Path, state: Trainable, *, progress: Progress, keep_last: int | N
         files.remove_leftovers(root)
         unfinished.mkdir()
     parallel.barrier()
-    weights = content.weights(state.model)
-    whole = weights | {
-        "optimizer": state.optimizer.sharded_state_dict(weights, is_loading=False, metadata=dict(METADATA)),
-        "random_state": content.random_state_of_rank(),
-        "scheduler": {"num_steps": state.scheduler.num_steps},
-        "progress": progress._asdict(),
-        "format": FORMAT,
-    }
-    _write(unfinished, whole)
+    _write(unfinished, content.to_save(state, progress))
     if parallel.is_main():
         files.publish(unfinished, final)
         if keep_last is not None:

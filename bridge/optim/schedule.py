@@ -12,8 +12,29 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get
 from bridge.config.schema import Scheduler
 from bridge.errors import ConfigError
 
-# Group settings that come from the configuration, not from a checkpoint: a resumed run obeys the command it was given.
-CONFIGURED = ("max_lr", "min_lr", "wd_mult", "lr_mult", "betas", "eps", "momentum")
+# Settings of the two that a resumed run may change, under the names of their keys, and the attribute that holds each.
+SCHEDULER = {
+    "lr_decay_style": "lr_decay_style",
+    "lr_warmup_init": "init_lr",
+    "lr_warmup_steps": "lr_warmup_steps",
+    "lr_decay_steps": "lr_decay_steps",
+    "lr_wsd_decay_style": "lr_wsd_decay_style",
+    "wsd_decay_steps": "wsd_decay_steps",
+    "start_weight_decay": "start_wd",
+    "end_weight_decay": "end_wd",
+    "weight_decay_incr_style": "wd_incr_style",
+}
+OPTIMIZER = (
+    "lr",
+    "min_lr",
+    "weight_decay",
+    "decoupled_weight_decay",
+    "clip_grad",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "sgd_momentum",
+)
 
 
 def build(
@@ -63,15 +84,10 @@ def build(
     )
 
 
-def configured_groups(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
-    """The settings of each parameter group that `reapply` keeps through the loading of a checkpoint."""
-    return [{key: group[key] for key in CONFIGURED if key in group} for group in optimizer.param_groups]
-
-
-def reapply(groups: list[dict[str, Any]], *, optimizer: MegatronOptimizer) -> None:
-    """Put `configured_groups` back: megatron-core's load takes these settings from the checkpoint, silently."""
-    for group, configured in zip(optimizer.param_groups, groups, strict=True):
-        group.update(configured)
+def settings(scheduler: OptimizerParamScheduler, optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """Optimizer and schedule as they are configured: full key -> plain value."""
+    values = {f"optimizer.{name}": getattr(optimizer.config, name) for name in OPTIMIZER}
+    return values | {f"scheduler.{name}": getattr(scheduler, attribute) for name, attribute in SCHEDULER.items()}
 
 
 def resume(scheduler: OptimizerParamScheduler, *, num_steps: int) -> None:

@@ -1,5 +1,6 @@
 """The training and evaluation batches of this rank."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from megatron.core.num_microbatches_calculator import (
 )
 
 from bridge import parallel, platform
+from bridge.checkpoint import Progress
 from bridge.config.schema import Train
 from bridge.data import sampler
 
@@ -83,10 +85,24 @@ def _loader(dataset: Any, batches: Iterable[Sequence[int]], *, num_workers: int)
     return sampler.loader(dataset, batches=batches, num_workers=num_workers, pin_memory=pinned)
 
 
-def recorded(batches: Iterator[Batch], path: Path) -> Iterator[Batch]:
-    """`batches`, each one's sample ids appended to `path` as a line of numbers when it is read."""
+def recorded(batches: Iterator[Batch], path: Path, *, train: Train, after: Progress) -> Iterator[Batch]:
+    """`batches`, the first one of the step after `after`; a line "STEP: ID ID ..." is appended to `path` for each that
+    is read."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    num_ranks = parallel.data_parallel_size()
+    size_at = batch_size_at(train, data_parallel_size=num_ranks)
+    step, consumed = after.step, after.consumed_samples
     with path.open("a", buffering=1) as file:
-        for batch in batches:
-            file.write(" ".join(str(index) for index in batch["sample_id"].tolist()) + "\n")
-            yield batch
+        while True:
+            step, samples = step + 1, size_at(consumed)
+            consumed += samples
+            for batch in itertools.islice(batches, samples // (train.sequences_per_pass(num_ranks) * num_ranks)):
+                file.write(f"{step}: {' '.join(str(index) for index in batch['sample_id'].tolist())}\n")
+                yield batch
+
+
+def forget_after(step: int, directory: Path) -> None:
+    """Take out of the files that `recorded` wrote into `directory` what was read after `step`, as it is read again."""
+    for path in directory.glob("*.txt"):
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if int(line.partition(":")[0]) <= step))

@@ -155,10 +155,26 @@ def _training_batches(job: Job, pulse: Pulse) -> list[Iterator[Batch]]:
         )
         for _ in job.state.model
     ]
-    if config.log.sample_ids and parallel.tensor_parallel_rank() == 0 and parallel.is_pipeline_first_stage():
-        path = config.run_dir / "sample_ids" / f"data_parallel_{parallel.data_parallel_rank()}.txt"
-        iterators[0] = batches.recorded(iterators[0], path)
+    if config.log.sample_ids:
+        iterators[0] = _recorded(iterators[0], job)
     return [pulse.reading(iterator) for iterator in iterators]
+
+
+def _recorded(iterator: Iterator[Batch], job: Job) -> Iterator[Batch]:
+    """`iterator`; of the ranks that read the same samples one writes their ids into RUN_DIR/sample_ids."""
+    directory = job.config.run_dir / "sample_ids"
+    if parallel.is_main():
+        batches.forget_after(job.progress.step, directory)
+    parallel.barrier()
+    first_of_its_samples = (
+        parallel.tensor_parallel_rank() == 0
+        and parallel.context_parallel_rank() == 0
+        and parallel.is_pipeline_first_stage()
+    )
+    if not first_of_its_samples:
+        return iterator
+    path = directory / f"data_parallel_{parallel.data_parallel_rank()}.txt"
+    return batches.recorded(iterator, path, train=job.config.train, after=job.progress)
 
 
 def _evaluate(job: Job, pulse: Pulse) -> float:

@@ -88,7 +88,12 @@ def build(config: RunConfig, data: Data) -> Job:
     settings.check(routed, model=model, optimizer=optimizer)
     state = Trainable(model, optimizer, scheduler)
     datasets = data.build(seed=config.train.seed)
-    progress = Progress(data=data.prepared.identity) if latest is None else checkpoint.load(latest, state)
+    if latest is None:
+        progress = Progress(data=data.prepared.identity)
+    else:
+        # In another layout generators cannot be continued; seeds of their own keep them from repeating the first steps.
+        parallel.seed_generators(routed.transformer, seed=config.train.seed + latest.iteration)
+        progress = checkpoint.load(latest, state)
     if progress.data != data.prepared.identity:
         raise ConfigError(
             f"data.source: the prepared data is {data.prepared.identity}, this run has read {progress.data} so far "

@@ -1,4 +1,4 @@
-"""What Megatron-LM's training script says about a model in a checkpoint's `common.pt`: its command line's arguments.
+"""What the writer of a checkpoint says about it in `common.pt`, such as Megatron-LM's script its arguments.
 
 The file is torch.save's: a zip archive around a pickle. Read here are plain values and the attributes of an
 `argparse.Namespace`; every other class in it (enums of megatron-core, tensors, whatever else) becomes an inert Foreign,
@@ -52,6 +52,17 @@ def megatron_args(directory: Path) -> dict[str, Any]:
 
     Raises ConversionError when the file cannot be read.
     """
+    args = read(directory).get("args")
+    if not isinstance(args, argparse.Namespace | SimpleNamespace):
+        return {}
+    return {name: value for name, value in vars(args).items() if isinstance(value, bool | int | float | str)}
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """The contents of DIRECTORY/common.pt; empty when there is none. Every object that is no plain value is a Foreign.
+
+    Raises ConversionError when the file cannot be read.
+    """
     file = directory / COMMON
     if not file.is_file():
         return {}
@@ -61,7 +72,4 @@ def megatron_args(directory: Path) -> dict[str, Any]:
             common = _Unpickler(io.BytesIO(archive.read(name))).load()
     except Exception as error:  # a damaged pickle can raise anything
         raise ConversionError(f"{file}: cannot be read ({type(error).__name__}: {error}); it is damaged") from error
-    args = common.get("args") if isinstance(common, dict) else None
-    if not isinstance(args, argparse.Namespace | SimpleNamespace):
-        return {}
-    return {name: value for name, value in vars(args).items() if isinstance(value, bool | int | float | str)}
+    return common if isinstance(common, dict) else {}

@@ -144,6 +144,11 @@ def open_dist(directory: str | Path) -> DistFiles:
     return DistFiles(directory, tensors)
 
 
+def stored_keys(directory: str | Path) -> frozenset[str]:
+    """Keys of the tensors and objects of a folder. Raises ConversionError when its `.metadata` is damaged."""
+    return frozenset(_read_metadata(Path(directory) / ".metadata").state_dict_metadata)
+
+
 class Written(NamedTuple):
     """What was appended to a data file: a tensor's chunk, or with no dtype an object."""
 

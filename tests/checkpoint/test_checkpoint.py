@@ -1,4 +1,4 @@
-"""Training checkpoints across layouts, their retention and their refusals."""
+"""Training checkpoints: what lies where, their retention and their refusals."""
 
 from pathlib import Path
 from typing import Any
@@ -6,48 +6,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_distributed
-from tests.training.runs import config, losses, train
-
-SHARDED = {"use_distributed_optimizer": True}
-TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-PIPELINE = {"pipeline_model_parallel_size": 2}
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    run = config(tmp_path_factory.mktemp("straight"), init={"path": str(start(tmp_path_factory))})
-    return losses(run_distributed(train, 1, run)[0].lines)
-
-
-def start(factory: pytest.TempPathFactory) -> Path:
-    """Weights every run here starts from: random ones depend on the layout."""
-    path = factory.getbasetemp() / "start"
-    if not path.exists():
-        run_distributed(train, 1, config(path, train={"exit_interval": 1, "eval_interval": None}))
-    return path / "run"
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ((2, SHARDED), (1, SHARDED)),
-        ((2, TENSOR), (2, PIPELINE)),
-        ((2, {**TENSOR, **SHARDED}), (2, {**SHARDED})),
-    ],
-    ids=["dp2_to_1", "tp2_to_pp2", "tp2_to_dp2_sharded"],
-)
-def test_a_checkpoint_goes_on_in_another_layout(
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    straight: list[float],
-    before: tuple[int, dict[str, Any]],
-    after: tuple[int, dict[str, Any]],
-) -> None:
-    init = {"path": str(start(tmp_path_factory))}
-    first = config(tmp_path, parallelism=before[1], init=init, train={"exit_interval": 10})
-    run_distributed(train, before[0], first)
-    second = run_distributed(train, after[0], config(tmp_path, parallelism=after[1], init=init))[0]
-    assert losses(second.lines) == pytest.approx(straight, rel=1e-5)
+from tests.training.runs import config, train
 
 
 def test_the_last_k_are_kept(tmp_path: Path) -> None:

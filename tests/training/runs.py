@@ -94,5 +94,12 @@ def losses(lines: list[dict[str, Any]]) -> list[float]:
 
 def sample_ids(run_dir: Path) -> list[list[int]]:
     """Ids read so far, by data-parallel rank."""
-    files = sorted((run_dir / "sample_ids").iterdir())
-    return [[int(word) for word in file.read_text().split()] for file in files]
+    return [
+        [index for _, ids in recorded(file) for index in ids] for file in sorted((run_dir / "sample_ids").iterdir())
+    ]
+
+
+def recorded(file: Path) -> list[tuple[int, list[int]]]:
+    """(step, ids) of every micro-batch in one file of RUN_DIR/sample_ids."""
+    lines = [line.split(":") for line in file.read_text().splitlines()]
+    return [(int(step), [int(word) for word in ids.split()]) for step, ids in lines]

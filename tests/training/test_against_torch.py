@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.distributed import run_distributed
-from tests.training.runs import ADAM, config, train
+from tests.training.runs import ADAM, config, sample_ids, train
 
 STEPS, BATCH, WARMUP = 20, 4, 3
 OPTIMIZER = {**ADAM, "clip_grad": 0.5}
@@ -73,7 +73,7 @@ def compare(directory: Path, tmp_path: Path, *, data: dict[str, Any], peak: floa
         train={"steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": 2, "eval_interval": None},
     )
     lines = run_distributed(train, 1, run)[0].lines
-    ids = [int(word) for word in (run.run_dir / "sample_ids" / "data_parallel_0.txt").read_text().split()]
+    (ids,) = sample_ids(run.run_dir)
     expected = plain_loop(directory, training_samples(run), ids, peak=peak)
 
     ours = [Step(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
