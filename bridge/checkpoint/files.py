@@ -8,34 +8,43 @@ Old iterations are removed last.
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
-from bridge.weights.locate import LATEST, CheckpointPath, locate
+from bridge.weights.locate import LATEST, iteration_directory
 
 SAVING, REMOVING = ".saving_", ".removing_"
 
 
-def latest(root: Path) -> CheckpointPath | None:
-    """The newest complete checkpoint below `root`, or None before the first save."""
-    return locate(root, key="checkpoint") if (root / LATEST).is_file() else None
+def newest(root: Path) -> Path | None:
+    """The directory that `latest` names, or None before the first save."""
+    try:
+        return iteration_directory(root, iteration=int((root / LATEST).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
 
 
-def publish(unfinished: Path, final: Path) -> None:
-    """Flush `unfinished` to disk, give it its name, then point `latest` at it: in this order, each step atomic."""
+def publish(unfinished: Path, final: Path, *, flushed: Collection[str] = ()) -> None:
+    """Flush `unfinished` to disk, give it its name, then point `latest` at it: in this order, each step atomic.
+
+    flushed: names of files that are on disk already.
+    """
     for file in unfinished.iterdir():
-        _flush(file)
-    _flush(unfinished)
-    if final.exists():  # whole, but its save was killed before `latest` was moved
+        if file.name not in flushed:
+            flush(file)
+    flush(unfinished)
+    if final.exists():  # whole, but its save was killed before `latest` was moved; or damaged, and passed over
         _remove(final)
     unfinished.rename(final)
     pointer = final.parent / f"{SAVING}latest"
     pointer.write_text(str(int(final.name.removeprefix("iter_"))))
-    _flush(pointer)
+    flush(pointer)
     pointer.replace(final.parent / LATEST)
-    _flush(final.parent)
+    flush(final.parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have what is written of a file, or of a directory's names, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -43,12 +52,13 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def retain(newest: Path, *, keep: int) -> None:
-    """Remove all but the `keep` last iterations up to `newest`."""
+def retain(newest: Path, *, keep: int, spare: Collection[str] = ()) -> None:
+    """Remove all but the `keep` last iterations up to `newest`, and those whose name is in `spare`."""
     # A later iteration can lie beside `newest` when a save was killed before `latest` moved: it is not counted.
     saved = sorted(directory for directory in newest.parent.glob("iter_*") if directory.name <= newest.name)
     for directory in saved[:-keep]:
-        _remove(directory)
+        if directory.name not in spare:
+            _remove(directory)
 
 
 def _remove(directory: Path) -> None:

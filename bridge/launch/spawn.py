@@ -16,7 +16,7 @@ import psutil
 import bridge
 from bridge.launch.result import Result, first_rank_error, read_result, write_result
 from bridge.launch.run_dir import Claim
-from bridge.launch.worker import die_with_parent
+from bridge.platform.processes import die_with_parent
 
 WORKER = "bridge.launch.worker"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -5,14 +5,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bridge import checkpoint, parallel
-from bridge.checkpoint import Progress
+from bridge import parallel
 from bridge.optim import schedule
-from bridge.training import batches, flops, initial
+from bridge.training import batches, flops
 from bridge.training.batches import Batch
 from bridge.training.evaluate import evaluate
 from bridge.training.metrics import Pending, Rates, Report, Step
 from bridge.training.metrics import read as read_metrics
+from bridge.training.saves import Saves
 from bridge.training.setup import Job
 from bridge.training.step import Shape, train_step
 from bridge.training.stop import Stop
@@ -28,7 +28,7 @@ class Outcome:
     reason: str | None = None
 
 
-def train(job: Job, *, stop: Stop, report: Report) -> Outcome:
+def train(job: Job, *, stop: Stop, report: Report, saves: Saves) -> Outcome:
     """Run `job` to its last step or until `stop` has a reason."""
     train = job.config.train
     progress = job.progress
@@ -59,7 +59,10 @@ def train(job: Job, *, stop: Stop, report: Report) -> Outcome:
             eval_loss = _evaluate(job)
             report.write({"step": progress.step, "eval_loss": eval_loss})
         if saving:
-            _save(job, progress)
+            with _gathered_parameters(job.state.model):
+                saves.save(progress)
+        else:
+            saves.poll(progress.step)
         if evaluating or saving:
             pending.restart_clock()
     return Outcome("done" if reason is None else "stopped", progress.step, eval_loss, reason)
@@ -117,16 +120,6 @@ def _evaluation_at(job: Job, step: int) -> float | None:
         return None
     lines = [line for line in read_metrics(job.config.run_dir) if line["step"] == step]
     return next((line["eval_loss"] for line in lines if "eval_loss" in line), None)
-
-
-def _save(job: Job, progress: Progress) -> None:
-    keep_last = job.config.checkpoint.keep_last
-    if parallel.is_main():
-        initial.describe(job.checkpoints, job.config, tokenizer=job.data.prepared.tokenizer)
-    with _gathered_parameters(job.state.model):
-        directory = checkpoint.save(job.checkpoints, job.state, progress=progress, keep_last=keep_last)
-    if parallel.is_main():
-        print(f"saved {directory}", flush=True)
 
 
 @contextmanager

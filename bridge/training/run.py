@@ -13,6 +13,7 @@ from bridge.data.source import Prepared
 from bridge.training import metrics, setup
 from bridge.training.loop import Outcome, train
 from bridge.training.metrics import Report
+from bridge.training.saves import Saves
 from bridge.training.stop import Stop
 
 __all__ = ["Outcome", "run"]
@@ -22,27 +23,30 @@ def run(config: RunConfig) -> Outcome:
     """Train as `config` says, in this process, as the rank that RANK and WORLD_SIZE name (none: a world of one).
 
     Resumes from the run directory's latest checkpoint. Raises ConfigError for what only now turns out to be wrong with
-    the configuration, FloatingPointError when the loss is not finite.
+    the configuration, FloatingPointError when the loss is not finite, RunError when a checkpoint could not be saved.
     """
     stop = Stop(config.train, started=time.monotonic())
     with stop.listening():
         metrics.check_packages(config)
         data = setup.prepare_data(config)
         parallel.initialize(config.routed().transformer, seed=config.train.seed)
-        outcome = _train(config, data, stop)
+        outcome, saves = _train(config, data, stop)
         # Not after a failure: the peers of a failed rank may never come to a teardown that waits for them.
         parallel.teardown()
+        saves.end_exports(done=outcome.status == "done")
     return outcome
 
 
-def _train(config: RunConfig, data: setup.Data, stop: Stop) -> Outcome:
+def _train(config: RunConfig, data: setup.Data, stop: Stop) -> tuple[Outcome, Saves]:
     job = setup.build(config, data)
     report = Report(config, resumed_step=job.progress.step, is_main=parallel.is_main())
-    outcome = train(job, stop=stop, report=report)
+    saves = Saves(job, report)
+    with saves.finished():
+        outcome = train(job, stop=stop, report=report, saves=saves)
     report.close()
     if parallel.is_main():
         _say_what_next(config, outcome, data.prepared)
-    return outcome
+    return outcome, saves
 
 
 def _say_what_next(config: RunConfig, outcome: Outcome, prepared: Prepared) -> None:

@@ -78,8 +78,9 @@ def build(config: RunConfig, data: Data) -> Job:
     """
     routed = per_token_loss(config.routed())
     chunks = gpt.build(routed, wrap=True)
-    latest = checkpoint.latest(config.run_dir / "checkpoints")
-    if latest is None:
+    root = config.run_dir / "checkpoints"
+    resuming = checkpoint.has_checkpoint(root)
+    if not resuming:
         initial.load(unwrap_model(chunks), routed=routed, path=config.init.path)
     model = ddp.wrap(chunks, DistributedDataParallelConfig(**routed.ddp))
     optimizer = optimizers.build(routed, model=model)
@@ -87,13 +88,15 @@ def build(config: RunConfig, data: Data) -> Job:
     _connect(model, optimizer)
     state = Trainable(model, optimizer, scheduler)
     datasets = data.build(seed=config.train.seed)
-    progress = Progress(data=data.prepared.identity) if latest is None else checkpoint.load(latest, state)
+    progress = Progress(data=data.prepared.identity)
+    if resuming:
+        latest, progress = checkpoint.resume(root, state, config.checkpoint)
     if progress.data != data.prepared.identity:
         raise ConfigError(
             f"data.source: the prepared data is {data.prepared.identity}, this run has read {progress.data} so far "
             "(its text or tokenizer changed); set another name="
         )
-    if latest is not None and parallel.is_main():
+    if resuming and parallel.is_main():
         print(f"resumed from {latest.directory} at step {progress.step}", flush=True)
     return Job(config=config, state=state, data=data, datasets=datasets, progress=progress)
 
