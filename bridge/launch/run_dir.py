@@ -95,7 +95,10 @@ def _check_unchanged(config: RunConfig, path: Path) -> None:
 
 def _check_same_job(overrides: Sequence[str], swept: Sequence[str], path: Path) -> None:
     """Job directories are numbered: another sweep of that name must not resume them as if they were its own."""
-    saved = yaml.safe_load((path / "overrides.yaml").read_text(encoding="utf-8"))
+    try:
+        saved = yaml.safe_load((path / "overrides.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path / 'overrides.yaml'}: not readable ({' '.join(str(error).split())})") from error
     missing = {o for o in overrides if o in swept or not o.startswith(FREE_IN_SWEEPS)} - set(saved)
     extra = {o for o in saved if not o.startswith(FREE_IN_SWEEPS)} - set(overrides)
     if missing or extra:
