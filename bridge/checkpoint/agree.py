@@ -43,5 +43,5 @@ def reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         return reason(next(iter(error.failures.values()))[0])
     refused = system_reason(error)
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).removeprefix("Worker failure: ")  # megatron-core's words
     return refused if refused is not None else text or type(error).__name__

@@ -11,17 +11,24 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from bridge.errors import DamagedError
 from bridge.weights.locate import LATEST, iteration_directory
 
 SAVING, REMOVING = ".saving_", ".removing_"
 
 
 def newest(root: Path) -> Path | None:
-    """The directory that `latest` names, or None before the first save."""
+    """The directory that `latest` names, or None before the first save. Raises DamagedError when it names none."""
+    pointer = root / LATEST
     try:
-        return iteration_directory(root, iteration=int((root / LATEST).read_text(encoding="utf-8")))
+        text = pointer.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{pointer}: cannot be read ({error})") from error
+    if not text.isdigit():
+        raise DamagedError(f"{pointer}: holds {text!r}, not an iteration number")
+    return iteration_directory(root, iteration=int(text))
 
 
 def publish(unfinished: Path, final: Path, *, flushed: Collection[str] = ()) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bridge import parallel
-from bridge.checkpoint import checksums, loading
+from bridge.checkpoint import checksums, files, loading
 from bridge.checkpoint.agree import FAILURES, together
 from bridge.checkpoint.content import Progress, Trainable
 from bridge.config.schema import Checkpoint
@@ -48,16 +48,14 @@ def resume(root: Path, state: Trainable, options: Checkpoint) -> Resumed:
                 hint = f"checkpoint.fall_back=true resumes from {older.name} instead"
                 raise DamagedError(f"{error}; {hint}") from error
             if parallel.is_main():
-                print(f"checkpoint.fall_back: {error}; falling back to {older}", flush=True)
+                print(f"checkpoint.fall_back: {error}; falling back to {older.name}", flush=True)
     raise AssertionError("a root with `latest` has a candidate")
 
 
 def _candidates(root: Path) -> list[Path]:
     """The iteration that `latest` names, then the older ones, newest first."""
-    text = (root / LATEST).read_text(encoding="utf-8").strip()
-    if not text.isdigit():
-        raise ConfigError(f"{root / LATEST}: holds {text!r}, not an iteration number; it is damaged")
-    newest = locate.iteration_directory(root, iteration=int(text))
+    newest = files.newest(root)
+    assert newest is not None
     older = [path for path in root.glob("iter_*") if re.fullmatch(r"iter_\d+", path.name) and path.name < newest.name]
     return [newest, *sorted(older, reverse=True)]
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from torch.distributed.checkpoint import CheckpointException
 
 from bridge import parallel
 from bridge.checkpoint import content, files
@@ -19,6 +20,7 @@ from bridge.checkpoint.content import FORMAT, METADATA, Progress, Trainable
 from bridge.checkpoint.writing import Strategy, in_background
 from bridge.errors import BridgeError, RunError
 from bridge.weights.locate import iteration_directory
+from bridge.weights.shards import all_gather
 
 
 class Saved(NamedTuple):
@@ -144,7 +146,10 @@ class Saver:
             kept = "there is no earlier checkpoint" if latest is None else f"{latest.name} stays the latest checkpoint"
             if parallel.is_main():
                 shutil.rmtree(pending.unfinished, ignore_errors=True)
-            raise RunError(f"{pending.final}: could not be saved ({reason(error)}); {kept}") from error
+            why = reason(error)
+            if isinstance(error, CheckpointException):  # on all ranks, but only rank 0 has been told why
+                why = next(filter(None, all_gather(error.failures and why)), why)
+            raise RunError(f"{pending.final}: could not be saved ({why}); {kept}") from error
 
 
 def save_weights(directory: Path, model: Sequence[Any]) -> None:

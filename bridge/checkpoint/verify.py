@@ -1,9 +1,10 @@
 """`python -m bridge.checkpoint verify PATH`: is every file of a run's checkpoints what was saved, and harmless?"""
 
+import re
 from functools import partial
 from pathlib import Path
 
-from bridge.checkpoint import checksums
+from bridge.checkpoint import checksums, files
 from bridge.errors import BridgeError, ConfigError
 from bridge.weights import locate
 from bridge.weights.dist_files import open_dist
@@ -22,13 +23,13 @@ def verify(path: str | Path) -> int:
 
 def _iterations(path: Path) -> list[Path]:
     root = next((root for root in (path, path / "checkpoints") if (root / LATEST).is_file()), None)
-    if root is None:
-        return [locate.locate(path, key="path").directory]
-    text = (root / LATEST).read_text(encoding="utf-8").strip()
-    if not text.isdigit():
-        return [locate.locate(path, key="path").directory]
-    newest = locate.iteration_directory(root, iteration=int(text))
-    return sorted({newest, *(found for found in root.glob("iter_*") if found.is_dir())})
+    if root is not None:
+        found = {directory for directory in root.glob("iter_*") if directory.is_dir()}
+        newest = files.newest(root)
+        return sorted(found if newest is None else {*found, newest})
+    if re.fullmatch(r"iter_\d+", path.name) and path.is_dir():
+        return [path]
+    return [locate.locate(path, key="path").directory]
 
 
 def _verify(directory: Path) -> bool:

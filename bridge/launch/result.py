@@ -66,9 +66,10 @@ def read_result(run_dir: Path) -> Result | None:
         return None
 
 
-def write_rank_error(result: Result, run_dir: Path, *, rank: int) -> None:
-    """logs/rank_N.error: a rank's failure and when it happened."""
-    write_json({"time": time.time(), **asdict(result)}, run_dir / "logs" / f"rank_{rank}.error")
+def write_rank_error(result: Result, run_dir: Path, *, rank: int, traceback: bool = True) -> None:
+    """logs/rank_N.error: a rank's failure, whether its log has a traceback, and when it happened."""
+    record = {"time": time.time(), "traceback": traceback, **asdict(result)}
+    write_json(record, run_dir / "logs" / f"rank_{rank}.error")
 
 
 def first_rank_error(run_dir: Path) -> Result | None:
@@ -78,8 +79,9 @@ def first_rank_error(run_dir: Path) -> Result | None:
         return None
     failures = [(json.loads(file.read_text(encoding="utf-8")), file) for file in files]
     first, file = min(failures, key=lambda failure: failure[0].pop("time"))
+    traceback = first.pop("traceback")
     result = Result(**first)
-    if result.status == "invalid":
+    if result.status == "invalid" or not traceback:
         return result
     return replace(result, error=f"{result.error} (full traceback in {file.with_suffix('.log')})")
 

@@ -75,6 +75,7 @@ def _point_output(stdout: int, stderr: int) -> None:
 
 def execute(config: RunConfig, *, rank: int) -> Result:
     """Train as `config` says in this process. Rank 0 writes result.json, a failing rank logs/rank_N.error."""
+    traced = False
     try:
         from bridge.training.run import run  # imports torch
 
@@ -85,10 +86,11 @@ def execute(config: RunConfig, *, rank: int) -> Result:
     except RunError as error:
         result = Result("failed", error=str(error))
     except Exception as error:
+        traced = True
         traceback.print_exc()
         result = Result("failed", error=in_one_line(error))
     if result.error is not None:
-        write_rank_error(result, config.run_dir, rank=rank)
+        write_rank_error(result, config.run_dir, rank=rank, traceback=traced)
     if rank == 0:
         write_result(result, config.run_dir)
     return result

@@ -86,7 +86,11 @@ class _RefusedError(Exception):
 
 
 def _load_from_bytes(content: bytes) -> Foreign:
-    torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    try:
+        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = _REFUSED.search(str(error))
+        raise _RefusedError(named[1]) if named else error from error
     return Foreign()
 
 

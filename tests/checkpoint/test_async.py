@@ -53,18 +53,18 @@ def test_what_was_written_in_the_background_is_what_was_there(
 
 def executed(run: Any, fault: str) -> Any:
     """The result of a run whose second save meets with `fault`, as worker.execute reports it."""
-    from bridge.checkpoint import files, writing
+    from bridge.checkpoint import files, saving, writing
     from bridge.launch.worker import execute
 
     def second(original: Any, *, rank: int, act: Any) -> Any:
         calls = 0
 
-        def wrapped(*arguments: Any) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls == 2 and os.environ["RANK"] == str(rank):
                 act()
-            return original(*arguments)
+            return original(*arguments, **options)
 
         return wrapped
 
@@ -72,7 +72,6 @@ def executed(run: Any, fault: str) -> Any:
         raise OSError(28, "No space left on device")
 
     if fault == "killed_writer":
-        original, parts = writing._write_file, writing._write_all
 
         def killed(*arguments: Any) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -80,7 +79,7 @@ def executed(run: Any, fault: str) -> Any:
         def choose() -> None:
             writing._write_file = killed
 
-        writing._write_all = second(parts, rank=1, act=choose)
+        saving.in_background = second(saving.in_background, rank=1, act=choose)
     elif fault == "common.pt":
         writing.TorchCommonSaveStrategy.save_common = second(
             writing.TorchCommonSaveStrategy.save_common, rank=0, act=full

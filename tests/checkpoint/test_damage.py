@@ -1,5 +1,6 @@
 """Checkpoints with damaged or malicious files: one line names the file, and nothing else happens."""
 
+import dataclasses
 import io
 import os
 import pickle
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from bridge.config.schema import Init
 from tests.distributed import run_distributed
 from tests.training.runs import config, train
 
@@ -56,7 +58,7 @@ def flip(file: Path) -> None:
 def executed(run: Any) -> Any:
     from bridge.launch.worker import execute
 
-    (run.run_dir / "logs").mkdir(exist_ok=True)
+    (run.run_dir / "logs").mkdir(parents=True, exist_ok=True)
     return execute(run, rank=int(os.environ["RANK"]))
 
 
@@ -97,9 +99,10 @@ def test_verify_sees_every_file(iteration: Path, name: str, capsys: pytest.Captu
 def test_verify_without_checksums_reads_every_tensor(iteration: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (iteration / "checksums.json").unlink()
     assert verified(iteration, capsys)[0] == 0
-    truncate(largest(iteration))
+    file = largest(iteration)
+    truncate(file)
     code, lines = verified(iteration, capsys)
-    assert code == 1 and lines[0].startswith(f"{largest(iteration)}: ")
+    assert code == 1 and lines[0].startswith(f"{file}: ") and len(lines) == 1
 
 
 def test_verify_refuses_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,21 +114,23 @@ def test_verify_refuses_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_run_says_what_is_damaged_and_falls_back_when_told_to(run_dir: Path, iteration: Path) -> None:
-    truncate(largest(iteration))
+    file = largest(iteration)
+    truncate(file)
     flip(largest(run_dir / "checkpoints" / "iter_0000006"))
     longer = {**STEPS, "train": {**STEPS["train"], "steps": 10}}
     longer["scheduler"] = {"lr_decay_steps": 8}
     result = run_distributed(executed, 1, config(run_dir.parent, **longer))[0]
     assert (result.status, result.exit_code) == ("invalid", 2)
-    assert f"{largest(iteration)}: " in result.error and "\n" not in result.error
+    assert f"{file}: " in result.error and "\n" not in result.error
     assert "checkpoint.fall_back=true resumes from iter_0000006 instead" in result.error
 
     longer["checkpoint"] = {"save_interval": 3, "fall_back": True, "verify": True}
-    result = run_distributed(executed_with_output, 2, config(run_dir.parent, **longer))[0]
-    said = [line for line in result[1].splitlines() if line.startswith(("checkpoint.fall_back", "resumed"))]
-    assert result[0].status == "done"
-    assert f"{largest(iteration)}: " in said[0] and said[0].endswith("falling back to iter_0000006") is False
-    assert "iter_0000003" in said[-1]
+    result, output = run_distributed(executed_with_output, 1, config(run_dir.parent, **longer))[0]
+    said = [line for line in output.splitlines() if line.startswith(("checkpoint.fall_back", "resumed"))]
+    assert result.status == "done" and len(said) == 3
+    assert f"{file}: " in said[0] and said[0].endswith("falling back to iter_0000006")
+    assert "CRC-32" in said[1] and said[1].endswith("falling back to iter_0000003")
+    assert said[2].startswith("resumed from") and said[2].endswith("iter_0000003 at step 3")
 
 
 def executed_with_output(run: Any) -> Any:
@@ -193,7 +198,7 @@ def replace_object(directory: Path, key: str, value: Any) -> str:
     from bridge.weights.dist_files import _read_metadata
 
     metadata = _read_metadata(directory / ".metadata")
-    index, storage = next((index, where) for index, where in metadata.storage_data.items() if key in index.fqn)
+    storage = next(where for index, where in metadata.storage_data.items() if key in index.fqn)
     stream = io.BytesIO()
     torch.save(value, stream)
     file = directory / storage.relative_path
@@ -247,34 +252,32 @@ def test_neither_a_run_nor_a_conversion_runs_it(
     file = attack(iteration, trace)
     rewrite_checksums(iteration)
     longer = {**STEPS, "train": {**STEPS["train"], "steps": 10}}
-    first, second, export = run_distributed(three_uses, 1, config(run_dir.parent, **longer), tmp_path / "hf")
-    assert (first.status, first.exit_code) == ("invalid", 2) and file in first.error and "\n" not in first.error
+    run = config(run_dir.parent, **longer)
+    resumed = run_distributed(executed, 1, run)[0]
+    fresh = dataclasses.replace(run, name="fresh", init=Init(path=str(run_dir)))
+    started = run_distributed(executed, 1, fresh)[0]
+    exported = run_distributed(export, 1, run_dir, tmp_path / "hf")[0]
+    assert (resumed.status, resumed.exit_code) == ("invalid", 2) and str(iteration / file) in resumed.error
     if attack is into_metadata:
-        assert (second.status, second.exit_code) == ("invalid", 2) and file in second.error
-        assert file in export
+        assert (started.status, started.exit_code) == ("invalid", 2)
+        for error in (resumed.error, started.error, exported):
+            assert str(iteration / file) in error and "could run code" in error and "\n" not in error
     else:
-        assert second.status == "done" and export == ""
+        assert started.status == "done" and exported == ""
     assert not trace.exists()
 
 
-def three_uses(run: Any, target: Path) -> Any:
-    import dataclasses
-
-    from bridge import convert, parallel
-    from bridge.config.schema import ConvertConfig, Init
+def export(run_dir: Path, target: Path) -> str:
+    from bridge import convert
+    from bridge.config.schema import ConvertConfig
     from bridge.errors import BridgeError
 
-    resumed = executed(run)
-    parallel.teardown()
-    os.environ["MASTER_PORT"] = os.environ["MASTER_PORT"]
-    fresh = dataclasses.replace(run, name="fresh", init=Init(path=str(run.run_dir)))
-    fresh.run_dir.mkdir()
-    started = executed(fresh)
+    del os.environ["RANK"]
     try:
-        convert.run(ConvertConfig("export", hf=str(target), megatron=str(run.run_dir)))
+        convert.run(ConvertConfig("export", hf=str(target), megatron=str(run_dir)))
     except BridgeError as error:
-        return resumed, started, str(error)
-    return resumed, started, ""
+        return str(error)
+    return ""
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "checkpoints/model.yaml"])
