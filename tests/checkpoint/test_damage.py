@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,26 @@ def test_a_checkpoint_cannot_run_code(
     code, lines = verified(iteration, capsys)
     assert code == 1 and lines == [str(caught.value)]
     assert not trace.exists()
+
+
+def test_what_transformer_engine_leaves_is_let_through(iteration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FP8's extra state: recipe, scales, plain values; the module is not needed, nor imported, to look at it."""
+    from bridge.weights.plain_objects import check_plain
+
+    recipe = types.ModuleType("transformer_engine.common.recipe")
+    recipe.DelayedScaling = type("DelayedScaling", (), {"__module__": recipe.__name__})  # type: ignore[attr-defined]
+    for name in ("transformer_engine", "transformer_engine.common", recipe.__name__):
+        monkeypatch.setitem(sys.modules, name, recipe)
+    state = {
+        "recipe": recipe.DelayedScaling(),  # type: ignore[attr-defined]
+        "scale_fwd": torch.ones(3),
+        "amax_history_fwd": torch.zeros(16, 3, dtype=torch.bfloat16),
+        "extra_fp8_variables": {"num_gemms": 1, "fp8_max_fwd": 448.0, "split": (1, [2])},
+    }
+    content = pickle.dumps(state)
+    monkeypatch.undo()
+    replace_object(iteration, "_extra_state", [torch.frombuffer(bytearray(content), dtype=torch.uint8)])
+    check_plain(iteration)
 
 
 def test_the_payloads_above_would_run(iteration: Path, tmp_path: Path) -> None:
