@@ -17,9 +17,10 @@ from bridge.api.saving import Assets
 from bridge.api.tasks import ConversionTask, HFWeightTuple, chunks_of, describe, stream, tasks
 from bridge.config import layout
 from bridge.config.routing import route
+from bridge.convert.described import model_of
 from bridge.convert.export import export_hf
 from bridge.convert.import_ import import_hf
-from bridge.convert.initial import check_same_model, load_initial, stored_dtype
+from bridge.convert.initial import load_initial, same_section, stored_dtype
 from bridge.errors import BridgeError, ConfigError, ConversionError
 from bridge.models import family, hf_config
 from bridge.models.mcore_config import check_keys, transformer_config
@@ -108,10 +109,16 @@ class AutoBridge:
 
     @classmethod
     def from_auto_config(cls, megatron_path: str | Path, hf_model_id: str | Path, **unsupported: Any) -> "AutoBridge":
-        """From the architecture of a Megatron checkpoint, with the tokenizer of a Hugging Face directory."""
+        """From the architecture of a Megatron checkpoint, with the tokenizer of a Hugging Face directory.
+
+        A checkpoint of megatron-core's own scripts, which has no model.yaml, is what that directory's config.json says,
+        as far as its tensors bear it out.
+        """
         source.refuse("from_auto_config", unsupported)
-        section = locate.read_model_section(locate.locate(megatron_path, key="megatron_path").root)
-        return cls(section, path=hf_model_id)
+        found = locate.locate(megatron_path, key="megatron_path")
+        own = (found.root / locate.MODEL_YAML).is_file()
+        reference = None if own else source.directory(hf_model_id, key="hf_model_id", weights=False)
+        return cls(model_of(found, reference=reference, key="megatron_path").section, path=hf_model_id)
 
     @staticmethod
     def get_hf_model_id_from_checkpoint(path: str | Path) -> str | None:
@@ -285,9 +292,7 @@ class AutoBridge:
         mp_overrides: attributes for the provider, the layout wanted. Raises ConfigError when the checkpoint holds
         another architecture than this bridge.
         """
-        root = locate.locate(path, key="path").root
-        section = locate.read_model_section(root)
-        check_same_model(section, route({"model": self._section}), path=root)
+        section = same_section(Path(path), route({"model": self._section}), key="path")
         provider = Provider(section, dtype=lambda: self._dtype or stored_dtype(Path(path)), weights=lambda: Path(path))
         for name, value in (mp_overrides or {}).items():
             setattr(provider, name, value)
@@ -330,10 +335,11 @@ class AutoBridge:
         configuration and tokenizer. For one process without process groups."""
         source.refuse("export_ckpt", unsupported)
         _alone("export_ckpt")
-        root = locate.locate(megatron_path, key="megatron_path").root
-        check_same_model(locate.read_model_section(root), route({"model": self._section}), path=root)
+        found = locate.locate(megatron_path, key="megatron_path")
+        section = same_section(Path(megatron_path), route({"model": self._section}), key="megatron_path")
+        model = None if (found.root / locate.MODEL_YAML).is_file() else section
         with _progress_shown(show_progress):
-            export_hf(megatron_path, hf_path, overwrite=overwrite, max_shard_size=max_shard_size)
+            export_hf(megatron_path, hf_path, overwrite=overwrite, max_shard_size=max_shard_size, model=model)
 
     def _directory(self, *, weights: bool) -> Path:
         assert self._path is not None

@@ -30,7 +30,7 @@ def load_initial(model: Sequence[torch.nn.Module], path: str | Path, routed: Rou
     is neither, or naming the `model` keys that differ; ConversionError when tensors are missing, left over or damaged.
     """
     path = Path(path).expanduser().absolute()
-    section = _checked_section(path, routed, key=key)
+    section = same_section(path, routed, key=key)
     facts = family.by_name(routed.family)
     vocab_size = routed.gpt["vocab_size"]
     if locate.is_megatron(path):
@@ -42,8 +42,9 @@ def load_initial(model: Sequence[torch.nn.Module], path: str | Path, routed: Rou
         live.load_hf(model, hf, table=table, vocab_size=vocab_size)
 
 
-def _checked_section(path: Path, routed: Routed, *, key: str) -> dict[str, Any]:
-    """The `model` section of a directory, found to be that of the run; where it has none, the run's."""
+def same_section(path: Path, routed: Routed, *, key: str) -> dict[str, Any]:
+    """The `model` section of a directory, found to be that of `routed`; where it has none, `routed`'s own, which its
+    tensors must bear out. Raises ConfigError naming `key`, or the `model` keys that differ."""
     if path.is_dir() and locate.is_megatron(path):
         found = locate.locate(path, key=key)
         if not (found.root / locate.MODEL_YAML).is_file():

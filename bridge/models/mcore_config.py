@@ -88,7 +88,12 @@ TYPED: dict[str, Callable[[Any], Any]] = {
 }
 # For a build on the meta device: nothing to initialise, "CPU" initialisation because only that path lets torch.device
 # choose, and the local layers because Transformer Engine's allocate for themselves. Names and shapes are the same.
-WITHOUT_STORAGE = {"use_cpu_initialization": True, "perform_initialization": False, "transformer_impl": "local"}
+WITHOUT_STORAGE = {
+    "use_cpu_initialization": True,
+    "perform_initialization": False,
+    "transformer_impl": "local",
+    "moe_grouped_gemm": False,
+}
 # megatron-core's own rotary embedding of latent attention is replaced (bridge.models.latent_attention), and the fused
 # kernel that goes with it.
 LATENT: dict[str, Any] = {"rope_type": "rope", "rotary_scaling_factor": 1.0, "apply_rope_fusion": False}
@@ -142,6 +147,10 @@ def _defaults(user: Mapping[str, Any]) -> dict[str, Any]:
     else:
         # megatron-core's own default, allgather, moves every token to every rank.
         defaults["moe_token_dispatcher_type"] = "alltoall"
+        if user.get("transformer_impl") == "local":  # its grouped product needs a package of its own, grouped_gemm
+            defaults["moe_grouped_gemm"] = False
+        elif user.get("add_bias_linear", True) and defaults["moe_grouped_gemm"]:
+            defaults["bias_dropout_fusion"] = False  # refused by TEGroupedMLP (experts.py:529)
     swiglu = user.get("activation_func") is F.silu and user.get("gated_linear_unit", False)
     # The fused SwiGLU knows neither clamping nor an offset, and megatron-core does not say so.
     more = ("use_te_activation_func", "activation_func_clamp_value", "glu_linear_offset")

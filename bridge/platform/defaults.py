@@ -63,7 +63,6 @@ def is_set(value: Any) -> bool:
 
 
 NEEDS_CUDA = (
-    Limit("moe_grouped_gemm", is_set, "CUDA", "false"),
     Limit("moe_permute_fusion", is_set, "CUDA", "false"),
     Limit("cuda_graph_impl", lambda value: value != "none", "CUDA", "none"),
     Limit("enable_cuda_graph", is_set, "CUDA", "false"),
@@ -86,6 +85,7 @@ NEEDS_TRANSFORMER_ENGINE = (
     Limit("tp_comm_overlap", is_set, ITS_LAYERS, "false"),
     Limit("use_te_rng_tracker", is_set, "Transformer Engine", "false"),
     Limit("use_te_activation_func", is_set, ITS_LAYERS, "false"),
+    Limit("moe_grouped_gemm", is_set, ITS_LAYERS, "false"),
     Limit("use_kitchen", is_set, "Transformer Engine and kitchen", "false"),
     Limit("persist_layer_norm", is_set, ITS_LAYERS, "false"),
     Limit("memory_efficient_layer_norm", is_set, ITS_LAYERS, "false"),

@@ -15,7 +15,7 @@ import bridge
 from bridge import parallel
 from bridge.convert.verify import verify
 from bridge.errors import ConfigError, ConversionError
-from tests import hf_models
+from tests import hf_models, plain_megatron
 from tests.api.layouts import LAYOUTS
 from tests.distributed import run_distributed
 
@@ -138,6 +138,20 @@ def test_a_model_of_plain_megatron_core(tiny_hf):
         assert same(dict(auto.export_hf_weights(model, show_progress=False)), tensors(path))
         with pytest.raises(ConfigError, match="^model: was not built by this package; use the methods of"):
             next(bridge.export_weights([model]))
+
+
+def test_a_checkpoint_of_plain_megatron_core(tiny_hf, tmp_path):
+    """No model.yaml: the Hugging Face directory says which model it is, and the tensors must agree."""
+    path, saved = tiny_hf("llama"), tmp_path / "saved"
+    run_distributed(plain_megatron.save, 2, "llama", path, saved, {"tp": 2, "pp": 1}, None, "")
+    auto = AutoBridge.from_auto_config(saved, path)
+    auto.export_ckpt(saved, tmp_path / "hf", show_progress=False)
+    assert same(tensors(tmp_path / "hf"), tensors(path))
+    with parallel.single_process():
+        model = auto.load_megatron_model(saved)
+        assert same(dict(auto.export_hf_weights(model, show_progress=False)), tensors(path))
+    with pytest.raises(ConfigError, match="^reference: num_moe_experts is"):
+        AutoBridge.from_auto_config(saved, tiny_hf("qwen3_moe_no_dense"))
 
 
 def export_in_parts(path, parallelism, folder):

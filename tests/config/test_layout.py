@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from bridge.config import layout, routing
-from bridge.config.layout import Layout
+from bridge.config.layout import Layout, pipeline
 from bridge.config.schema import Train
 from bridge.errors import ConfigError
 
@@ -353,4 +353,4 @@ def test_stages_are_counted_as_megatron_core_counts_them():
 
     for spelled in ("Et*3|(tt|)*29,m|L", "xy".replace("xy", "Ett|ttL"), "E(t|)*4tL", "(Et|t)*2|L"):
         stages = len(PipelineParallelLayerLayout.parse_str_to_list(spelled))
-        assert layout._count_stages(spelled) == stages
+        assert pipeline.count_stages(spelled) == stages

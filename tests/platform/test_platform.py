@@ -42,7 +42,7 @@ def test_another_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch):
         ("transformer_impl", "transformer_engine", "needs Transformer Engine, which this run does not have; set local"),
         ("fp8", "hybrid", "'hybrid' needs Transformer Engine"),
         ("fp4", "e2m1", "needs Transformer Engine"),
-        ("moe_grouped_gemm", True, "needs CUDA"),
+        ("moe_grouped_gemm", True, "needs Transformer Engine"),
         ("cross_entropy_loss_fusion", True, "needs CUDA"),
         ("cuda_graph_impl", "local", "set none"),
         ("tp_comm_overlap", True, "needs Transformer Engine"),
