@@ -44,15 +44,19 @@ class Saves:
         if self._exports is not None:
             self._exports.poll()
 
+    def finish(self) -> None:
+        """Wait for the pending save. Raises as `save`."""
+        self._tell(self._saver.finish())
+
     @contextmanager
     def finished(self) -> Iterator[None]:
         """Leave when the pending save is done; after an error of this rank it is discarded, as all are exports."""
         try:
             yield
-            self._tell(self._saver.finish())
+            self.finish()
         except FloatingPointError:  # raised by all ranks together, about steps after the pending save
             with suppress(RunError):
-                self._tell(self._saver.finish())
+                self.finish()
             self._abandon()
             raise
         except BaseException:
