@@ -8,6 +8,7 @@ from torch.distributed.checkpoint import CheckpointException
 from bridge import parallel
 from bridge.errors import RunError
 from bridge.weights.dist_files import system_reason
+from bridge.weights.output import FULL
 from bridge.weights.shards import all_gather
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ def reason(error: BaseException) -> str:
     """Why `error` happened, in one line: what the system said, if it was the system that refused."""
     if isinstance(error, CheckpointException) and error.failures:
         return reason(next(iter(error.failures.values()))[0])
-    refused = system_reason(error)
     text = " ".join(str(error).split()).removeprefix("Worker failure: ")  # megatron-core's words
-    return refused if refused is not None else text or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None and error.errno not in FULL:
+        return f"{error.filename}: {error.strerror}"
+    return system_reason(error) or text or type(error).__name__

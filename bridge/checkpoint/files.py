@@ -45,14 +45,19 @@ def publish(unfinished: Path, final: Path, *, flushed: Collection[str] = ()) -> 
         if file.name not in flushed:
             flush(file)
     flush(unfinished)
-    if final.exists():  # whole, but its save was killed before `latest` was moved; or damaged, and passed over
+    if final.exists():  # whole, but its save was killed before `latest` was moved; or damaged, and fallen back from
         _remove(final)
     unfinished.rename(final)
-    pointer = final.parent / f"{SAVING}latest"
-    pointer.write_text(str(int(final.name.removeprefix("iter_"))))
+    point_at(final)
+
+
+def point_at(iteration: Path) -> None:
+    """Make a directory the latest checkpoint beside it; a kill leaves the earlier one the latest, or this."""
+    pointer = iteration.with_name(f"{SAVING}latest")
+    pointer.write_text(str(int(iteration.name.removeprefix("iter_"))))
     flush(pointer)
-    pointer.replace(final.parent / LATEST)
-    flush(final.parent)
+    pointer.replace(iteration.with_name(LATEST))
+    flush(iteration.parent)
 
 
 def flush(path: Path) -> None:

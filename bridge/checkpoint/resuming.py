@@ -1,12 +1,13 @@
 """Resuming: the latest checkpoint of a run, found whole and harmless, loaded; or, if allowed, the newest that is."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from bridge import parallel
 from bridge.checkpoint import checksums, files, loading
-from bridge.checkpoint.agree import FAILURES, together
+from bridge.checkpoint.agree import FAILURES, on_main, together
 from bridge.checkpoint.content import Progress, Trainable
 from bridge.config.schema import Checkpoint
 from bridge.errors import BridgeError, ConfigError, DamagedError
@@ -33,14 +34,14 @@ def resume(root: Path, state: Trainable, options: Checkpoint) -> Resumed:
     """Restore `state` from the latest checkpoint below `root`. All ranks call this.
 
     Raises DamagedError naming the file when a file is damaged, unless options.fall_back lets the next older checkpoint
-    be tried, which is said aloud; ConversionError when loading a file could run code.
+    be tried, which is said aloud and makes that one the latest; ConversionError when loading a file could run code.
     """
     candidates = _candidates(root)
     for path, older in zip(candidates, [*candidates[1:], None], strict=True):
         try:
             found = together(lambda path=path: _found(path))  # type: ignore[misc]
             _check(found.directory, verify=options.verify)
-            return Resumed(found, _loaded(found, state))
+            progress = _loaded(found, state)
         except DamagedError as error:
             if older is None:
                 raise
@@ -49,6 +50,12 @@ def resume(root: Path, state: Trainable, options: Checkpoint) -> Resumed:
                 raise DamagedError(f"{error}; {hint}") from error
             if parallel.is_main():
                 print(f"checkpoint.fall_back: {error}; falling back to {older.name}", flush=True)
+        else:
+            if (
+                path != candidates[0]
+            ):  # what it replaces may be written anew: until then, `latest` must name a whole one
+                on_main(partial(files.point_at, path))
+            return Resumed(found, progress)
     raise AssertionError("a root with `latest` has a candidate")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from bridge.checkpoint import checksums
 from bridge.config.schema import Init
 from tests.distributed import run_distributed
 from tests.training.runs import config, train
@@ -132,6 +133,8 @@ def test_a_run_says_what_is_damaged_and_falls_back_when_told_to(run_dir: Path, i
     assert f"{file}: " in said[0] and said[0].endswith("falling back to iter_0000006")
     assert "CRC-32" in said[1] and said[1].endswith("falling back to iter_0000003")
     assert said[2].startswith("resumed from") and said[2].endswith("iter_0000003 at step 3")
+    again = run_dir / "checkpoints" / "iter_0000006"
+    assert not checksums.content_faults(again, checksums.read(again)), "step 6 was saved anew"
 
 
 def executed_with_output(run: Any) -> Any:
@@ -154,8 +157,6 @@ class Payload:
 
 def rewrite_checksums(directory: Path) -> None:
     """As an attacker would."""
-    from bridge.checkpoint import checksums
-
     names = checksums.read(directory)
     checksums.write(directory, {name: checksums.of_file(directory / name) for name in names})
 

@@ -61,7 +61,7 @@ def test_a_read_only_disk_is_one_line(disk: Path) -> None:
     remount(disk, "rw")
     result = run_distributed(train_until_read_only, 1, config(disk, checkpoint={"save_interval": 3}, **STEPS))[0]
     assert (result.status, result.exit_code) == ("failed", 1)
-    assert result.error.endswith("(Read-only file system); iter_0000003 stays the latest checkpoint")
+    assert result.error.endswith(": Read-only file system); iter_0000003 stays the latest checkpoint")
 
 
 def train_until_read_only(run: Any) -> Any:
