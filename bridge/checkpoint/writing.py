@@ -173,7 +173,7 @@ def _write_file(transforms: list[Any], use_msc: bool, bucket: Any, handover: Han
 
 def _forked(parent: int, work: Any, *arguments: Any) -> None:
     """`work(*arguments)` in a process forked by `parent`: it ends with `parent`, and by no signal meant for that."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
     die_with_parent(parent)
     gc.disable()  # a collection would run the destructors of the parent's CUDA objects
