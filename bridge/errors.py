@@ -16,6 +16,14 @@ class ConversionError(BridgeError):
     """A model directory cannot be converted as asked. Message names the directory, file, field or tensor."""
 
 
+class DamagedError(ConversionError):
+    """A file of a model directory is damaged: cut short, changed or unreadable. Message names the file."""
+
+
+class RunError(Exception):
+    """The machine failed a run, as a full disk does: printed as one line, exit code 1, no traceback."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest of `known`, or an empty string when none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

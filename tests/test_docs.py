@@ -43,6 +43,7 @@ UNCHANGED = (
     "plan=true",
     "convert.py",
     "bridge.generate",
+    "bridge.checkpoint",
     "bridge.status",
     "bridge.sweep_report",
     "rl_step.py",

@@ -1,8 +1,31 @@
-"""Training checkpoints: megatron-core torch_dist folders that any layout and the converter read."""
+"""Training checkpoints: megatron-core torch_dist folders that any layout and the converter read.
 
-from bridge.checkpoint.content import Progress, Trainable
-from bridge.checkpoint.files import latest
-from bridge.checkpoint.loading import load
-from bridge.checkpoint.saving import save, save_weights
+The names below load with their first use: megatron-core must be prepared (`bridge.platform`) before it is imported.
+"""
 
-__all__ = ["Progress", "Trainable", "latest", "load", "save", "save_weights"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bridge.checkpoint.content import Progress, Trainable
+    from bridge.checkpoint.files import latest
+    from bridge.checkpoint.loading import load
+    from bridge.checkpoint.resuming import has_checkpoint, resume
+    from bridge.checkpoint.saving import Saved, Saver, save_weights
+
+__all__ = ["Progress", "Saved", "Saver", "Trainable", "has_checkpoint", "latest", "load", "resume", "save_weights"]
+
+_HOMES = {
+    "content": ("Progress", "Trainable"),
+    "files": ("latest",),
+    "loading": ("load",),
+    "resuming": ("has_checkpoint", "resume"),
+    "saving": ("Saved", "Saver", "save_weights"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"bridge.checkpoint.{home}"), name)
+    raise AttributeError(f"module 'bridge.checkpoint' has no attribute {name!r}")

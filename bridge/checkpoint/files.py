@@ -8,34 +8,60 @@ Old iterations are removed last.
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
-from bridge.weights.locate import LATEST, CheckpointPath, locate
+from bridge.errors import DamagedError
+from bridge.weights.locate import LATEST, CheckpointPath, iteration_directory, locate
 
 SAVING, REMOVING = ".saving_", ".removing_"
 
 
 def latest(root: Path) -> CheckpointPath | None:
-    """The newest complete checkpoint below `root`, or None before the first save."""
+    """The newest checkpoint below `root`, or None before the first save. Raises ConfigError when it is not complete."""
     return locate(root, key="checkpoint") if (root / LATEST).is_file() else None
 
 
-def publish(unfinished: Path, final: Path) -> None:
-    """Flush `unfinished` to disk, give it its name, then point `latest` at it: in this order, each step atomic."""
+def newest(root: Path) -> Path | None:
+    """The directory that `latest` names, or None before the first save. Raises DamagedError when it names none."""
+    pointer = root / LATEST
+    try:
+        text = pointer.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{pointer}: cannot be read ({error})") from error
+    if not text.isdigit():
+        raise DamagedError(f"{pointer}: holds {text!r}, not an iteration number")
+    return iteration_directory(root, iteration=int(text))
+
+
+def publish(unfinished: Path, final: Path, *, flushed: Collection[str] = ()) -> None:
+    """Flush `unfinished` to disk, give it its name, then point `latest` at it: in this order, each step atomic.
+
+    flushed: names of files that are on disk already.
+    """
     for file in unfinished.iterdir():
-        _flush(file)
-    _flush(unfinished)
-    if final.exists():  # whole, but its save was killed before `latest` was moved
+        if file.name not in flushed:
+            flush(file)
+    flush(unfinished)
+    if final.exists():  # whole, but its save was killed before `latest` was moved; or damaged, and fallen back from
         _remove(final)
     unfinished.rename(final)
-    pointer = final.parent / f"{SAVING}latest"
-    pointer.write_text(str(int(final.name.removeprefix("iter_"))))
-    _flush(pointer)
-    pointer.replace(final.parent / LATEST)
-    _flush(final.parent)
+    point_at(final)
 
 
-def _flush(path: Path) -> None:
+def point_at(iteration: Path) -> None:
+    """Make a directory the latest checkpoint beside it; a kill leaves the earlier one the latest, or this."""
+    pointer = iteration.with_name(f"{SAVING}latest")
+    pointer.write_text(str(int(iteration.name.removeprefix("iter_"))))
+    flush(pointer)
+    pointer.replace(iteration.with_name(LATEST))
+    flush(iteration.parent)
+
+
+def flush(path: Path) -> None:
+    """Have what is written of a file, or of a directory's names, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -43,12 +69,13 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def retain(newest: Path, *, keep: int) -> None:
-    """Remove all but the `keep` last iterations up to `newest`."""
+def retain(newest: Path, *, keep: int, spare: Collection[str] = ()) -> None:
+    """Remove all but the `keep` last iterations up to `newest`, and those whose name is in `spare`."""
     # A later iteration can lie beside `newest` when a save was killed before `latest` moved: it is not counted.
     saved = sorted(directory for directory in newest.parent.glob("iter_*") if directory.name <= newest.name)
     for directory in saved[:-keep]:
-        _remove(directory)
+        if directory.name not in spare:
+            _remove(directory)
 
 
 def _remove(directory: Path) -> None:

@@ -1,48 +1,177 @@
-"""Saving: all ranks write a megatron-core torch_dist folder, then rank 0 makes it the latest."""
+"""Saving: all ranks write a megatron-core torch_dist folder, at once or in the background, then rank 0 makes it the
+latest. A failure on any rank is raised on all."""
 
-import queue
-from collections.abc import Sequence
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from torch.distributed.checkpoint import CheckpointException
 
 from bridge import parallel
 from bridge.checkpoint import content, files
+from bridge.checkpoint.agree import FAILURES, on_main, reason, together
 from bridge.checkpoint.content import METADATA, Progress, Trainable
+from bridge.checkpoint.writing import Strategy, in_background
+from bridge.errors import BridgeError, RunError
 from bridge.weights.locate import iteration_directory
+from bridge.weights.shards import all_gather
 
 
-def save(root: Path, state: Trainable, *, progress: Progress, keep_last: int | None = None) -> Path:
-    """Write iteration `progress.step` below `root` and make it the latest. All ranks call this; returns the directory.
+class Saved(NamedTuple):
+    """A checkpoint that is on disk and the latest. stall: seconds that training waited for it, on this rank."""
 
-    A kill at any moment leaves the previous checkpoint the latest, or this one, whole.
+    directory: Path
+    step: int
+    stall: float
+
+
+@dataclass
+class _Pending:
+    final: Path
+    step: int
+    strategy: Strategy
+    stall: float = 0.0
+
+    @property
+    def unfinished(self) -> Path:
+        return self.final.with_name(f"{files.SAVING}{self.final.name}")
+
+    @contextmanager
+    def stalling(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stall += time.perf_counter() - started
+
+
+class Saver:
+    """Saves a run's checkpoints below `root`, one at a time: every method but `discard` is called by all ranks.
+
+    A kill at any moment leaves the previous checkpoint the latest, or the new one, whole. asynchronous: a forked
+    process per rank writes while training goes on. keep_last: how many iterations stay; those named by `in_use()`
+    (rank 0 asks) are spared. A save that fails raises RunError, in one line, on every rank.
     """
-    final = iteration_directory(root, iteration=progress.step)
-    unfinished = root / f"{files.SAVING}{final.name}"
-    if parallel.is_main():
-        root.mkdir(parents=True, exist_ok=True)
-        files.remove_leftovers(root)
-        unfinished.mkdir()
-    parallel.barrier()
-    _write(unfinished, content.to_save(state, progress))
-    if parallel.is_main():
-        files.publish(unfinished, final)
-        if keep_last is not None:
-            files.retain(final, keep=keep_last)
-    parallel.barrier()
-    return final
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        keep_last: int | None = None,
+        asynchronous: bool = False,
+        in_use: Callable[[], Collection[str]] = tuple,
+    ) -> None:
+        self.root, self.keep_last, self.asynchronous, self.in_use = root, keep_last, asynchronous, in_use
+        self._queue = AsyncCallsQueue(persistent=False)  # the persistent one does not start without CUDA
+        self._pending: _Pending | None = None
+
+    def save(self, state: Trainable, *, progress: Progress, describe: Callable[[], None] = lambda: None) -> list[Saved]:
+        """Save iteration `progress.step`; an earlier save that is still being written is waited for.
+
+        describe: what rank 0 writes below `root` before the first checkpoint. Returns the saves that are done by now.
+        """
+        saved = self.finish()
+        pending = _Pending(iteration_directory(self.root, iteration=progress.step), progress.step, Strategy())
+        with self._named(pending), pending.stalling():
+            on_main(lambda: self._open(pending, describe))
+            together(lambda: _check_shared(pending.unfinished))
+            request = _request(content.to_save(state, progress), pending.unfinished, pending.strategy)
+            if self.asynchronous:
+                self._queue.schedule_async_request(in_background(request))
+                self._pending = pending
+                return saved
+            request.execute_sync()
+            self._publish(pending)
+        return [*saved, Saved(pending.final, pending.step, pending.stall)]
+
+    def poll(self) -> list[Saved]:
+        """The pending save, if all ranks' writers are done with it; does not wait."""
+        return self._finalize(blocking=False)
+
+    def finish(self) -> list[Saved]:
+        """The pending save, if there is one, when it is done."""
+        return self._finalize(blocking=True)
+
+    def discard(self) -> None:
+        """End this rank's writers of the pending save, which never gets its name. For a run that failed."""
+        for call in self._queue.async_calls:
+            call.async_caller.close(abort=True)
+        self._queue.async_calls.clear()
+        self._pending = None
+
+    def retain(self) -> None:
+        """Remove the iterations beyond `keep_last`; rank 0."""
+        if self.keep_last is not None and (newest := files.newest(self.root)) is not None:
+            files.retain(newest, keep=self.keep_last, spare=self.in_use())
+
+    def _finalize(self, *, blocking: bool) -> list[Saved]:
+        pending = self._pending
+        if pending is None:
+            return []
+        with self._named(pending), pending.stalling():
+            if not self._queue.maybe_finalize_async_calls(blocking=blocking):
+                return []
+            self._pending = None
+            self._publish(pending)
+        return [Saved(pending.final, pending.step, pending.stall)]
+
+    def _open(self, pending: _Pending, describe: Callable[[], None]) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        files.remove_leftovers(self.root)
+        pending.unfinished.mkdir()
+        describe()
+
+    def _publish(self, pending: _Pending) -> None:
+        """`latest` moves when everything is on disk; what is too old goes after that."""
+        flushed = pending.strategy.complete(pending.unfinished)
+        on_main(lambda: files.publish(pending.unfinished, pending.final, flushed=flushed))
+        on_main(self.retain)
+
+    @contextmanager
+    def _named(self, pending: _Pending) -> Iterator[None]:
+        """What goes wrong in a save, as one line with its directory; the files written so far are removed."""
+        try:
+            yield
+        except BridgeError:
+            raise
+        except FAILURES as error:
+            self.discard()
+            latest = files.newest(self.root)
+            kept = "there is no earlier checkpoint" if latest is None else f"{latest.name} stays the latest checkpoint"
+            if parallel.is_main():
+                shutil.rmtree(pending.unfinished, ignore_errors=True)
+            why = reason(error)
+            if isinstance(error, CheckpointException):  # on all ranks, but only rank 0 has been told why
+                why = next(filter(None, all_gather(error.failures and why)), why)
+            raise RunError(f"{pending.final}: could not be saved ({why}); {kept}") from error
 
 
 def save_weights(directory: Path, model: Sequence[Any]) -> None:
     """Write the weights of `model` (this rank's chunks, wrapped or not), and nothing else, as a torch_dist folder into
     `directory`, which is empty. All ranks call this."""
-    _write(directory, content.weights(model))
+    strategy = Strategy()
+    _request(content.weights(model), directory, strategy).execute_sync()
+    strategy.complete(directory)
 
 
-def _write(directory: Path, state: dict[str, Any]) -> None:
-    # megatron-core's own queue lives in a process that first imports torch (2 s); a synchronous save needs no other.
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(directory), content_metadata=METADATA)
-    parallel.barrier()
+def _request(state: dict[str, Any], directory: Path, strategy: Strategy) -> AsyncRequest:
+    """What is left to do when `state` is laid out: the writing, and collecting its results into `.metadata`."""
+    request = dist_checkpointing.save(
+        state, str(directory), sharded_strategy=strategy, async_sharded_save=True, content_metadata=METADATA
+    )
+    # The last of megatron-core's own steps writes metadata.json on rank 0 alone; Strategy.complete does it for all.
+    return request._replace(finalize_fns=request.finalize_fns[:-1])
+
+
+def _check_shared(directory: Path) -> None:
+    if not directory.is_dir():
+        raise RunError(
+            f"{directory} was made by rank 0 and is not there on rank {parallel.rank()}; runs_dir must be a directory "
+            "that all nodes share"
+        )

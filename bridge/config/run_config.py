@@ -88,6 +88,8 @@ def read(path: Path | str) -> RunConfig:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give the config.yaml of a run directory") from None
+    except yaml.YAMLError as error:  # among them tags that would make Python objects
+        raise ConfigError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: holds no configuration; give the config.yaml of a run directory")
     return from_dict(loaded)

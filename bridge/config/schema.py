@@ -82,10 +82,14 @@ class Init:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """When to save and how many to keep (None: all)."""
+    """When and how to save, how many to keep (None: all), and what to do about a damaged checkpoint on resume."""
 
     save_interval: int | None = _from(1, None)
     keep_last: int | None = _from(1, None)
+    async_save: bool = False
+    save_hf: bool = False
+    verify: bool = False
+    fall_back: bool = False
 
 
 @dataclass(frozen=True)

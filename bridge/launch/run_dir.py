@@ -52,20 +52,33 @@ def claimed(config: RunConfig, *, overrides: list[str], swept: Sequence[str] | N
     written then). swept: those of the overrides that a sweep varies; None outside a sweep.
     """
     path = config.run_dir
-    (path / "logs").mkdir(parents=True, exist_ok=True)
-    lock_fd = _lock(path, name=config.name)
+    with _writing(path):
+        (path / "logs").mkdir(parents=True, exist_ok=True)
+        lock_fd = _lock(path, name=config.name)
     try:
         step = latest_step(path)
         if step is not None:
             _check_unchanged(config, path)
             if swept is not None:
                 _check_same_job(overrides, swept, path)
-        result.forget(path)
-        run_config.write(config, path / "config.yaml")
-        (path / "overrides.yaml").write_text(yaml.safe_dump(overrides, sort_keys=False), encoding="utf-8")
+        with _writing(path):
+            result.forget(path)
+            run_config.write(config, path / "config.yaml")
+            (path / "overrides.yaml").write_text(yaml.safe_dump(overrides, sort_keys=False), encoding="utf-8")
         yield Claim(path, lock_fd, step)
     finally:
         os.close(lock_fd)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"runs_dir: {error.filename or path} cannot be written ({error.strerror}); "
+            "free some space or set another runs_dir="
+        ) from error
 
 
 def _lock(path: Path, *, name: str) -> int:
@@ -93,7 +106,12 @@ def _flocked(lock_fd: int) -> bool:
 def latest_step(path: Path) -> int | None:
     """The step of the latest checkpoint in the run directory `path`, None without one."""
     latest = path / "checkpoints" / "latest_checkpointed_iteration.txt"
-    return int(latest.read_text(encoding="utf-8")) if latest.is_file() else None
+    if not latest.is_file():
+        return None
+    text = latest.read_text(encoding="utf-8", errors="replace").strip()
+    if not text.isdigit():
+        raise ConfigError(f"{latest}: holds {text!r}, not a step; write the number of the checkpoint to go on from")
+    return int(text)
 
 
 def _check_unchanged(config: RunConfig, path: Path) -> None:
@@ -112,7 +130,10 @@ def _check_unchanged(config: RunConfig, path: Path) -> None:
 
 def _check_same_job(overrides: Sequence[str], swept: Sequence[str], path: Path) -> None:
     """Job directories are numbered: another sweep of that name must not resume them as if they were its own."""
-    saved = yaml.safe_load((path / "overrides.yaml").read_text(encoding="utf-8"))
+    try:
+        saved = yaml.safe_load((path / "overrides.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path / 'overrides.yaml'}: not readable ({' '.join(str(error).split())})") from error
     missing = {o for o in overrides if o in swept or not o.startswith(FREE_IN_SWEEPS)} - set(saved)
     extra = {o for o in saved if not o.startswith(FREE_IN_SWEEPS)} - set(overrides)
     if missing or extra:

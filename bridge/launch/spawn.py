@@ -18,7 +18,8 @@ import psutil
 import bridge
 from bridge.launch.result import Result, first_rank_error, forget, killed, read_result, write_result
 from bridge.launch.run_dir import Claim, latest_step
-from bridge.launch.worker import STARTED, die_with_parent
+from bridge.launch.worker import STARTED
+from bridge.platform.processes import die_with_parent
 
 WORKER, ELASTIC = "bridge.launch.worker", "bridge.launch.elastic"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)

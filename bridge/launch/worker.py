@@ -1,9 +1,7 @@
 """One training process: `python -m bridge.launch.worker RUN_DIR`, started by the driver. Reads RUN_DIR/config.yaml."""
 
-import ctypes
 import fcntl
 import os
-import signal
 import subprocess
 import sys
 import termios
@@ -16,16 +14,17 @@ from pathlib import Path
 
 from bridge.config import run_config
 from bridge.config.run_config import RunConfig
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, RunError
 from bridge.launch import watchdog
 from bridge.launch.result import Result, in_one_line, log_path, write_rank_error, write_result
+from bridge.platform.processes import die_with_parent
 
 STARTED = "BRIDGE_STARTED"  # environment: the time.time() at which the run was started, before any restart
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
     """Entry of a process that the driver or torch elastic started."""
+    # No run outlives its driver unseen. SIGKILL: saves are crash safe, and it also ends one that hangs in a collective.
     die_with_parent()
     run_dir = Path(sys.argv[1])
     rank = int(os.environ.get("RANK", "0"))
@@ -33,15 +32,6 @@ def main() -> None:
         result = execute(run_config.read(run_dir / "config.yaml"), rank=rank)
     # "stopped" is told by result.json: torch elastic would take any exit code but 0 for a failure.
     leave(0 if result.status == "stopped" else result.exit_code)
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when the one that started it ends: no run outlives its driver unseen.
-
-    Saves are crash safe, and only a SIGKILL also ends a process that hangs in a collective.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager
@@ -92,6 +82,7 @@ def execute(config: RunConfig, *, rank: int) -> Result:
     """Train as `config` says in this process. Rank 0 writes result.json, a failing rank logs/rank_N.error."""
     since = time.time() - float(os.environ.get(STARTED, time.time()))
     started = time.monotonic() - since
+    traced = False
     try:
         from bridge.training.pulse import Pulse
         from bridge.training.run import run  # imports torch
@@ -102,12 +93,15 @@ def execute(config: RunConfig, *, rank: int) -> Result:
         result = Result(outcome.status, outcome.step, outcome.eval_loss)
     except BridgeError as error:
         result = Result("invalid", error=str(error))
+    except RunError as error:
+        result = Result("failed", error=str(error))
     except Exception as error:
+        traced = True
         traceback.print_exc()
         # A loss that is not finite comes out of the same samples and weights again.
         result = Result("failed", error=in_one_line(error), repeats=isinstance(error, FloatingPointError))
     if result.error is not None:
-        write_rank_error(result, config.run_dir, rank=rank)
+        write_rank_error(result, config.run_dir, rank=rank, traceback=traced)
     if rank == 0:
         write_result(result, config.run_dir)
     return result

@@ -8,14 +8,15 @@ from typing import Any, Literal
 from bridge import checkpoint, parallel
 from bridge.checkpoint import Progress
 from bridge.optim import schedule
-from bridge.training import batches, flops, initial
+from bridge.training import batches, flops
 from bridge.training.batches import Batch
 from bridge.training.evaluate import evaluate
 from bridge.training.loss_policy import LossPolicy
 from bridge.training.metrics import Pending, Rates, Report, Step
 from bridge.training.metrics import read as read_metrics
 from bridge.training.pulse import COMPUTING, EVALUATING, REPORTING, SAVING, STARTING, Pulse
-from bridge.training.rerun import Ending, Rerun
+from bridge.training.rerun import Rerun
+from bridge.training.saves import Saves
 from bridge.training.setup import Job
 from bridge.training.step import Shape, pass_over, train_step
 from bridge.training.stop import Stop
@@ -37,7 +38,7 @@ class Outcome:
     reason: str | None = None
 
 
-def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse) -> Outcome:
+def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse, saves: Saves) -> Outcome:
     """Run `job` to its last step or until `stop` has a reason.
 
     Raises FloatingPointError for a loss that train.nonfinite_loss or train.spiking_loss calls an error, HardwareFault
@@ -67,7 +68,11 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse) -> Outcome:
             result = train_step(job.state, iterators, shape, step=step, policy=policy, rerun=rerun)
         if result.ending is not None:
             _report(pending, report)
-            _end_for_rerun(job, policy.remembered(progress), rerun, result.ending, pulse)
+            if result.ending.save:
+                _save_once(job, policy.remembered(progress), saves, pulse)
+            rerun.leave(result.ending, step=progress.step)
+            if not result.ending.resumable:
+                raise HardwareFault(result.ending.message)
             return Outcome("stopped", progress.step, eval_loss, result.ending.message)
         progress = progress._replace(
             step=step,
@@ -89,7 +94,9 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse) -> Outcome:
             eval_loss = _evaluate(job, pulse)
             report.write({"step": step, "eval_loss": eval_loss})
         if saving:
-            _save(job, policy.remembered(progress), pulse)
+            _save(job, policy.remembered(progress), saves, pulse)
+        else:
+            saves.poll(step)
         if evaluating or saving:
             pending.restart_clock()
     pulse.leave()
@@ -110,15 +117,20 @@ def _say(line: str | None) -> None:
         print(line, flush=True)
 
 
-def _end_for_rerun(job: Job, progress: Progress, rerun: Rerun, ending: Ending, pulse: Pulse) -> None:
-    """Save what megatron-core's rerun state machine wants kept. Raises HardwareFault when that was its last word."""
+def _save(job: Job, progress: Progress, saves: Saves, pulse: Pulse) -> None:
+    pulse.enter(SAVING)
+    with _gathered_parameters(job.state.model):
+        saves.save(progress)
+    pulse.enter(REPORTING)
+
+
+def _save_once(job: Job, progress: Progress, saves: Saves, pulse: Pulse) -> None:
+    """Save for the rerun state machine, unless this step is the latest checkpoint; on disk when it returns."""
+    saves.finish()
     latest = checkpoint.latest(job.checkpoints)
-    there = latest is not None and latest.directory == iteration_directory(job.checkpoints, iteration=progress.step)
-    if ending.save and not there:
-        _save(job, progress, pulse)
-    rerun.leave(ending, step=progress.step)
-    if not ending.resumable:
-        raise HardwareFault(ending.message)
+    if latest is None or latest.directory != iteration_directory(job.checkpoints, iteration=progress.step):
+        _save(job, progress, saves, pulse)
+        saves.finish()
 
 
 def _due(step: int, interval: int | None) -> bool:
@@ -193,18 +205,6 @@ def _evaluation_at(job: Job, step: int) -> float | None:
         return None
     lines = [line for line in read_metrics(job.config.run_dir) if line["step"] == step]
     return next((line["eval_loss"] for line in lines if "eval_loss" in line), None)
-
-
-def _save(job: Job, progress: Progress, pulse: Pulse) -> None:
-    pulse.enter(SAVING)
-    keep_last = job.config.checkpoint.keep_last
-    if parallel.is_main():
-        initial.describe(job.checkpoints, job.config, tokenizer=job.data.prepared.tokenizer)
-    with _gathered_parameters(job.state.model):
-        directory = checkpoint.save(job.checkpoints, job.state, progress=progress, keep_last=keep_last)
-    if parallel.is_main():
-        print(f"saved {directory}", flush=True)
-    pulse.enter(REPORTING)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What a run reports and where: metrics.jsonl always; console, TensorBoard and Weights & Biases as asked.
 
-metrics.jsonl has one JSON object per line. A training step's keys are TRAINING, an evaluation's step and eval_loss.
+metrics.jsonl has one JSON object per line. A training step's keys are TRAINING, an evaluation's step and eval_loss, and
+a finished save's step, saved_step and save_stall_seconds: how long rank 0 waited for the checkpoint of saved_step.
 """
 
 import importlib
@@ -167,7 +168,7 @@ class Console:
     def write(self, line: Values) -> None:
         if "eval_loss" in line:
             print(f"step {line['step']}/{self.steps} | eval loss {line['eval_loss']:.4f}", flush=True)
-        elif line["step"] % self.log_interval == 0 or line["step"] == self.steps:
+        elif "lr" in line and (line["step"] % self.log_interval == 0 or line["step"] == self.steps):
             loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
             norm = "skipped" if line["grad_norm"] is None else f"{line['grad_norm']:.3f}"
             print(

@@ -15,6 +15,7 @@ from bridge.training import metrics, setup
 from bridge.training.loop import Outcome, train
 from bridge.training.metrics import Report
 from bridge.training.pulse import Pulse
+from bridge.training.saves import Saves
 from bridge.training.stop import Stop
 
 __all__ = ["Outcome", "run"]
@@ -25,16 +26,18 @@ def run(config: RunConfig, *, started: float | None = None, pulse: Pulse | None 
 
     Resumes from the run directory's latest checkpoint. `started`: the time.monotonic() from which train.exit_after
     counts, now unless given. `pulse` tells another thread where the run is. Raises ConfigError for what only now turns
-    out to be wrong with the configuration, and what `bridge.training.loop.train` raises.
+    out to be wrong with the configuration, what `bridge.training.loop.train` raises, RunError when a checkpoint could
+    not be saved.
     """
     stop = Stop(config.train, started=time.monotonic() if started is None else started)
     with stop.listening():
         metrics.check_packages(config)
         data = setup.prepare_data(config)
         join(config)
-        outcome = _train(config, data, stop, pulse or Pulse())
+        outcome, saves = _train(config, data, stop, pulse or Pulse())
         # Not after a failure: the peers of a failed rank may never come to a teardown that waits for them.
         parallel.teardown()
+        saves.end_exports(done=outcome.status == "done")
     return outcome
 
 
@@ -50,14 +53,16 @@ def join(config: RunConfig) -> None:
         user_buffers.create(routed.transformer, num_tokens=num_tokens)
 
 
-def _train(config: RunConfig, data: setup.Data, stop: Stop, pulse: Pulse) -> Outcome:
+def _train(config: RunConfig, data: setup.Data, stop: Stop, pulse: Pulse) -> tuple[Outcome, Saves]:
     job = setup.build(config, data)
     report = Report(config, resumed_step=job.progress.step, is_main=parallel.is_main())
-    outcome = train(job, stop=stop, report=report, pulse=pulse)
+    saves = Saves(job, report)
+    with saves.finished():
+        outcome = train(job, stop=stop, report=report, pulse=pulse, saves=saves)
     report.close()
     if parallel.is_main():
         _say_what_next(config, outcome, data.prepared)
-    return outcome
+    return outcome, saves
 
 
 def _say_what_next(config: RunConfig, outcome: Outcome, prepared: Prepared) -> None:

@@ -78,8 +78,9 @@ def build(config: RunConfig, data: Data) -> Job:
     """
     routed = per_token_loss(config.routed())
     chunks = gpt.build(routed, wrap=True)
-    latest = checkpoint.latest(config.run_dir / "checkpoints")
-    if latest is None:
+    root = config.run_dir / "checkpoints"
+    resuming = checkpoint.has_checkpoint(root)
+    if not resuming:
         initial.load(unwrap_model(chunks), routed=routed, path=config.init.path)
     model = ddp.wrap(chunks, DistributedDataParallelConfig(**routed.ddp))
     optimizer = optimizers.build(routed, model=model)
@@ -88,18 +89,19 @@ def build(config: RunConfig, data: Data) -> Job:
     settings.check(routed, model=model, optimizer=optimizer)
     state = Trainable(model, optimizer, scheduler)
     datasets = data.build(seed=config.train.seed)
-    if latest is None:
-        progress = Progress(data=data.prepared.identity)
-    else:
-        # In another layout generators cannot be continued; seeds of their own keep them from repeating the first steps.
-        parallel.seed_generators(routed.transformer, seed=config.train.seed + latest.iteration)
-        progress = checkpoint.load(latest, state)
+    progress = Progress(data=data.prepared.identity)
+    if resuming:
+
+        def reseed(step: int) -> None:
+            parallel.seed_generators(routed.transformer, seed=config.train.seed + step)
+
+        latest, progress = checkpoint.resume(root, state, config.checkpoint, reseed=reseed)
     if progress.data != data.prepared.identity:
         raise ConfigError(
             f"data.source: the prepared data is {data.prepared.identity}, this run has read {progress.data} so far "
             "(its text or tokenizer changed); set another name="
         )
-    if latest is not None and parallel.is_main():
+    if resuming and parallel.is_main():
         print(f"resumed from {latest.directory} at step {progress.step}", flush=True)
     return Job(config=config, state=state, data=data, datasets=datasets, progress=progress)
 

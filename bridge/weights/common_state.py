@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from bridge.errors import ConversionError
+from bridge.errors import DamagedError
 
 COMMON = "common.pt"
 _KNOWN = {
@@ -71,5 +71,5 @@ def read(directory: Path) -> dict[str, Any]:
             name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
             common = _Unpickler(io.BytesIO(archive.read(name))).load()
     except Exception as error:  # a damaged pickle can raise anything
-        raise ConversionError(f"{file}: cannot be read ({type(error).__name__}: {error}); it is damaged") from error
+        raise DamagedError(f"{file}: cannot be read ({type(error).__name__}: {error}); it is damaged") from error
     return common if isinstance(common, dict) else {}

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from bridge.errors import ConversionError
+from bridge.errors import ConversionError, DamagedError
 from bridge.weights import names, pages
 from bridge.weights.spec import TensorSpec
 
@@ -118,9 +118,9 @@ class DistFiles:
                 saved = _mapped(saved, file, chunk.storage.offset)
         except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConversionError(f"{file}: tensor {key} cannot be read ({reason}); the file is damaged") from error
+            raise DamagedError(f"{file}: tensor {key} cannot be read ({reason}); the file is damaged") from error
         if not isinstance(saved, Tensor) or tuple(saved[chunk.entry].shape) != chunk.sizes:
-            raise ConversionError(f"{file}: what is stored for {key} at {chunk.offsets} is not what .metadata promises")
+            raise DamagedError(f"{file}: what is stored for {key} at {chunk.offsets} is not what .metadata promises")
         return saved[chunk.entry]
 
 
@@ -147,6 +147,30 @@ def open_dist(directory: str | Path) -> DistFiles:
 def stored_keys(directory: str | Path) -> frozenset[str]:
     """Keys of the tensors and objects of a folder. Raises ConversionError when its `.metadata` is damaged."""
     return frozenset(_read_metadata(Path(directory) / ".metadata").state_dict_metadata)
+
+
+class StoredObject(NamedTuple):
+    """A pickled object between the tensors of a data file: `length` bytes at `offset`."""
+
+    key: str
+    file: Path
+    offset: int
+    length: int
+
+
+def stored_objects(directory: str | Path) -> list[StoredObject]:
+    """The objects of a folder, by key; none is read. Raises ConversionError as `open_dist`, and when a part of the
+    checkpoint is said to lie outside the folder."""
+    index = Path(directory) / ".metadata"
+    metadata = _read_metadata(index)
+    found = []
+    for place, storage in metadata.storage_data.items():
+        file = index.parent / storage.relative_path
+        if file.parent != index.parent:
+            raise ConversionError(f"{index}: {place.fqn} lies outside the directory ({storage.relative_path}); refused")
+        if isinstance(metadata.state_dict_metadata.get(place.fqn), BytesStorageMetadata):
+            found.append(StoredObject(place.fqn, file, storage.offset, storage.length))
+    return sorted(found)
 
 
 class Written(NamedTuple):
@@ -195,7 +219,7 @@ class DataFile:
             torch.save(value, self._stream)
             self._stream.flush()
         except (OSError, RuntimeError) as error:
-            reason = _system_reason(error)
+            reason = system_reason(error)
             if reason is None:
                 raise
             raise ConversionError(f"{self._path}: tensor {key} cannot be written ({reason})") from error
@@ -288,7 +312,7 @@ def _mapped(saved: Tensor, file: Path, start: int) -> Tensor:
     return data.as_strided(saved.shape, saved.stride(), saved.storage_offset())
 
 
-def _system_reason(error: BaseException) -> str | None:
+def system_reason(error: BaseException) -> str | None:
     """Why the system refused: torch.save hides the OSError of the stream it writes to behind one of its own."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
@@ -325,16 +349,22 @@ class _MetadataUnpickler(pickle.Unpickler):
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or name in _METADATA_CLASSES.get(module, "").split():
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into it")
+        raise _RefusedError(f"{module}.{name} does not belong into it; loading it could run code, the file is refused")
+
+
+class _RefusedError(Exception):
+    pass
 
 
 def _read_metadata(file: Path) -> Metadata:
     try:
         metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
     except OSError as error:
-        raise ConversionError(f"{file}: cannot be read ({error.strerror})") from error
+        raise DamagedError(f"{file}: cannot be read ({error.strerror})") from error
+    except _RefusedError as error:
+        raise ConversionError(f"{file}: not a checkpoint index ({error})") from error
     except Exception as error:  # a damaged pickle can raise anything
-        raise ConversionError(f"{file}: not a readable checkpoint index ({error})") from error
+        raise DamagedError(f"{file}: not a readable checkpoint index ({error})") from error
     if not isinstance(metadata, Metadata):
-        raise ConversionError(f"{file}: not a checkpoint index")
+        raise DamagedError(f"{file}: not a checkpoint index")
     return metadata

@@ -12,19 +12,21 @@ ERASE_LINE = "\r\x1b[2K"
 
 
 class Progress:
-    """Counts tensors and bytes of a stream of known size. `label` starts every line."""
+    """Counts tensors and bytes of a stream of known size. `label` starts every line; `unit`: what is counted."""
 
-    def __init__(self, label: str, *, num_tensors: int, num_bytes: int, stream: TextIO | None = None) -> None:
-        self._label = label
+    def __init__(
+        self, label: str, *, num_tensors: int, num_bytes: int, stream: TextIO | None = None, unit: str = "tensors"
+    ) -> None:
+        self._label, self._unit = label, unit
         self._num_tensors, self._num_bytes = num_tensors, num_bytes
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._tensors = self._bytes = 0
         self._start = self._shown = time.monotonic()
 
-    def add(self, num_bytes: int, *, name: str) -> None:
-        """One more tensor is done."""
-        self._tensors += 1
+    def add(self, num_bytes: int, *, name: str, count: int = 1) -> None:
+        """One more tensor is done, or with count=0 a part of one."""
+        self._tensors += count
         self._bytes += num_bytes
         now = time.monotonic()
         if now - self._shown < (LIVE_INTERVAL if self._live else PLAIN_INTERVAL):
@@ -41,7 +43,7 @@ class Progress:
         rate = max(self._bytes, 1) / max(seconds, 1e-9)
         left = max(self._num_bytes - self._bytes, 0) / rate
         return (
-            f"{self._label} {share:4.0%}  {self._tensors}/{self._num_tensors} tensors  {_size(self._bytes)}  "
+            f"{self._label} {share:4.0%}  {self._tensors}/{self._num_tensors} {self._unit}  {_size(self._bytes)}  "
             f"{_size(rate)}/s  {_clock(left)} left  {name}"
         )
 
@@ -51,7 +53,7 @@ class Progress:
         if self._live:
             print(ERASE_LINE, end="", file=self._stream, flush=True)
         return (
-            f"{self._label}: {self._tensors} tensors, {_size(self._bytes)} in {seconds:.1f} s "
+            f"{self._label}: {self._tensors} {self._unit}, {_size(self._bytes)} in {seconds:.1f} s "
             f"({self._bytes / seconds / 1e9:.2f} GB/s), peak memory {_size(peak_memory() + workers)}"
         )
 

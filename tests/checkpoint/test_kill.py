@@ -48,9 +48,9 @@ def train_and_die(run: Any, point: str) -> None:
     if point == "before_the_weights":
         saving.dist_checkpointing.save = dying(saving.dist_checkpointing.save)
     elif point == "between_weights_and_metadata":
-        from megatron.core.dist_checkpointing import serialization
+        from bridge.checkpoint import writing
 
-        serialization.save_config = dying(serialization.save_config)
+        writing.save_config = dying(writing.save_config)
     elif point == "before_the_rename":
         files.publish = dying(files.publish)
     elif point == "before_latest":

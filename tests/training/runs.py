@@ -63,7 +63,7 @@ def config(runs_dir: Path, *, whole_model: dict[str, Any] | None = None, **overr
 
 
 class Ran(NamedTuple):
-    """What one rank saw of a run: the outcome and the lines of metrics.jsonl."""
+    """What one rank saw of a run: the outcome and the lines of metrics.jsonl, but for those about saves."""
 
     status: str
     step: int
@@ -77,7 +77,8 @@ def train(run: RunConfig) -> Ran:
     from bridge.training.run import run as run_config_here
 
     outcome = run_config_here(run)
-    return Ran(outcome.status, outcome.step, outcome.eval_loss, metrics.read(run.run_dir))
+    lines = [line for line in metrics.read(run.run_dir) if "saved_step" not in line]
+    return Ran(outcome.status, outcome.step, outcome.eval_loss, lines)
 
 
 def train_and_print(run: RunConfig) -> tuple[Ran, str]:
