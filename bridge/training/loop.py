@@ -15,7 +15,7 @@ from bridge.training.loss_policy import LossPolicy
 from bridge.training.metrics import Pending, Rates, Report, Step
 from bridge.training.metrics import read as read_metrics
 from bridge.training.pulse import COMPUTING, EVALUATING, REPORTING, SAVING, STARTING, Pulse
-from bridge.training.rerun import Rerun
+from bridge.training.rerun import Ending, Rerun
 from bridge.training.saves import Saves
 from bridge.training.setup import Job
 from bridge.training.step import Shape, pass_over, train_step
@@ -68,11 +68,8 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse, saves: Saves) -
             result = train_step(job.state, iterators, shape, step=step, policy=policy, rerun=rerun)
         if result.ending is not None:
             _report(pending, report)
-            if result.ending.save:
-                _save_once(job, policy.remembered(progress), saves, pulse)
-            rerun.leave(result.ending, step=progress.step)
-            if not result.ending.resumable:
-                raise HardwareFault(result.ending.message)
+            kept = policy.remembered(progress)
+            _end_for_rerun(job, progress=kept, ending=result.ending, rerun=rerun, saves=saves, pulse=pulse)
             return Outcome("stopped", progress.step, eval_loss, result.ending.message)
         progress = progress._replace(
             step=step,
@@ -124,13 +121,17 @@ def _save(job: Job, progress: Progress, saves: Saves, pulse: Pulse) -> None:
     pulse.enter(REPORTING)
 
 
-def _save_once(job: Job, progress: Progress, saves: Saves, pulse: Pulse) -> None:
-    """Save for the rerun state machine, unless this step is the latest checkpoint; on disk when it returns."""
+def _end_for_rerun(job: Job, *, progress: Progress, ending: Ending, rerun: Rerun, saves: Saves, pulse: Pulse) -> None:
+    """Save what megatron-core's rerun state machine wants kept. Raises HardwareFault when that was its last word."""
     saves.finish()
     latest = checkpoint.latest(job.checkpoints)
-    if latest is None or latest.directory != iteration_directory(job.checkpoints, iteration=progress.step):
+    there = latest is not None and latest.directory == iteration_directory(job.checkpoints, iteration=progress.step)
+    if ending.save and not there:
         _save(job, progress, saves, pulse)
         saves.finish()
+    rerun.leave(ending, step=progress.step)
+    if not ending.resumable:
+        raise HardwareFault(ending.message)
 
 
 def _due(step: int, interval: int | None) -> bool:
