@@ -24,6 +24,7 @@ MODELS = {
     "six_layers": models.SIX_LAYERS,
     "allgather": models.ALLGATHER,
     "alltoall": models.ALLTOALL,
+    "latent_alone": models.LATENT_ALONE,
     "latent": models.LATENT,
 }
 
@@ -105,6 +106,7 @@ OTHERS = {
     "dp2_cp2_sharded": Case("dense", 4, {"parallelism": option("cp2", **SHARDED)}),
     "pp2_ep2": Case("alltoall", 4, {"parallelism": option("pp2_ep2", **SHARDED)}),
     "tp2_ep2_etp2": Case("alltoall", 4, {"parallelism": option("tp2_ep2", expert_tensor_parallel_size=2)}),
+    "tp2_sp_latent_alone": Case("latent_alone", 2, {"parallelism": option("tp2")}),
     "allgather_dp2": Case("allgather", 2, {"parallelism": option("dp")}),
     "allgather_ep2": Case("allgather", 2, {"parallelism": option("ep2", **SHARDED)}),
     "allgather_tp2_ep2": Case("allgather", 2, {"parallelism": option("tp2_ep2")}),
@@ -123,7 +125,7 @@ WRONG = {
         Case("alltoall", 2, {"parallelism": {"expert_tensor_parallel_size": 2}}),
         "ETP = TP must hold",
     ),
-    "latent_without_sp": (Case("latent", 2, {"parallelism": TP2}), "sequence_parallel: must be true"),
+    "latent_without_sp": (Case("latent_alone", 2, {"parallelism": TP2}), "sequence_parallel: must be true"),
 }
 
 
