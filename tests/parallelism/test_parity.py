@@ -1,8 +1,8 @@
 """Loss, gradient norm, evaluation loss and saved weights of a run depend on the global batch alone, not on how batch
 and model are divided: five steps in fp32 from one checkpoint, against one process.
 
-Measured: at most 1.3e-7 in the loss and 2.5e-7 in the gradient norm, with experts as without; what is wrong in
-megatron-core's handling of a layout (`test_what_is_refused_computes_something_else`) shows from 1e-4 on.
+Measured: at most 1.7e-7 in the loss and 1.1e-6 in the gradient norm, with experts as without; weights, after steps of
+up to 1e-2, 1.1e-5. What megatron-core gets wrong (`test_what_is_refused_computes_something_else`) is over 1e-4.
 """
 
 from collections.abc import Iterator
@@ -59,7 +59,8 @@ WITH_EXPERTS = ("alltoall", "latent")
 def _every_split() -> Iterator[tuple[str, Case]]:
     for model in ("dense", *WITH_EXPERTS):
         for name, (ranks, keys, more) in (SPLITS | (OF_EXPERTS if model in WITH_EXPERTS else {})).items():
-            yield f"{model}-{name}", Case(model, ranks, {"parallelism": keys})
+            if ranks == 2 or model == "dense":  # four ranks with experts cost seconds
+                yield f"{model}-{name}", Case(model, ranks, {"parallelism": keys})
             yield f"{model}-{name}-sharded-recompute", Case(model, ranks, {"parallelism": {**keys, **more}})
 
 
