@@ -88,7 +88,12 @@ TYPED: dict[str, Callable[[Any], Any]] = {
 }
 # For a build on the meta device: nothing to initialise, "CPU" initialisation because only that path lets torch.device
 # choose, and the local layers because Transformer Engine's allocate for themselves. Names and shapes are the same.
-WITHOUT_STORAGE = {"use_cpu_initialization": True, "perform_initialization": False, "transformer_impl": "local"}
+WITHOUT_STORAGE = {
+    "use_cpu_initialization": True,
+    "perform_initialization": False,
+    "transformer_impl": "local",
+    "moe_grouped_gemm": False,
+}
 # megatron-core's own rotary embedding of latent attention is replaced (bridge.models.latent_attention), and the fused
 # kernel that goes with it.
 LATENT: dict[str, Any] = {"rope_type": "rope", "rotary_scaling_factor": 1.0, "apply_rope_fusion": False}

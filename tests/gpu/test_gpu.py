@@ -22,13 +22,25 @@ pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+# Experts and, of the second, latent attention: the published width, few layers and experts.
+WITH_EXPERTS = {
+    "olmoe_1b_7b": (),
+    "deepseek_v2_lite": ("model.moe_layer_freq=[0,1,1]",),
+}
+
+
 def _train(folder: Path, *overrides: str) -> Path:
     """Run directory of `train.py` with `overrides`, which end with name=NAME."""
-    command = [sys.executable, str(ROOT / "train.py"), *overrides]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    print(done.stdout[-2000:])
+    _command(folder, "train.py", *overrides)
     return folder / "runs" / overrides[-1].removeprefix("name=")
+
+
+def _command(folder: Path, script: str, *overrides: str, exit_code: int = 0) -> str:
+    command = [sys.executable, str(ROOT / script), *overrides]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == exit_code, done.stdout[-4000:] + done.stderr[-8000:]
+    print(done.stdout[-2000:])
+    return done.stdout
 
 
 def _metrics(run: Path, key: str) -> list[float]:
@@ -78,6 +90,22 @@ def test_local_checkpoint_in_transformer_engine(tmp_path: Path):
     print(f"loss of one checkpoint: local {local:.5f}, Transformer Engine {engine:.5f}")
     assert engine == pytest.approx(local, rel=5e-3)
     assert local < 7.0  # trained weights were loaded: ln(2048) = 7.6 otherwise
+
+
+@pytest.mark.parametrize("model", WITH_EXPERTS)
+def test_experts_train_resume_and_convert(tmp_path: Path, model: str):
+    overrides = [
+        *(f"model={model}", *WITH_EXPERTS[model], "model.num_layers=3", "model.num_moe_experts=8"),
+        *("precision=bf16", "optimizer.lr=3e-4", "data=mock", "data.sequence_length=512", "train.eval_interval=null"),
+        *("train.num_devices=1", "train.steps=10", "log.log_interval=1", f"name={model}"),
+    ]
+    _command(tmp_path, "train.py", "train.exit_interval=5", *overrides, exit_code=75)
+    run = _train(tmp_path, *overrides)
+    losses = _metrics(run, "loss")
+    assert len(losses) == 10 and losses[-1] < losses[0] - 1
+    _command(tmp_path, "convert.py", "mode=export", f"megatron={run}", "hf=hf")
+    told = _command(tmp_path, "convert.py", "mode=verify", f"megatron={run}", "hf=hf", "tolerance=0.01")
+    assert "verified" in told
 
 
 def _loss(run: Path, implementation: str) -> float:
