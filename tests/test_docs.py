@@ -35,7 +35,7 @@ SMALL = [
     "scheduler.lr_warmup_steps=2",
 ]
 # Part of a command -> nothing is appended to it.
-UNCHANGED = ("--help", "cp -r", "--cfg", "dry_run=true", "convert.py", "bridge.generate", "rl_step.py")
+UNCHANGED = ("data=mock", "--help", "cp -r", "--cfg", "dry_run=true", "convert.py", "bridge.generate", "rl_step.py")
 EXIT_CODES = {"train.exit_interval=10": 75}
 # .ci/run executes the test command; installing and training for real would take minutes here.
 NOT_RUN = "python3 -m venv"
