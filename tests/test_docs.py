@@ -36,6 +36,7 @@ SMALL = [
 ]
 # Part of a command -> nothing is appended to it.
 UNCHANGED = (
+    "data=mock",
     "--help",
     "cp -r",
     "--cfg",

@@ -57,6 +57,8 @@ def check_live(routed: Routed, model: Any, *, dtype: torch.dtype | None = None, 
         same_fields(config, in_parts, routed, owner=name)
     if routed.transformer.get("recompute_method") == "uniform":
         _check_units(model, routed)
+    if "layernorm" in (routed.transformer.get("recompute_modules") or ()):
+        _check_norms(model, routed)
     for name, attribute in MODEL_ATTRIBUTES.items():
         if name in routed.gpt:
             same(getattr(model, attribute), routed.gpt[name], key=routed.origin.get(name, name), owner="the model")
@@ -71,6 +73,16 @@ def _check_units(model: Any, routed: Routed) -> None:
             f"{routed.origin.get('recompute_num_layers', 'recompute_num_layers')}: layers of a chunk % "
             f"recompute_num_layers must be 0, but {layers} % {together} = {layers % together}; "
             f"set {' or '.join(map(str, legal))}"
+        )
+
+
+def _check_norms(model: Any, routed: Routed) -> None:
+    """Transformer Engine makes norms a part of the linear layer behind them; then there is none to compute again."""
+    alone = [layer.recompute_input_layernorm or layer.recompute_pre_mlp_layernorm for layer in model.decoder.layers]
+    if alone and not any(alone) and model.config.num_moe_experts is None:
+        raise ConfigError(
+            f"{routed.origin.get('recompute_modules', 'recompute_modules')}: layernorm has no effect where every norm "
+            "is part of a linear layer; leave layernorm out, or set model.transformer_impl=local"
         )
 
 

@@ -1,6 +1,7 @@
 """CoreAttention against attention written out with an explicit score matrix."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,3 +111,13 @@ def test_what_it_cannot_do_it_refuses():
         attention(window_size=(4, 1))
     with pytest.raises(ConfigError, match="qk_clip"):
         attention(qk_clip=True)
+
+
+def test_packed_sequences_and_context_parallelism_are_refused_together():
+    core = attention()
+    core.cp_group = SimpleNamespace(size=lambda: 2)
+    q, k, v = (tensor[:, 0] for tensor in tensors(4, 4))
+    lengths = torch.tensor([0, 2, 4])
+    packing = PackedSeqParams(qkv_format="thd", cu_seqlens_q=lengths, cu_seqlens_kv=lengths)
+    with pytest.raises(ConfigError, match=r"packed.*set parallelism\.context_parallel_size=1"):
+        core(q, k, v, packed_seq_params=packing)

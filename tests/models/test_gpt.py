@@ -222,6 +222,16 @@ def test_a_value_lost_after_the_build_is_found():
 
 
 @pytest.mark.usefixtures("one_process")
+def test_norms_that_cannot_be_computed_again_are_found():
+    setup = routed(recompute_granularity="selective", recompute_modules=["layernorm"])
+    (model,) = gpt.build(setup)
+    for layer in model.decoder.layers:  # as with Transformer Engine, whose linear layers contain the norms
+        layer.recompute_input_layernorm = layer.recompute_pre_mlp_layernorm = False
+    with pytest.raises(ConfigError, match="model.recompute_modules: layernorm has no effect"):
+        gpt.check_live(setup, model)
+
+
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize(
     ("precision", "dtype", "expected"),
     [

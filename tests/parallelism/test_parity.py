@@ -1,8 +1,8 @@
 """Loss, gradient norm, evaluation loss and saved weights of a run depend on the global batch alone, not on how batch
 and model are divided: five steps in fp32 from one checkpoint, against one process.
 
-Measured: at most 1.3e-7 in the loss and 2.5e-7 in the gradient norm, with experts as without; what is wrong in
-megatron-core's handling of a layout (`test_what_is_refused_computes_something_else`) shows from 1e-4 on.
+Measured: at most 1.7e-7 in the loss and 1.1e-6 in the gradient norm, with experts as without; weights, after steps of
+up to 1e-2, 1.1e-5. What megatron-core gets wrong (`test_what_is_refused_computes_something_else`) is over 1e-4.
 """
 
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ MODELS = {
     "six_layers": models.SIX_LAYERS,
     "allgather": models.ALLGATHER,
     "alltoall": models.ALLTOALL,
+    "latent_alone": models.LATENT_ALONE,
     "latent": models.LATENT,
 }
 
@@ -58,7 +59,8 @@ WITH_EXPERTS = ("alltoall", "latent")
 def _every_split() -> Iterator[tuple[str, Case]]:
     for model in ("dense", *WITH_EXPERTS):
         for name, (ranks, keys, more) in (SPLITS | (OF_EXPERTS if model in WITH_EXPERTS else {})).items():
-            yield f"{model}-{name}", Case(model, ranks, {"parallelism": keys})
+            if ranks == 2 or model == "dense":  # four ranks with experts cost seconds
+                yield f"{model}-{name}", Case(model, ranks, {"parallelism": keys})
             yield f"{model}-{name}-sharded-recompute", Case(model, ranks, {"parallelism": {**keys, **more}})
 
 
@@ -105,6 +107,7 @@ OTHERS = {
     "dp2_cp2_sharded": Case("dense", 4, {"parallelism": option("cp2", **SHARDED)}),
     "pp2_ep2": Case("alltoall", 4, {"parallelism": option("pp2_ep2", **SHARDED)}),
     "tp2_ep2_etp2": Case("alltoall", 4, {"parallelism": option("tp2_ep2", expert_tensor_parallel_size=2)}),
+    "tp2_sp_latent_alone": Case("latent_alone", 2, {"parallelism": option("tp2")}),
     "allgather_dp2": Case("allgather", 2, {"parallelism": option("dp")}),
     "allgather_ep2": Case("allgather", 2, {"parallelism": option("ep2", **SHARDED)}),
     "allgather_tp2_ep2": Case("allgather", 2, {"parallelism": option("tp2_ep2")}),
@@ -123,7 +126,7 @@ WRONG = {
         Case("alltoall", 2, {"parallelism": {"expert_tensor_parallel_size": 2}}),
         "ETP = TP must hold",
     ),
-    "latent_without_sp": (Case("latent", 2, {"parallelism": TP2}), "sequence_parallel: must be true"),
+    "latent_without_sp": (Case("latent_alone", 2, {"parallelism": TP2}), "sequence_parallel: must be true"),
 }
 
 

@@ -15,6 +15,7 @@ from tests.distributed import run_distributed
 from tests.training.runs import Ran, config, losses, train
 
 STEPS = 5
+TIMEOUT = 400.0  # seconds for all runs of a world; they take about twenty, more on a busy machine
 PARALLELISM = Path(__file__).resolve().parents[2] / "conf" / "parallelism"
 
 
@@ -47,6 +48,11 @@ def train_all(runs: Mapping[str, Any]) -> dict[str, Ran]:
     return results
 
 
+def _train_in_world(ranks: int, runs: Mapping[str, Any]) -> dict[str, Ran]:
+    results: dict[str, Ran] = run_distributed(train_all, ranks, runs, timeout=TIMEOUT)[0]
+    return results
+
+
 class Trained:
     """The runs of `cases`, trained when one of them is asked for: all of one model and number of processes at once.
 
@@ -57,14 +63,11 @@ class Trained:
         self.folder, self.models, self.cases = folder, models, cases
         self.results: dict[str, Ran] = {}
         start = {"train": {"steps": 5, "exit_interval": 1, "eval_interval": None}}
-        run_distributed(
-            train_all,
+        _train_in_world(
             1,
             {name: config(folder, name=_start(name), whole_model=models[name], **start) for name in models},
         )
-        self.results |= run_distributed(train_all, 1, {name: self.run_of(name, Case(name, 1, {})) for name in models})[
-            0
-        ]
+        self.results |= _train_in_world(1, {name: self.run_of(name, Case(name, 1, {})) for name in models})
 
     def run_of(self, name: str, case: Case | None = None) -> Any:
         """The configuration of a case, by default the one of that name."""
@@ -85,12 +88,12 @@ class Trained:
         if name not in self.results:
             model, ranks, _ = self.cases[name]
             together = [other for other, case in self.cases.items() if case[:2] == (model, ranks)]
-            self.results |= run_distributed(train_all, ranks, {other: self.run_of(other) for other in together})[0]
+            self.results |= _train_in_world(ranks, {other: self.run_of(other) for other in together})
         return self.results[name]
 
     def by_itself(self, name: str, case: Case) -> Ran:
         """A case in processes of its own, which one that goes wrong cannot spoil for others."""
-        return run_distributed(train_all, case.ranks, {name: self.run_of(name, case)})[0][name]
+        return _train_in_world(case.ranks, {name: self.run_of(name, case)})[name]
 
     def assert_as_alone(self, name: str, *, rel: float) -> None:
         """Loss and gradient norm of every step, evaluation loss and saved weights are those of one process."""
@@ -103,7 +106,7 @@ class Trained:
         saved, expected = saved_weights(self.folder / name), saved_weights(self.folder / model)
         assert saved.keys() == expected.keys()
         for key, weight in expected.items():
-            torch.testing.assert_close(saved[key], weight, atol=1e-5, rtol=1e-4, msg=lambda m, key=key: f"{key} {m}")
+            torch.testing.assert_close(saved[key], weight, atol=1e-4, rtol=1e-4, msg=lambda m, key=key: f"{key} {m}")
 
 
 def _start(model: str) -> str:

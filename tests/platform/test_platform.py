@@ -48,6 +48,9 @@ def test_another_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch):
         ("tp_comm_overlap", True, "needs Transformer Engine"),
         ("attention_backend", "flash", "set auto"),
         ("gradient_accumulation_fusion", True, "set false"),
+        ("moe_token_dispatcher_type", "flex", "needs CUDA and DeepEP.*set alltoall"),
+        ("cp_comm_type", "a2a", "set all_gather"),
+        ("hierarchical_context_parallel_sizes", [2, 2], "set null"),
     ],
 )
 @without_cuda

@@ -60,7 +60,7 @@ def _module(fields: Fields, module: str) -> None:
         raise ConfigError(f"{key}: no module is called {module!r}; set some of {', '.join(MODULES)}")
     needed = MODULES[module]
     if needed is not None and not fields.get(needed):
-        raise ConfigError(f"{key}: {module} needs a model with model.{needed}; leave {module} out")
+        raise ConfigError(f"{key}: {module} needs a model with model.{needed}; set it without {module}")
     every_layer_has_experts = fields.get("num_moe_experts") is not None and fields.get("moe_layer_freq", 1) == 1
     if module == "mlp" and every_layer_has_experts:
         raise ConfigError(f"{key}: mlp is the MLP of layers without experts, of which there are none; set moe instead")
