@@ -132,7 +132,10 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", every_field.names())
-def test_a_field_arrives_or_is_refused(name: str, tmp_path: Path, request: pytest.FixtureRequest):
+def test_a_field_arrives_or_is_refused(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)  # config_logger_dir is relative to it
     found = outcome(name, tmp_path) if world_size(name) == 1 else request.getfixturevalue("on_two_ranks")[name]
     if name not in REFUSED:
         assert found == "live"
