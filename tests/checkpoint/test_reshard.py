@@ -44,10 +44,8 @@ LAYOUTS: dict[str, Layout] = {
     "pp2_ep2_sharded": (4, {**PP2, **EP2, **SHARDED}),
 }
 # Every pair of neighbours is a change of layout.
-DENSE = "one tp2 pp2_sharded tp2_sharded pp2_vpp2 dp2_sharded tp2_pp2 cp2_sharded one one_sharded dp2"
-EXPERTS = (
-    "one ep2 one ep2_sharded one_sharded tp2_ep2 pp2_vpp2 tp2_ep2_sharded tp2_etp2 pp2_ep2_sharded ep2 cp2_sharded"
-)
+DENSE = "one tp2 pp2_sharded tp2_sharded pp2_vpp2 dp2_sharded tp2_pp2 cp2_sharded one one_sharded"
+EXPERTS = "one ep2 one ep2_sharded one_sharded tp2_ep2 pp2_vpp2 tp2_ep2_sharded tp2_etp2 pp2_ep2_sharded"
 LATENT = "one tp2_ep2_sharded pp2 ep2 cp2_sharded"
 # The embedding is the output layer, too, and 99 tokens take another padding at another TP.
 TIED = {**MODEL, "num_layers": 4, "vocab_size": 99, "share_embeddings_and_output_weights": True}
