@@ -14,7 +14,7 @@ from bridge.checkpoint.optimizer_state import OptimizerState
 from bridge.optim import schedule
 from bridge.platform.random_state import random_state
 
-FORMAT = 1
+FORMAT = 2  # 1 kept optimizer state in the shape of the optimizer that wrote it
 RANDOM_STATE = "random_state_"
 
 # fully_reshardable stores optimizer state per parameter; megatron-core 0.16.1 cannot load its own default format again.

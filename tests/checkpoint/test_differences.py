@@ -13,10 +13,10 @@ import torch
 
 from bridge.weights.locate import locate
 from tests.distributed import run_distributed
+from tests.training.runs import EXPERTS as SMALL_EXPERTS
 from tests.training.runs import config, losses, train
-from tests.training.test_experts import MODELS
 
-EXPERTS = {**MODELS["megatron_core's_choice"], "num_layers": 2}
+EXPERTS = {**SMALL_EXPERTS, "num_layers": 2}
 STOP = {"steps": 8, "exit_interval": 2, "eval_interval": None}
 
 
@@ -180,4 +180,4 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path: Path):
     file = tmp_path / "run" / "checkpoints" / "iter_0000002" / "common.pt"
     torch.save(torch.load(file, weights_only=True) | {"format": None}, file)
     (text,) = run_distributed(refusal, 1, run)
-    assert "is no training checkpoint of this program (format None, not 1); init.path=" in text
+    assert "is no training checkpoint of this program (format None, not 2); init.path=" in text

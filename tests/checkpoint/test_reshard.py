@@ -13,8 +13,8 @@ from bridge.weights.dist_files import open_dist
 from bridge.weights.locate import locate
 from tests import hf_models
 from tests.distributed import run_distributed
+from tests.training.runs import EXPERTS as SMALL_EXPERTS
 from tests.training.runs import MODEL, Ran, config, losses, train
-from tests.training.test_experts import MODELS
 
 Layout = tuple[int, dict[str, Any]]
 
@@ -49,7 +49,7 @@ EXPERTS = "one ep2 one ep2_sharded one_sharded tp2_ep2 pp2_vpp2 tp2_ep2_sharded 
 LATENT = "one tp2_ep2_sharded pp2 ep2 cp2_sharded"
 # The embedding is the output layer, too, and 99 tokens take another padding at another TP.
 TIED = {**MODEL, "num_layers": 4, "vocab_size": 99, "share_embeddings_and_output_weights": True}
-EXPERT_MODEL = {**MODELS["megatron_core's_choice"], "num_layers": 4, "moe_layer_freq": [0, 1, 1, 1], "vocab_size": 99}
+EXPERT_MODEL = {**SMALL_EXPERTS, "num_layers": 4, "moe_layer_freq": [0, 1, 1, 1], "vocab_size": 99}
 BFLOAT16 = {"params_dtype": "bf16", "pipeline_dtype": "bf16", "bf16": True}
 # A first scale that overflows for a few steps: the scaler's counters matter.
 FLOAT16 = {

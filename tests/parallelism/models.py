@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tests.training.runs import EXPERTS
 from tests.training.runs import MODEL as SMALL
 
 # Weights so large that attention is far from even: with the usual 0.02 its errors would drown in the rest of the loss.
@@ -21,27 +22,17 @@ ONE_GROUP = {**DENSE, "num_query_groups": 1, "share_embeddings_and_output_weight
 THREE_LAYERS = {**DENSE, "num_layers": 3, "window_attn_skip_freq": [0, 1, 0]}
 SIX_LAYERS = {**DENSE, "num_layers": 6, "window_attn_skip_freq": [0, 1, 0, 1, 1, 0]}
 
-_EXPERTS: dict[str, Any] = {
-    **MODEL,
-    "family": "qwen3_moe",
-    "num_layers": 4,
-    "num_moe_experts": 4,
-    "moe_layer_freq": [0, 1, 0, 1],
-    "moe_ffn_hidden_size": 16,
-    "moe_shared_expert_intermediate_size": 24,
-    "moe_router_topk": 2,
-    "moe_router_dtype": "fp32",
-    "moe_aux_loss_coeff": 0.01,
-    "moe_z_loss_coeff": 0.001,
-    "moe_router_enable_expert_bias": True,
-    "moe_router_bias_update_rate": 0.01,
-}
+_EXPERTS: dict[str, Any] = {**EXPERTS, **MODEL, "family": "qwen3_moe", "num_layers": 4, "moe_layer_freq": [0, 1, 0, 1]}
 # The router of bridge.models.router (softmax scores and a bias, as ERNIE 4.5 has them), every token sent to every rank.
-ALLGATHER = {**_EXPERTS, "moe_norm_min": 1e-12, "moe_token_dispatcher_type": "allgather"}
+ALLGATHER = {
+    **_EXPERTS,
+    "moe_router_score_function": "softmax",
+    "moe_norm_min": 1e-12,
+    "moe_token_dispatcher_type": "allgather",
+}
 # megatron-core's, balanced within each sequence.
 ALLTOALL = {
     **_EXPERTS,
-    "moe_router_score_function": "sigmoid",
     "moe_router_load_balancing_type": "seq_aux_loss",
     "moe_token_dispatcher_type": "alltoall",
 }

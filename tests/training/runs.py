@@ -27,6 +27,22 @@ MODEL = {
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
 }
+# A dense layer and one with a shared expert and four others, which a score and a bias choose.
+EXPERTS: dict[str, Any] = {
+    **MODEL,
+    "family": "qwen3_moe",
+    "num_moe_experts": 4,
+    "moe_layer_freq": [0, 1],
+    "moe_ffn_hidden_size": 16,
+    "moe_shared_expert_intermediate_size": 24,
+    "moe_router_topk": 2,
+    "moe_router_dtype": "fp32",
+    "moe_router_score_function": "sigmoid",
+    "moe_aux_loss_coeff": 0.01,
+    "moe_z_loss_coeff": 0.001,
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.01,
+}
 FP32 = {"params_dtype": "fp32", "pipeline_dtype": "fp32", "grad_reduce_in_fp32": True}
 ADAM = {"optimizer": "adam", "lr": 1e-2, "min_lr": 1e-3, "weight_decay": 0.1, "adam_beta2": 0.95, "clip_grad": 1.0}
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_distributed
-from tests.training.runs import Ran, config, losses, sample_ids, train
-from tests.training.test_experts import MODELS
+from tests.training.runs import EXPERTS, Ran, config, losses, sample_ids, train
 
 STEPS = {"steps": 16, "eval_interval": None, "global_batch_size": 2}
 BAD = 13  # after the ten steps before which nothing is called a spike
@@ -96,7 +95,7 @@ def test_a_bad_step_is_left_out_on_all_ranks_as_if_it_had_been_listed(
 def test_stages_of_a_pipeline_leave_a_step_out_together(tmp_path: Path) -> None:
     """Only the last stage has a loss, and here experts: their router's bias is balanced before the update."""
     stages: dict[str, Any] = {
-        "whole_model": MODELS["megatron_core's_choice"],
+        "whole_model": EXPERTS,
         "parallelism": {"pipeline_model_parallel_size": 2},
     }
     known = config(tmp_path, name="known", train={**STEPS, "iterations_to_skip": [BAD]}, **stages)

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.distributed import run_distributed
-from tests.training.runs import Ran, config, losses, train, train_and_print
-from tests.training.test_experts import MODELS
+from tests.training.runs import EXPERTS, Ran, config, losses, train, train_and_print
 
 STEPS = {"steps": 6, "eval_interval": None}
 
@@ -130,7 +129,7 @@ def test_every_step_twice_trains_the_same_and_reports_how_much_differs(tmp_path:
 
 def test_a_router_counts_the_tokens_of_a_repeated_step_once(tmp_path: Path) -> None:
     """Its bias follows from the tokens that each forward pass adds up. The fault is in step 3 of 6."""
-    model = MODELS["megatron_core's_choice"]
+    model = EXPERTS
     straight = config(tmp_path, name="straight", whole_model=model, train=STEPS)
     options: dict[str, Any] = {"train": {**STEPS, "nonfinite_loss": "continue"}, "rerun": {"mode": "validate_results"}}
     expected = losses(run_distributed(train, 1, straight)[0].lines)
