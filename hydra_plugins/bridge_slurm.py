@@ -1,13 +1,14 @@
 """The launcher behind `hydra/launcher=slurm`. Hydra takes plugins from the namespace package hydra_plugins only."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 
 from bridge.errors import ConfigError
-from bridge.launch import ranks, slurm
+from bridge.launch import compose, ranks, slurm
 
 
 class SlurmLauncher(BasicLauncher):
@@ -21,7 +22,8 @@ class SlurmLauncher(BasicLauncher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         returns = super().launch(job_overrides, initial_job_idx)
-        queued = [(each, each.return_value) for each in returns if isinstance(each.return_value, slurm.Queued)]
+        prepared = [each for each in returns if each.status == JobStatus.COMPLETED]
+        queued = [(each, each.return_value) for each in prepared if isinstance(each.return_value, slurm.Queued)]
         jobs = [job for _, job in queued]
         assert self.config is not None
         sweeper = self.config.hydra.sweeper._target_
@@ -33,4 +35,8 @@ class SlurmLauncher(BasicLauncher):
         slurm.run(jobs, ended=ranks.print_ending)
         for each, job in queued:
             each.return_value = job.result.objective
+            if each.return_value is None and "max_failure_rate" in self.config.hydra.sweeper:
+                each.return_value, each.status = compose.FailedTrial(job.result.error), JobStatus.FAILED
+            elif each.return_value is None:
+                each.return_value = math.inf
         return returns
