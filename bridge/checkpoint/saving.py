@@ -103,6 +103,8 @@ class Saver:
         for call in self._queue.async_calls:
             call.async_caller.close(abort=True)
         self._queue.async_calls.clear()
+        if self._pending is not None and parallel.is_main():
+            shutil.rmtree(self._pending.unfinished, ignore_errors=True)
         self._pending = None
 
     def retain(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from bridge import platform
 from bridge.config.run_config import RunConfig
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, RunError
 from bridge.training.loss_policy import LossPolicy, Verdict
 from bridge.training.step import StepResult, global_means
 
@@ -240,6 +240,7 @@ class Report:
 
     def __init__(self, config: RunConfig, *, resumed_step: int, is_main: bool) -> None:
         self.sinks: list[Sink] = []
+        self.run_dir = config.run_dir
         if not is_main:
             return
         config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -251,9 +252,12 @@ class Report:
         self.sinks.append(Console(steps=config.train.steps, log_interval=config.log.log_interval))
 
     def write(self, line: Values) -> None:
-        """Send one line everywhere."""
+        """Send one line everywhere. Raises RunError when the disk refuses it."""
         for sink in self.sinks:
-            sink.write(line)
+            try:
+                sink.write(line)
+            except OSError as error:
+                raise RunError(f"{self.run_dir}: a report cannot be written ({error.strerror})") from error
 
     def close(self) -> None:
         """Flush and close every sink."""
