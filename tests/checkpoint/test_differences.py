@@ -72,7 +72,7 @@ def test_layout_and_settings_are_recorded_and_changes_said_once(saved: Path, tmp
     ("model", "optimizer", "message"),
     [
         (
-            {"moe_router_enable_expert_bias": False},
+            {"moe_router_enable_expert_bias": False, "moe_router_bias_update_rate": None},
             {},
             r"another model: this run has no place for its 1 buffer \(decoder.layers.1.mlp.router.expert_bias\); set",
         ),
@@ -96,7 +96,8 @@ def test_layout_and_settings_are_recorded_and_changes_said_once(saved: Path, tmp
     ids=["buffer", "missing_weight", "unexpected_weight", "optimizer"],
 )
 def test_differences_are_named_by_class(saved: Path, model: Any, optimizer: Any, message: str):
-    run = config(saved, whole_model={**EXPERTS, **model}, optimizer=optimizer, train=STOP)
+    whole_model = {name: value for name, value in {**EXPERTS, **model}.items() if value is not None}
+    run = config(saved, whole_model=whole_model, optimizer=optimizer, train=STOP)
     (text,) = run_distributed(refusal, 1, run)
     assert re.search(message, text), text
 

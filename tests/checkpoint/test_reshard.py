@@ -110,7 +110,7 @@ def move(run: Any, target: Path) -> None:
     data = setup.prepare_data(run)
     parallel.initialize(run.routed().transformer, seed=run.train.seed)
     job = setup.build(run, data)
-    checkpoint.save(target, job.state, progress=job.progress)
+    checkpoint.Saver(target).save(job.state, progress=job.progress)
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ import torch
 
 from bridge import parallel
 from bridge.config.run_config import RunConfig
+from tests.training.runs import one_step
 
 
 class Measured(NamedTuple):
@@ -23,7 +24,6 @@ class Measured(NamedTuple):
 def step(run: RunConfig) -> Measured:
     """One training step of `run` as this rank of a world, a worker of tests.distributed."""
     from bridge.training import batches, setup
-    from bridge.training.step import Shape, train_step
 
     data = setup.prepare_data(run)
     parallel.initialize(run.routed().transformer, seed=run.train.seed)
@@ -34,7 +34,7 @@ def step(run: RunConfig) -> Measured:
     streams = [batches.training(job.datasets.train, train=run.train, consumed=0, num_workers=0) for _ in model]
     saved = Saved(_storages(_static(job.state)))
     with saved.watching():
-        train_step(job.state, streams, Shape(run.data["sequence_length"], size, count))
+        one_step(job, streams, micro_batch_size=size, num_microbatches=count)
     weights, gradients, optimizer = (sum(_storages(part).values()) for part in _parts(job.state))
     return Measured(parallel.pipeline_rank(), weights, gradients, optimizer, saved.peak)
 

@@ -31,7 +31,7 @@ class Swept:
         monkeypatch.chdir(folder)
         monkeypatch.setattr(spawn, "run_workers", self.run_workers)
 
-    def run_workers(self, claim, *, num_devices: int, fields) -> Result:
+    def run_workers(self, claim, **_) -> Result:
         lr = yaml.safe_load((claim.path / "config.yaml").read_text())["optimizer"]["lr"]
         self.trained.append(int(claim.path.name))
         if lr < self.failing_below:

@@ -104,6 +104,18 @@ def train_and_print(run: RunConfig) -> tuple[Ran, str]:
     return ran, output.getvalue()
 
 
+def one_step(job: Any, streams: list[Any], *, micro_batch_size: int, num_microbatches: int) -> Any:
+    """The result of one training step of `job`, as the loop takes it."""
+    from bridge.training.loss_policy import LossPolicy
+    from bridge.training.rerun import Rerun
+    from bridge.training.step import Shape, train_step
+
+    policy = LossPolicy(job.config, job.progress)
+    rerun = Rerun(job.config, policy, step=0, model=job.state.model)
+    shape = Shape(job.data.options.sequence_length, micro_batch_size, num_microbatches)
+    return train_step(job.state, streams, shape, step=1, policy=policy, rerun=rerun)
+
+
 def losses(lines: list[dict[str, Any]]) -> list[float]:
     """Training losses by step."""
     return [line["loss"] for line in lines if "loss" in line]

@@ -19,7 +19,6 @@ from bridge.config import effect, layout, mcore_fields, routing
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
 from bridge.training import batches, run, settings, setup
-from bridge.training.step import Shape, train_step
 from tests.distributed import run_distributed
 from tests.training import every_field, runs
 
@@ -89,8 +88,8 @@ def outcome(name: str, folder: Path) -> str:
         check_arrived(name, job)
         chunks = range(len(job.state.model))
         read = [batches.training(job.datasets.train, train=config.train, consumed=0, num_workers=0) for _ in chunks]
-        shape = Shape(16, 1, 4 // parallel.data_parallel_size())
-        assert train_step(job.state, read, shape).updated is not None
+        num_microbatches = 4 // parallel.data_parallel_size()
+        assert runs.one_step(job, read, micro_batch_size=1, num_microbatches=num_microbatches).updated is not None
         return "live"
     finally:
         parallel.teardown(keep_world="RANK" in os.environ)
