@@ -194,7 +194,8 @@ def test_watching(tmp_path):
     """In a pipe one table after another, uncut; on a terminal in place, in colour, cut to its width. Ctrl-C ends it."""
     run_dir(tmp_path, "a", result=Result("failed", error="E" * 300))
     command = [sys.executable, "-m", "bridge.status", str(tmp_path), "--watch", "--interval", "0.1"]
-    piped = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell's background jobs ignore it
+    piped = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard)
     seen = [piped.stdout.readline() for _ in range(10)]
     piped.send_signal(signal.SIGINT)
     _, err = piped.communicate(timeout=60)
@@ -202,7 +203,7 @@ def test_watching(tmp_path):
     assert sum("E" * 300 in line for line in seen) == 2 and not any("\x1b" in line for line in seen)
 
     ours, theirs = pty.openpty()
-    shown = subprocess.Popen(command, stdout=theirs, env={**os.environ, "COLUMNS": "80", "LINES": "24"})
+    shown = subprocess.Popen(command, stdout=theirs, env={**os.environ, "COLUMNS": "80", "LINES": "24"}, **heard)
     os.close(theirs)
     text = ""
     while text.count("Ctrl-C") < 2:
