@@ -251,7 +251,8 @@ def _predictions(asked: _Asked) -> None:
 def _losses(asked: _Asked) -> None:
     """A coefficient of a balancing loss that the router does not have, and a fused loss that rounds."""
     kind = asked.get("moe_router_load_balancing_type")
-    for name in asked.for_more("moe_aux_loss_coeff") if kind in ("none", "sinkhorn") else ():
+    # "none" is how the loss is turned off whose coefficient came with the model.
+    for name in asked.for_more("moe_aux_loss_coeff") if kind == "sinkhorn" else ():
         raise asked.error(name, f"has no effect while moe_router_load_balancing_type is {kind!r}; set aux_loss or 0")
     if (asked.get("moe_expert_capacity_factor") or 0) < 0:
         raise asked.error("moe_expert_capacity_factor", "is below 0; set null to drop no tokens")

@@ -76,7 +76,8 @@ def rl_step(path, parallelism, folder):
     for name, value in parallelism.items():
         setattr(provider, name, value)
     provider.calculate_per_token_loss = True
-    provider.moe_router_load_balancing_type = "none"
+    if provider.num_moe_experts:
+        provider.moe_router_load_balancing_type = "none"
     provider.finalize()
     provider.initialize_model_parallel(seed=1)
     model = provider.provide_distributed_model(ddp_config={"grad_reduce_in_fp32": True})
