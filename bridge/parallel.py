@@ -208,15 +208,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def from_all_ranks(value: Any) -> list[Any]:
-    """`value` of every rank, by rank: anything that can be pickled. A collective call."""
-    import torch.distributed as dist
-
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def data_parallel_rank(*, with_context_parallel: bool = False) -> int:
     """This process's number among those that see different data (and, if asked, different parts of a sequence)."""
     from megatron.core import parallel_state
