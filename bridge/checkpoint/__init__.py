@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bridge.checkpoint.content import Progress, Trainable
-    from bridge.checkpoint.files import latest
     from bridge.checkpoint.loading import load
     from bridge.checkpoint.resuming import has_checkpoint, resume
     from bridge.checkpoint.saving import Saved, Saver, save_weights
 
-__all__ = ["Progress", "Saved", "Saver", "Trainable", "has_checkpoint", "latest", "load", "resume", "save_weights"]
+__all__ = ["Progress", "Saved", "Saver", "Trainable", "has_checkpoint", "load", "resume", "save_weights"]
 
 _HOMES = {
     "content": ("Progress", "Trainable"),
-    "files": ("latest",),
     "loading": ("load",),
     "resuming": ("has_checkpoint", "resume"),
     "saving": ("Saved", "Saver", "save_weights"),

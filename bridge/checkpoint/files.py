@@ -12,14 +12,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from bridge.errors import DamagedError
-from bridge.weights.locate import LATEST, CheckpointPath, iteration_directory, locate
+from bridge.weights.locate import LATEST, iteration_directory
 
 SAVING, REMOVING = ".saving_", ".removing_"
-
-
-def latest(root: Path) -> CheckpointPath | None:
-    """The newest checkpoint below `root`, or None before the first save. Raises ConfigError when it is not complete."""
-    return locate(root, key="checkpoint") if (root / LATEST).is_file() else None
 
 
 def newest(root: Path) -> Path | None:

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bridge import checkpoint, parallel
-from bridge.checkpoint import Progress
+from bridge import parallel
+from bridge.checkpoint import Progress, files
 from bridge.optim import schedule
 from bridge.training import batches, flops
 from bridge.training.batches import Batch
@@ -124,8 +124,7 @@ def _save(job: Job, progress: Progress, saves: Saves, pulse: Pulse) -> None:
 def _end_for_rerun(job: Job, *, progress: Progress, ending: Ending, rerun: Rerun, saves: Saves, pulse: Pulse) -> None:
     """Save what megatron-core's rerun state machine wants kept. Raises HardwareFault when that was its last word."""
     saves.finish()
-    latest = checkpoint.latest(job.checkpoints)
-    there = latest is not None and latest.directory == iteration_directory(job.checkpoints, iteration=progress.step)
+    there = files.newest(job.checkpoints) == iteration_directory(job.checkpoints, iteration=progress.step)
     if ending.save and not there:
         _save(job, progress, saves, pulse)
         saves.finish()
