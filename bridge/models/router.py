@@ -6,10 +6,15 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping, compute_routing_scores_for_aux_loss
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    apply_router_token_dropping,
+    compute_routing_scores_for_aux_loss,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from bridge import platform
 from bridge.errors import ConfigError
 
 # What takes the choice out of the router's hands, and the value that leaves it there.
@@ -51,10 +56,11 @@ def use(layer: Any, config: Any) -> None:
 class Router(TopKRouter):
     """megatron-core's router; dropping, the balancing losses themselves and updates of the bias are its own.
 
-    Two of its faults are put right. Jitter would go on after training. And with calculate_per_token_loss every rank
-    scales the gradient of its part of a balancing loss by its own number of tokens, where the number in the sequences
-    it shares with its tensor and context ranks is due, and seq_aux_loss by that of one sequence: the losses would be
-    weaker the more ranks or sequences there are.
+    Three of its faults are put right. Jitter would go on after training. A backward pass without a schedule would leave
+    a scale of the balancing losses in the process (shape []) into which no schedule can put its own (shape [1]). And
+    with calculate_per_token_loss every rank scales the gradient of its part of a balancing loss by its own number of
+    tokens, where the number in the sequences it shares with its tensor and context ranks is due, and seq_aux_loss by
+    that of one sequence: the losses would be weaker the more ranks or sequences there are.
     """
 
     def __init__(self, config: Any, pg_collection: Any = None) -> None:
@@ -67,6 +73,8 @@ class Router(TopKRouter):
             scaled.moe_aux_loss_coeff = _times(config.moe_aux_loss_coeff, ranks)
             scaled.moe_z_loss_coeff = _times(config.moe_z_loss_coeff, ranks)
         super().__init__(config=scaled, pg_collection=pg_collection)
+        if MoEAuxLossAutoScaler.main_loss_backward_scale is None:
+            MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1, device=platform.device())
 
     def attach_and_log_load_balancing_loss(self, activation: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """For the tokens of all sequences of this rank, [tokens, experts] in `activation`."""

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from bridge import platform
 from bridge.models.router import choose, chooses_otherwise
 
 TOKENS, EXPERTS = 64, 16
@@ -157,3 +158,30 @@ def test_jitter_is_for_training_alone():
         assert 0.89 < noise.min() < 0.95
         assert 1.05 < noise.max() < 1.11
         assert torch.equal(model.eval() and router.apply_input_jitter(hidden), hidden)
+
+
+def test_a_schedule_can_follow_a_plain_backward_pass(monkeypatch: pytest.MonkeyPatch):
+    """megatron-core's own router leaves a scale of shape [], and its schedules fail to put theirs, of shape [1], there."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from bridge import parallel
+    from bridge.config.routing import route
+    from bridge.models import gpt, hf_config
+    from tests import hf_models
+
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
+    section = hf_config.to_mcore(hf_models.config("mixtral").to_dict()) | {"moe_aux_loss_coeff": 0.5}
+    with parallel.single_process():
+        (model,) = gpt.build(route({"model": section}), dtype=torch.float32)
+        ids = hf_models.prompts(length=8).to(platform.device())
+        positions = torch.arange(8, device=ids.device).expand_as(ids)
+        router = model.decoder.layers[0].mlp.router.weight
+
+        def gradient() -> torch.Tensor:
+            router.grad = None
+            model.train()(ids, positions, None, labels=ids).sum().backward()
+            return router.grad.clone()
+
+        at_one = gradient()
+        MoEAuxLossAutoScaler.set_loss_scale(torch.zeros(1, device=ids.device))
+        assert (at_one - gradient()).norm() > 1e-3 * at_one.norm()  # the scale was 1, not none
