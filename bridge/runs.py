@@ -8,8 +8,6 @@ import json
 import math
 import os
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from bridge.launch import slurm_states
 from bridge.launch.result import EXIT_CODES, result_path
 
 ENDED = frozenset({"done", "stopped", "failed", "invalid", "died"})
@@ -27,9 +26,6 @@ MARKS = frozenset({"overrides.yaml", "result.json", "metrics.jsonl", "lock", "jo
 OWN_DIRECTORIES = frozenset({"checkpoints", "logs", "sample_ids", "tensorboard", "wandb", "hf"})
 MAX_STEP = 2**53  # more is damage, and no number to JavaScript
 TAIL_BYTES = 64 * 1024  # some hundred lines of metrics.jsonl
-SLURM_WAITS = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "CONFIGURING", "RESV_DEL_HOLD"})
-SLURM_WORKS = frozenset({"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED"})
-SLURM_TIMEOUT = 20  # seconds; a controller that is down answers late or never
 
 # In config.yaml as run_config.write makes it. Reading its hundred lines as YAML would take 20 ms a run.
 _STEPS = re.compile(r"^train:\n(?:  .*\n)*?  steps: (\d+)$", re.MULTILINE)
@@ -264,7 +260,7 @@ def _asked_slurm(runs: Iterable[Run]) -> list[Run]:
     """`runs`, those with a Slurm job that nobody holds in the state that Slurm tells."""
     runs = list(runs)
     open_jobs = {run.slurm_job for run in runs if run.slurm_job and run.state not in ("running", "done")}
-    states = _slurm_states(sorted(open_jobs)) if open_jobs else {}
+    states = (slurm_states.states(sorted(open_jobs)) if open_jobs else None) or {}
     return [_in_slurm(run, states.get(run.slurm_job)) if run.slurm_job else run for run in runs]
 
 
@@ -272,34 +268,10 @@ def _in_slurm(run: Run, state: str | None) -> Run:
     where = f"Slurm job {run.slurm_job}"
     if run.state == "running":
         return run._replace(where=f"{where}, {run.where}")
-    if state in SLURM_WAITS:
+    if state in slurm_states.WAITING:
         return run._replace(state="pending", where=where)
-    if state in SLURM_WORKS:
+    if state in slurm_states.WORKING:
         return run._replace(state="running", where=where)
-    if state is not None and run.state in ("died", "pending"):
+    if state not in (None, slurm_states.GONE) and run.state in ("died", "pending"):
         return run._replace(state="died", error=f"Slurm ended job {run.slurm_job}: {state}")
     return run
-
-
-def _slurm_states(jobs: list[str]) -> dict[str, str]:
-    """Slurm's state of each job: of squeue, else of sacct. Empty without those programs or their answer."""
-    states: dict[str, str] = {}
-    # sacct first: its answer for a requeued job is older than squeue's.
-    for command in (["sacct", "-X", "-n", "-P", "-o", "JobID,State"], ["squeue", "-h", "-t", "all", "-o", "%i|%T"]):
-        if not shutil.which(command[0]):
-            continue
-        try:
-            done = subprocess.run(
-                [*command, "-j", ",".join(jobs)],
-                capture_output=True,
-                text=True,
-                timeout=SLURM_TIMEOUT,
-                stdin=subprocess.DEVNULL,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            continue
-        for line in done.stdout.splitlines():
-            job, _, state = line.partition("|")
-            if state:
-                states[job] = state.split()[0]  # "CANCELLED by 0"
-    return states

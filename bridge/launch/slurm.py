@@ -6,7 +6,6 @@ command line shows before anything is queued.
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,13 +16,10 @@ from typing import Any
 
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
+from bridge.launch import slurm_states
 from bridge.launch.result import Result, first_rank_error, read_result, write_json, write_result
 from bridge.launch.slurm_job import RunJob
 
-UNFINISHED = frozenset(
-    ["PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD"]
-) | {"RESIZING", "RESV_DEL_HOLD", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED", "UNKNOWN"}
-"""Job states that another can follow. PREEMPTED is not among them: a job that is requeued turns PENDING."""
 SRUN_ARGS = ("--kill-on-bad-exit=1", "--open-mode=append")  # append: a requeued job keeps its earlier output
 TARGET = "hydra_plugins.bridge_slurm.SlurmLauncher"
 
@@ -59,8 +55,8 @@ def check_free(run_dir: Path) -> None:
         job_id = str(json.loads((run_dir / "job.json").read_text(encoding="utf-8"))["slurm_job_id"])
     except FileNotFoundError:
         return
-    state = (_states([job_id]) or {}).get(job_id)
-    if state in UNFINISHED:
+    state = (slurm_states.states([job_id]) or {}).get(job_id)
+    if state in slurm_states.UNFINISHED:
         raise ConfigError(
             f"name: {run_dir} belongs to Slurm job {job_id} ({state}); wait for it, `scancel {job_id}`, or set "
             f"another name="
@@ -142,34 +138,20 @@ def _wait(jobs: Sequence[Queued], ended: Callable[[Result], None]) -> None:
     while waiting:
         time.sleep(pause)
         pause = min(pause * 1.2, 5.0)
-        states = _states(list(waiting))
-        for job_id, job in list(waiting.items()):
-            state = None if states is None else states.get(job_id, "gone from the queue")
-            if state is None or state in UNFINISHED:
+        for job_id, state in (slurm_states.states(waiting) or {}).items():
+            if state in slurm_states.UNFINISHED:
                 continue
-            del waiting[job_id]
+            job = waiting.pop(job_id)
             job.result = _outcome(job, state)
             write_result(job.result, job.config.run_dir)
             ended(job.result)
-
-
-def _states(job_ids: list[str]) -> dict[str, str] | None:
-    """State by job id, of the jobs that Slurm still knows; None when it does not answer now."""
-    command = ["squeue", "--noheader", "--states=all", f"--jobs={','.join(job_ids)}", "--format=%i %T"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode and "Invalid job id" not in done.stderr:
-        return None
-    return dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
 
 
 def _outcome(job: Queued, state: str) -> Result:
     """How a job ended: what its ranks wrote; where they could not, the state that Slurm saw."""
     run_dir = job.config.run_dir
     result = first_rank_error(run_dir) or read_result(run_dir)
-    if result is None or (result.status == "done" and state not in ("COMPLETED", "gone from the queue")):
+    if result is None or (result.status == "done" and state not in ("COMPLETED", slurm_states.GONE)):
         error = f"Slurm job {job.job_id} of {run_dir} ended as {state}; its output is in {run_dir / 'slurm'}"
         return replace(result or Result("failed"), status="failed", error=error)
     return result

@@ -161,7 +161,7 @@ def test_jitter_is_for_training_alone():
 
 
 def test_a_schedule_can_follow_a_plain_backward_pass(monkeypatch: pytest.MonkeyPatch):
-    """megatron-core's own router leaves a scale of shape [], and its schedules fail to put theirs, of shape [1], there."""
+    """megatron-core's own router leaves a scale of shape [], where no schedule can put its own, of shape [1]."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from bridge import parallel
