@@ -11,6 +11,7 @@ import yaml
 from bridge import estimate, parallel
 from bridge.config import run_config
 from bridge.config.run_config import RunConfig
+from tests.training import runs
 
 pytestmark = pytest.mark.gpu
 
@@ -43,7 +44,6 @@ def _config(model: str, changes: dict[str, Any], parallelism: dict[str, Any]) ->
 def _peak(run: RunConfig) -> int:
     """Bytes allocated at the most in the second step: the first makes the optimizer's state."""
     from bridge.training import batches, setup
-    from bridge.training.step import Shape, train_step
 
     data = setup.prepare_data(run)
     parallel.initialize(run.routed().transformer, seed=run.train.seed)
@@ -52,7 +52,7 @@ def _peak(run: RunConfig) -> int:
         stream = [batches.training(job.datasets.train, train=run.train, consumed=0, num_workers=0)]
         for _ in range(2):
             torch.cuda.reset_peak_memory_stats()
-            train_step(job.state, stream, Shape(run.data["sequence_length"], 2, 2))
+            runs.one_step(job, stream, micro_batch_size=2, num_microbatches=2)
         return torch.cuda.max_memory_allocated()
     finally:
         parallel.teardown()
