@@ -25,7 +25,7 @@ def main() -> None:
                 # A rank aborts itself when it has lost a peer; any other signal came first, and the rest followed.
                 at = failure.timestamp if -failure.exitcode == signal.SIGABRT else 0.0
                 result = Result("failed", error=killed(rank, -failure.exitcode))
-                write_rank_error(result, run_dir, rank=rank, traceback=False, at=at)
+                write_rank_error(result, run_dir, rank=rank, at=at)
         sys.exit(EXIT_CODES["failed"])
 
 

@@ -9,14 +9,13 @@ import os
 import re
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import NamedTuple
 
 from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.launch import torchrun
-from bridge.launch.result import Result, guarded, log_path
+from bridge.launch.result import Result, guarded, log_path, print_error
 from bridge.launch.run_dir import Claim, claimed
 from bridge.launch.spawn import num_cores, worker_environment
 from bridge.launch.worker import execute, kept_output
@@ -72,9 +71,8 @@ def print_start(claim: Claim, *, num_processes: int) -> None:
 
 
 def print_ending(result: Result) -> None:
-    if result.error is not None:
-        print(result.error, file=sys.stderr, flush=True)
-    elif result.status == "stopped" and result.step is None:
+    print_error(result)
+    if result.status == "stopped" and result.step is None:
         print("stopped without a save; the same command goes on from the latest checkpoint, if any", flush=True)
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,12 +21,14 @@ input; stopped: saved, resume later."""
 @dataclass(frozen=True)
 class Result:
     """How a run ended. eval_loss: the last evaluation's loss in nats per token, None without one. error: one line.
-    repeats: the same would happen again. restarts: how often its workers were started anew."""
+    traceback: of an error that is not the user's. repeats: the same would happen again. restarts: how often its workers
+    were started anew."""
 
     status: str
     step: int | None = None
     eval_loss: float | None = None
     error: str | None = None
+    traceback: str | None = None
     repeats: bool = False
     restarts: int = 0
 
@@ -49,9 +52,17 @@ def guarded(command: Callable[[], int]) -> int:
         return EXIT_CODES["invalid"]
 
 
-def in_one_line(error: Exception) -> str:
-    """The last line of the traceback of `error`."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+def unexpected(error: Exception, *, repeats: bool = False) -> Result:
+    """A failure by an error that is not the user's: the last line of its traceback as one line, and all of it."""
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    whole = "".join(traceback.format_exception(error))
+    return Result("failed", error=line, traceback=whole, repeats=repeats)
+
+
+def print_error(result: Result) -> None:
+    """On stderr the traceback, if there is one, then the error in one line."""
+    if result.error is not None:
+        print(f"{result.traceback or ''}{result.error}", file=sys.stderr, flush=True)
 
 
 def result_path(run_dir: Path) -> Path:
@@ -84,11 +95,9 @@ def read_result(run_dir: Path) -> Result | None:
         return None
 
 
-def write_rank_error(
-    result: Result, run_dir: Path, *, rank: int, traceback: bool = True, at: float | None = None
-) -> None:
-    """logs/rank_N.error: a rank's failure, whether its log has a traceback, and when it happened (None: now)."""
-    record = {"time": time.time() if at is None else at, "traceback": traceback, **asdict(result)}
+def write_rank_error(result: Result, run_dir: Path, *, rank: int, at: float | None = None) -> None:
+    """logs/rank_N.error: a rank's failure, and when it happened (None: now)."""
+    record = {"time": time.time() if at is None else at, **asdict(result)}
     write_json(record, run_dir / "logs" / f"rank_{rank}.error")
 
 
@@ -105,11 +114,8 @@ def first_rank_error(run_dir: Path) -> Result | None:
         return None
     failures = [(json.loads(file.read_text(encoding="utf-8")), file) for file in files]
     first, file = min(failures, key=lambda failure: failure[0].pop("time"))
-    traceback = first.pop("traceback")
     result = Result(**first)
-    if result.status == "invalid" or not traceback:
-        return result
-    return replace(result, error=f"{result.error} (full traceback in {file.with_suffix('.log')})")
+    return replace(result, error=f"{result.error} (in {file.with_suffix('.log')})") if result.traceback else result
 
 
 def forget(run_dir: Path) -> None:

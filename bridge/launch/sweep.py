@@ -2,7 +2,6 @@
 
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,16 @@ from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.errors import BridgeError, ConfigError
 from bridge.launch.compose import Job, single_valued
-from bridge.launch.result import EXIT_CODES, Result, first_rank_error, in_one_line, read_result, result_path, write_json
+from bridge.launch.result import (
+    EXIT_CODES,
+    Result,
+    first_rank_error,
+    print_error,
+    read_result,
+    result_path,
+    unexpected,
+    write_json,
+)
 
 
 class Row(NamedTuple):
@@ -34,10 +42,8 @@ def run_job(job: Job, train: Callable[[Job], Result]) -> Row:
     except BridgeError as error:
         result = Result("invalid", error=str(error))
     except Exception as error:
-        traceback.print_exc()
-        result = Result("failed", error=in_one_line(error))
-    if result.error:
-        print(result.error, file=sys.stderr, flush=True)
+        result = unexpected(error)
+    print_error(result)
     return Row(job.number, job.swept, job.directory, result)
 
 

@@ -82,7 +82,7 @@ def _tell(pulse: "Pulse", config: RunConfig, rank: int) -> None:
     found = described(_places(config.run_dir), world_size=world_size)
     error = f"no step finished within launch.hang_timeout={config.launch.hang_timeout}: {found}"
     result = Result("failed", error=f"{error}; stacks in {config.run_dir / 'logs'}/rank_N.log")
-    write_rank_error(result, config.run_dir, rank=rank, traceback=False)
+    write_rank_error(result, config.run_dir, rank=rank)
     if rank == 0:
         write_result(result, config.run_dir)
     print(result.error, file=sys.stderr, flush=True)

@@ -2,11 +2,11 @@
 
 import fcntl
 import os
+import stat
 import subprocess
 import sys
 import termios
 import time
-import traceback
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.errors import BridgeError, RunError
 from bridge.launch import watchdog
-from bridge.launch.result import Result, in_one_line, log_path, write_rank_error, write_result
+from bridge.launch.result import Result, log_path, unexpected, write_rank_error, write_result
 from bridge.platform.processes import die_with_parent
 
 STARTED = "BRIDGE_STARTED"  # environment: the time.time() at which the run was started, before any restart
@@ -79,10 +79,12 @@ def _point_output(stdout: int, stderr: int) -> None:
 
 
 def execute(config: RunConfig, *, rank: int) -> Result:
-    """Train as `config` says in this process. Rank 0 writes result.json, a failing rank logs/rank_N.error."""
+    """Train as `config` says in this process. Rank 0 writes result.json, a failing rank logs/rank_N.error.
+
+    A traceback goes into the log alone: of all ranks that fail in the end, the console is shown the first one's.
+    """
     since = time.time() - float(os.environ.get(STARTED, time.time()))
     started = time.monotonic() - since
-    traced = False
     try:
         from bridge.training.pulse import Pulse
         from bridge.training.run import run  # imports torch
@@ -96,15 +98,24 @@ def execute(config: RunConfig, *, rank: int) -> Result:
     except RunError as error:
         result = Result("failed", error=str(error))
     except Exception as error:
-        traced = True
-        traceback.print_exc()
         # A loss that is not finite comes out of the same samples and weights again.
-        result = Result("failed", error=in_one_line(error), repeats=isinstance(error, FloatingPointError))
+        result = unexpected(error, repeats=isinstance(error, FloatingPointError))
+        _log(result.traceback or "", log_path(config.run_dir, rank=rank))
     if result.error is not None:
-        write_rank_error(result, config.run_dir, rank=rank, traceback=traced)
+        write_rank_error(result, config.run_dir, rank=rank)
     if rank == 0:
         write_result(result, config.run_dir)
     return result
+
+
+def _log(text: str, path: Path) -> None:
+    """Append `text` to the log after what has been printed so far, and show it on no console."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if stat.S_ISFIFO(os.fstat(1).st_mode):  # rank 0's, to the log and the console
+        _drain(1)
+    with path.open("a", encoding="utf-8") as log:
+        log.write(text)
 
 
 def leave(exit_code: int) -> None:

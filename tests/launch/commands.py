@@ -49,6 +49,13 @@ class Slow(mock.RandomTokens):
 """
 
 
+def is_the_crash(err: str, log: Path) -> bool:
+    """Whether stderr is the traceback of USER_SOURCE's error, nothing before it, then its cause and log in one line."""
+    lines = err.splitlines()
+    first, last = "Traceback (most recent call last):", f"RuntimeError: the disk is full (in {log})"
+    return (lines[0], lines[-1]) == (first, last) and err.count("Traceback") == 1 and 'raise RuntimeError("the' in err
+
+
 def write_user_source(directory: Path) -> str:
     """A data source of a user's own, in the directory where the commands run; the override that chooses it."""
     package = directory / "user_package"
