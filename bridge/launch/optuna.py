@@ -14,7 +14,8 @@ SWEEPER = {
 # Of the samplers: the same command then suggests the same values again, and so resumes its jobs. A study that is kept
 # (hydra.sweeper.storage) goes on instead of beginning again, and with a fixed seed would repeat its first suggestions.
 SEED = 1234
-NO_TRIAL = "No trials are completed"  # how the sweeper ends when every trial has failed, after running them all
+# How the sweeper ends when every trial has failed, after running them all; the second with a study that is kept.
+NO_TRIAL = ("No trials are completed", "Record does not exist")
 
 
 def set_defaults() -> None:

@@ -156,13 +156,22 @@ def test_a_user_may_end_the_sweep_at_a_failure(sweep):
 
 def test_a_study_that_is_kept_goes_on_under_another_name(sweep):
     keep = ("hydra.sweeper.storage=sqlite:///study.db", "hydra.sweeper.study_name=lr", "hydra.sweeper.n_trials=2")
-    assert sweep(*OPTUNA, *keep)[0] == 0
+    rates = ("hydra/sweeper=optuna", "optimizer.lr=tag(log,interval(1e-4,3e-3))")  # not one without a finite loss
+    assert sweep(*rates, *keep)[0] == 0
     first = sweep.best()["best_value"]
-    code, _, err = sweep(*OPTUNA, *keep)
+    code, _, err = sweep(*rates, *keep)
     assert code == 2 and "give this sweep another name=" in err
     sweep.directory = sweep.directory.with_name("more")
-    assert sweep(*OPTUNA, *keep, "name=more")[0] == 0 and sweep.trained == [0, 1]
+    assert sweep(*rates, *keep, "name=more")[0] == 0 and sweep.trained == [0, 1]
     assert sweep.best()["best_value"] <= first
+
+
+@pytest.mark.parametrize("storage", ["null", "sqlite:///study.db"])
+def test_the_table_tells_that_all_trials_failed(sweep, storage):
+    sweep.failing_below = 1.0
+    code, out, _ = sweep(*OPTUNA, f"hydra.sweeper.storage={storage}", "hydra.sweeper.n_trials=2")
+    assert code == 1 and sweep.trained == [0, 1]
+    assert "sweep.json" in out.splitlines()[-1]
 
 
 def test_optuna_that_is_missing():
