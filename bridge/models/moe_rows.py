@@ -36,7 +36,9 @@ def moe_table(model: Model, *, fused_experts: bool = False, shared: str = "mlp.s
     return Table([*embedding(model), *moe_layer(model, fused_experts=fused_experts, shared=shared), *final(model)])
 
 
-def moe_layer(model: Model, *, fused_experts: bool = False, shared: str = "mlp.shared_experts") -> Rows:
+def moe_layer(
+    model: Model, *, fused_experts: bool = False, shared: str = "mlp.shared_experts", fp32_router: bool = False
+) -> Rows:
     """The rows of such a model's layers; `shared` is the name of the expert of every token, where there is one."""
     return [
         *norms(model, mlp=None),
@@ -44,7 +46,7 @@ def moe_layer(model: Model, *, fused_experts: bool = False, shared: str = "mlp.s
         *qk_norms(model),
         *attention(model),
         *dense_mlp(model),
-        *router(model),
+        *router(model, fp32_weight=fp32_router),
         *experts(model, fused_experts=fused_experts),
         *shared_experts(model, name=shared),
     ]

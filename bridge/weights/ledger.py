@@ -34,7 +34,7 @@ class Move(NamedTuple):
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
     op: Op
-    keep_dtype: bool = False  # no cast to another dtype touches it
+    keep_dtype: bool = False  # no cast to 16 bits touches it
 
 
 def plan(table: Table, targets: Mapping[str, Target], *, vocab_size: int) -> list[Move]:

@@ -16,7 +16,7 @@ from bridge.weights.ops import Copy, Op
 class Row:
     """One Megatron tensor, by its canonical checkpoint key, and the Hugging Face tensors `op` merges into it.
 
-    With `keep_dtype` no cast to another dtype touches it: Hugging Face keeps it in fp32 (`_keep_in_fp32_modules`).
+    With `keep_dtype` no cast to 16 bits touches it: transformers keeps it in fp32 (`_keep_in_fp32_modules_strict`).
     """
 
     mcore_key: str

@@ -83,7 +83,12 @@ def _imported(hf: HfFiles, move: Move, *, dtype: torch.dtype | None, check_finit
     tensor = merge(hf, move)
     if check_finite:
         finite.check_finite(hf, move, tensor)
-    return pad_rows(cast(tensor, None if move.keep_dtype else dtype), move)
+    return pad_rows(cast(tensor, _wanted(move, dtype)), move)
+
+
+def _wanted(move: Move, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype that a cast to `dtype` gives the tensors of a move; None: their own."""
+    return None if move.keep_dtype and dtype != torch.float32 else dtype
 
 
 def _num_bytes_at(dtype: torch.dtype, hf: HfFiles, moves: Iterable[Move]) -> int:
@@ -166,8 +171,8 @@ def export_specs(dist: DistFiles, *, moves: Iterable[Move], dtype: torch.dtype |
         stored = dist.spec(move.mcore_key).dtype
         for name, shape in zip(move.hf_names, move.hf_shapes, strict=True):
             own = kept.get(name, stored)
-            castable = own.is_floating_point and not move.keep_dtype
-            specs[name] = TensorSpec(dtype if dtype and castable else own, shape)
+            wanted = _wanted(move, dtype) if own.is_floating_point else None
+            specs[name] = TensorSpec(wanted or own, shape)
     return specs
 
 

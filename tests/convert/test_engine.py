@@ -57,7 +57,8 @@ def test_check_finite_names_file_and_tensor(tiny_hf, tmp_path, value, name):
 
 
 @pytest.mark.parametrize(
-    ("variant", "num_kept"), [("deepseek_v3", 3), ("glm4_moe", 3), ("ernie4_5_moe", 6), ("llama", 0)]
+    ("variant", "num_kept"),
+    [("deepseek_v2", 2), ("deepseek_v3", 6), ("glm4_moe", 6), ("ernie4_5_moe", 6), ("llama", 0)],
 )
 def test_a_cast_leaves_in_fp32_what_transformers_does(tiny_hf, tmp_path, variant, num_kept):
     """By the names in its model class, on import and on export."""
@@ -74,6 +75,8 @@ def test_a_cast_leaves_in_fp32_what_transformers_does(tiny_hf, tmp_path, variant
     export_hf(tmp_path / "full", tmp_path / "b", dtype=torch.bfloat16)
     for name in ("a", "b"):
         assert_same(tensors(tmp_path / name), wanted)
+    export_hf(tmp_path / "half", tmp_path / "c", dtype=torch.float32)
+    assert_same(tensors(tmp_path / "c"), {name: tensor.float() for name, tensor in wanted.items()})
 
 
 def test_a_file_that_shrinks_meanwhile_is_named(tiny_hf, tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def deepseek_layer(model: Mapping[str, Any], *, fused_experts: bool = False) -> 
         *latent_attention_rows(model),
         *moe_rows.mlp_norms(model),
         *moe_rows.dense_mlp(model),
-        *moe_rows.router(model),
+        *moe_rows.router(model, fp32_weight=True),
         *moe_rows.experts(model, fused_experts=fused_experts),
         *moe_rows.shared_experts(model),
     ]

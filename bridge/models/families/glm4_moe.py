@@ -13,7 +13,7 @@ from bridge.weights.table import Table
 
 
 def rows(model: Model, *, fused_experts: bool = False) -> Table:
-    return predicting_table(model, partial(moe_layer, fused_experts=fused_experts))
+    return predicting_table(model, partial(moe_layer, fused_experts=fused_experts, fp32_router=True))
 
 
 FAMILY = Family(
