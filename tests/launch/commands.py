@@ -34,6 +34,7 @@ from bridge.data.mock import prepare
 class Config(mock.Config):
     crash_on_rank: int | None = None
     seconds: float = 0.0  # per sample
+    slow_until: str = ""  # a file; once it is there, samples come at once
 
 def build(config, prepared, *, seed):
     print("rank", os.environ.get("RANK"), "is local rank", os.environ.get("LOCAL_RANK"), flush=True)
@@ -44,7 +45,8 @@ def build(config, prepared, *, seed):
 
 class Slow(mock.RandomTokens):
     def __getitem__(self, index):
-        time.sleep(self.config.seconds)
+        if not os.path.exists(self.config.slow_until):
+            time.sleep(self.config.seconds)
         return super().__getitem__(index)
 """
 

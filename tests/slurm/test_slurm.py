@@ -77,8 +77,10 @@ def _start_all(runs: Commands) -> None:
     """The slowest first."""
     runs.start("limited", LAUNCHER, *SLOW, "train.steps=1000", "hydra.launcher.timeout_min=1")
     node_2 = ("hydra.launcher.partition=preemptible", "hydra.launcher.nodelist=n2", "hydra.launcher.cpus_per_task=20")
-    runs.start("preempted", LAUNCHER, *SLOW, *node_2)
-    urgent = ("--partition=urgent", "--nodelist=n2", "--ntasks=20", "--output=/dev/null", "--wrap=sleep 1")
+    mark = runs.folder / "urgent_ran"  # 120 s until it is there, so that the job cannot end before it is preempted
+    until = ("train.steps=60", "+data.seconds=0.5", f"+data.slow_until={mark}", "train.eval_interval=null")
+    runs.start("preempted", LAUNCHER, *until, *node_2)
+    urgent = ("--partition=urgent", "--nodelist=n2", "--ntasks=20", "--output=/dev/null", f"--wrap=touch {mark}")
     runs.once_stepping("preempted", "sbatch", *urgent)
     runs.start("signalled", LAUNCHER, *SLOW, "launch.detach=true")
     runs.once_stepping("signalled", "scancel", "--signal=USR2", "--name=signalled")
