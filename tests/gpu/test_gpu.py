@@ -108,6 +108,25 @@ def test_experts_train_resume_and_convert(tmp_path: Path, model: str):
     assert "verified" in told
 
 
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_background_saves_reruns_and_timings_change_nothing(tmp_path: Path, num_devices: int):
+    """Stopped and resumed from a save that was written while training went on, each loss judged, each rank timed."""
+    if platform.num_devices() < num_devices:
+        pytest.skip(f"fewer than {num_devices} CUDA devices")
+    overrides = [
+        *("model=tiny", "precision=bf16", "parallelism=dp_sharded", f"train.num_devices={num_devices}"),
+        *("train.steps=20", "train.eval_interval=null", "log.log_interval=1"),
+    ]
+    plain = _train(tmp_path, *overrides, "name=plain")
+    overrides += ["checkpoint.save_interval=3", "checkpoint.async_save=true", "checkpoint.verify=true"]
+    overrides += ["rerun.mode=validate_results", "log.straggler_interval=4", "name=watched"]
+    _command(tmp_path, "train.py", "train.exit_interval=10", *overrides, exit_code=75)
+    watched = _train(tmp_path, *overrides)
+    assert _metrics(watched, "saved_step") == [3, 6, 9, 10, 12, 15, 18, 20]
+    assert "slowest" in (watched / "logs" / "rank_0.log").read_text()
+    assert _metrics(watched, "loss") == pytest.approx(_metrics(plain, "loss"), abs=0.01)
+
+
 def _loss(run: Path, implementation: str) -> float:
     """Mean loss on fixed text of the checkpoint in `run`, bf16, with `model.transformer_impl` as asked."""
     from transformers import AutoTokenizer

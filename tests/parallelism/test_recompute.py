@@ -42,7 +42,7 @@ def selective(*modules: str) -> dict[str, Any]:
         (selective("shared_experts"), {"shared"}),
         (selective("core_attn", "mlp"), {"attention", "mlp"}),
     ],
-    ids=str,
+    ids=lambda value: str(value if isinstance(value, dict) else sorted(value)),  # a set has no order
 )
 def test_what_runs_twice(settings: dict[str, Any], twice: set[str]):
     with parallel.single_process():
