@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # The first step of a process, an evaluation and a save may each take so many times as long as a step.
 ALLOWANCE = 10
-GRACE = 5.0  # seconds; ranks notice within a second of each other, a shared file system shows their files later
+GRACE = 5.0  # seconds, for a shared file system to show a rank's file and for the others to follow
 MOST_NAMED = 8
 
 
@@ -54,18 +54,21 @@ def _watch(pulse: "Pulse", config: RunConfig, rank: int, done: threading.Event) 
     timeout = config.launch.hang_seconds
     assert timeout is not None
     while not done.wait(min(1.0, timeout / 10)):
-        if _is_late(pulse, timeout):
+        waited = _share_waited(pulse, timeout)
+        # A rank that gives up takes along those that wait for it, however much later they began to.
+        if waited > 1 or (waited > 0.5 and _places(config.run_dir)):
             try:
                 _tell(pulse, config, rank)
             finally:  # also when the disk is what hangs or fails
                 os._exit(EXIT_CODES["failed"])
 
 
-def _is_late(pulse: "Pulse", timeout: float) -> bool:
+def _share_waited(pulse: "Pulse", timeout: float) -> float:
+    """How much of the time that a step may take is over; 1 is all of it."""
     from bridge.training.pulse import WORK_BETWEEN_STEPS
 
     since, slow = pulse.busy_since, pulse.finished_steps == 0 or pulse.place.phase in WORK_BETWEEN_STEPS
-    return since is not None and time.monotonic() - since > timeout * (ALLOWANCE if slow else 1)
+    return 0.0 if since is None else (time.monotonic() - since) / (timeout * (ALLOWANCE if slow else 1))
 
 
 def _tell(pulse: "Pulse", config: RunConfig, rank: int) -> None:

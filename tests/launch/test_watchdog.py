@@ -86,7 +86,7 @@ def test_first_steps_evaluations_and_saves_may_take_longer(monkeypatch: pytest.M
     def late_after(seconds: float) -> bool:
         nonlocal now
         now += seconds
-        return watchdog._is_late(pulse, 10.0)
+        return watchdog._share_waited(pulse, 10.0) > 1
 
     assert not late_after(10000)  # tokenising, loading: before the loop there are no steps
     pulse.enter(places.STARTING, step=0)
@@ -105,3 +105,38 @@ def test_first_steps_evaluations_and_saves_may_take_longer(monkeypatch: pytest.M
         assert not late_after(9) and late_after(2)
     pulse.leave()
     assert not late_after(10000)
+
+
+@pytest.mark.parametrize(("another_gave_up", "seconds"), [(False, 10), (True, 5)])
+def test_a_rank_gives_up_with_the_one_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, another_gave_up: bool, seconds: float
+) -> None:
+    """Else the first to leave would break its connections before it has written its stacks."""
+    from bridge.launch import watchdog
+    from bridge.training import pulse as places
+
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    class Clock:
+        def wait(self, seconds: float) -> bool:
+            nonlocal now
+            now += seconds
+            return False
+
+    def leave(_: int) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(watchdog, "_tell", lambda *_: None)
+    monkeypatch.setattr(os, "_exit", leave)
+    run = config(tmp_path, launch={"hang_timeout": "10s"})
+    (run.run_dir / "logs").mkdir(parents=True)
+    if another_gave_up:
+        watchdog.write_json(Stuck(2, 1, "reading data", "host"), watchdog._place_path(run.run_dir, 1))
+    pulse = places.Pulse()
+    pulse.enter(places.STARTING, step=0)
+    pulse.finish_step()
+    pulse.enter(places.READING, step=2)
+    with pytest.raises(SystemExit):
+        watchdog._watch(pulse, run, 0, Clock())  # type: ignore[arg-type]
+    assert seconds < now <= seconds + 1

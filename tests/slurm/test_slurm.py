@@ -80,7 +80,9 @@ def _start_all(runs: Commands) -> None:
     mark = runs.folder / "urgent_ran"  # 120 s until it is there, so that the job cannot end before it is preempted
     until = ("train.steps=60", "+data.seconds=0.5", f"+data.slow_until={mark}", "train.eval_interval=null")
     runs.start("preempted", LAUNCHER, *until, *node_2)
-    urgent = ("--partition=urgent", "--nodelist=n2", "--ntasks=20", "--output=/dev/null", f"--wrap=touch {mark}")
+    # In one node: its tasks would also fit beside the job on n2 and on n1 together.
+    urgent = ("--partition=urgent", "--nodes=1", "--nodelist=n2", "--ntasks=20", "--output=/dev/null")
+    urgent += (f"--wrap=touch {mark}",)
     runs.once_stepping("preempted", "sbatch", *urgent)
     runs.start("signalled", LAUNCHER, *SLOW, "launch.detach=true")
     runs.once_stepping("signalled", "scancel", "--signal=USR2", "--name=signalled")
