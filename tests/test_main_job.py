@@ -1,6 +1,7 @@
 """The main job as a new user runs it: `python train.py` with no arguments, then the commands it prints at its end."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -11,13 +12,21 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(command: str, folder: Path) -> str:
-    """stdout of a command that starts with `python`, run as from the checkout but in `folder`.
+    """stdout of a command that starts with `python`, run as from the checkout but in `folder`, on one core.
 
-    With the one thread that tests/conftest.py sets: two that share two cores with other tests take five times as long.
+    It chooses its threads as for a user, who sets none. Two that share two cores with other tests take 5 times as long.
     """
+    core = {min(os.sched_getaffinity(0))}
     words = [str(ROOT / word) if word in ("train.py", "convert.py") else word for word in shlex.split(command)]
+    env = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     done = subprocess.run(
-        [sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        [sys.executable, *words[1:]],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=lambda: os.sched_setaffinity(0, core),
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout

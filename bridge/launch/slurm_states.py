@@ -22,12 +22,12 @@ def states(job_ids: Iterable[str]) -> dict[str, str] | None:
     """
     wanted = list(job_ids)
     jobs = ["-j", ",".join(wanted)]
-    states = _answer(["squeue", "-h", "-t", "all", "-o", "%i|%T", *jobs], unknown="Invalid job id")
-    if states is None:
+    known = _answer(["squeue", "-h", "-t", "all", "-o", "%i|%T", *jobs], unknown="Invalid job id")
+    if known is None:
         return None
-    if not states.keys() >= set(wanted):
-        states = (_answer(["sacct", "-X", "-n", "-P", "-o", "JobID,State", *jobs]) or {}) | states
-    return {job: states.get(job, GONE) for job in wanted}
+    if not known.keys() >= set(wanted):
+        known = (_answer(["sacct", "-X", "-n", "-P", "-o", "JobID,State", *jobs]) or {}) | known
+    return {job: known.get(job, GONE) for job in wanted}
 
 
 def _answer(command: list[str], *, unknown: str = "") -> dict[str, str] | None:

@@ -55,7 +55,7 @@ def _watch(pulse: "Pulse", config: RunConfig, rank: int, done: threading.Event) 
     assert timeout is not None
     while not done.wait(min(1.0, timeout / 10)):
         waited = _share_waited(pulse, timeout)
-        # A rank that gives up takes along those that wait for it, however much later they began to.
+        # A rank that gives up takes along those that wait for it and began to a little later.
         if waited > 1 or (waited > 0.5 and _places(config.run_dir)):
             try:
                 _tell(pulse, config, rank)
