@@ -42,16 +42,17 @@ GROUPS = (
     Group("latent_layernorm_epsilon", "multi_latent_attention"),
     Group("mtp_loss_scaling_factor", "mtp_num_layers"),
     # offloading and graphs (recomputation: layout/recompute.py)
-    Group("cpu_offloading_*", "cpu_offloading"),
+    Group("cpu_offloading_num_layers cpu_offloading_double_buffering", "cpu_offloading"),
     Group("cpu_offloading", "cpu_offloading_num_layers"),
     Group("offload_modules min_offloaded_tensor_size", "fine_grained_activation_offloading"),
     Group("cuda_graph_scope cuda_graph_warmup_steps cuda_graph_retain_backward_graph", "cuda_graph_impl", ("local",)),
     Group("cuda_graph_impl", "use_te_rng_tracker"),
     # precision
-    Group("fp8_param fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad", "fp8"),
-    Group("fp8_recipe fp8_quantizer_factory fp8_dot_product_attention fp8_multi_head_attention", "fp8"),
+    Group("fp8_param fp8_margin fp8_amax_history_len fp8_amax_compute_algo", "fp8"),
+    Group("fp8_recipe fp8_quantizer_factory fp8_dot_product_attention", "fp8"),
     Group("fp8_quantizer_factory", "fp8_recipe", ("custom",)),
-    Group("fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo", "fp8_recipe", ("delayed",)),
+    Group("fp8_margin fp8_amax_history_len fp8_amax_compute_algo", "fp8_recipe", ("delayed",)),
+    Group("fp8_dot_product_attention", "fp8_recipe", ("delayed", "tensorwise")),
     Group("num_layers_at_start_in_bf16 num_layers_at_end_in_bf16", "first_last_layers_bf16"),
     Group("fp4_*", "fp4"),
     Group("autocast_dtype", "enable_autocast"),
@@ -64,8 +65,8 @@ GROUPS = (
     Group("decoupled_min_lr", "decoupled_lr"),
     Group("use_precision_aware_optimizer", "use_distributed_optimizer"),
     Group("store_param_remainders main_params_dtype exp_avg_dtype exp_avg_sq_dtype", "use_precision_aware_optimizer"),
-    Group("optimizer_offload_fraction use_torch_optimizer_for_cpu_offload", "optimizer_cpu_offload"),
-    Group("overlap_cpu_optimizer_d2h_h2d pin_cpu_grads pin_cpu_params", "optimizer_cpu_offload"),
+    Group("optimizer_offload_fraction overlap_cpu_optimizer_d2h_h2d", "optimizer_cpu_offload"),
+    Group("pin_cpu_grads pin_cpu_params", "optimizer_cpu_offload"),
     Group("optimizer_cpu_offload", "optimizer_offload_fraction"),
     Group("disable_symmetric_registration", "nccl_ub"),
 )
@@ -110,6 +111,10 @@ UNREAD: tuple[tuple[str, str], ...] = (
     ("the loss is computed in float32 here", "fp16_lm_cross_entropy"),
     ("checkpoints are written so in any case", "hetereogenous_dist_checkpoint"),
     ("it follows from pipeline_model_parallel_layout", "mtp_standalone"),
+    ("Transformer Engine offloads activations and nothing else", "cpu_offloading_activations cpu_offloading_weights"),
+    ("Transformer Engine no longer reads it", "fp8_interval fp8_wgrad"),
+    ("only Transformer Engine's own attention block reads it, and megatron-core's is used", "fp8_multi_head_attention"),
+    ("megatron-core 0.16.1 overwrites what it selects", "use_torch_optimizer_for_cpu_offload"),
     ("batches are split evenly over context-parallel ranks", "max_seqlen_per_dp_cp_rank"),
     ("positions of several dimensions belong to models of images", "mrope_section"),
     ("torch.distributed has no such exchange", "use_ring_exchange_p2p"),
@@ -266,4 +271,28 @@ def _losses(asked: _Asked) -> None:
         raise asked.error(name, "has no effect in fp32; leave it out")
 
 
-RULES: tuple[Callable[[_Asked], None], ...] = (_unread, _latent_attention, _groups, _graphs, _predictions, _losses)
+def _offloaded_optimizer(asked: _Asked) -> None:
+    """What HybridDeviceOptimizer needs: it casts the weights to float32 itself, and holds float32 moments."""
+    if not asked.get("optimizer_cpu_offload"):
+        return
+    if asked.get("optimizer") == "sgd":
+        raise asked.error("optimizer_cpu_offload", "is for Adam; set false, or optimizer.optimizer=adam")
+    if not asked.get("use_precision_aware_optimizer"):
+        raise asked.error("optimizer_cpu_offload", "needs optimizer.use_precision_aware_optimizer=true; set that too")
+    if not (asked.get("bf16") or asked.get("fp16")):
+        raise asked.error("optimizer_cpu_offload", "needs 16-bit weights; set precision=bf16, or false")
+    for name in asked.for_more("store_param_remainders main_params_dtype exp_avg_dtype exp_avg_sq_dtype"):
+        raise asked.error(name, "has no effect with optimizer_cpu_offload, which keeps float32; leave it out")
+    for name in asked.for_more("decoupled_weight_decay"):
+        raise asked.error(name, "does not go with optimizer_cpu_offload; set true")
+
+
+RULES: tuple[Callable[[_Asked], None], ...] = (
+    _unread,
+    _latent_attention,
+    _groups,
+    _graphs,
+    _predictions,
+    _losses,
+    _offloaded_optimizer,
+)

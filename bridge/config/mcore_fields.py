@@ -90,8 +90,11 @@ def checked_annotation(field: Field) -> str:
 
 @cache
 def defaults() -> dict[str, Any]:
-    """Field -> megatron-core's default as a configuration writes it, of all fields that have one and YAML can hold."""
-    known = [item for fields in targets().values() for item in fields.items()]
+    """Field -> megatron-core's default as a configuration writes it, of all fields that have one and YAML can hold.
+
+    Of a field in several classes it is TransformerConfig's: OptimizerConfig writes None for the fp8_recipe "delayed".
+    """
+    known = [item for fields in reversed(targets().values()) for item in fields.items()]
     return {name: _plain(field.default) for name, field in known if field.default is not None and expressible(field)}
 
 

@@ -105,6 +105,12 @@ NEEDS_BLACKWELL = (
     Limit("fp4", lambda value: value and compute_capability() < BLACKWELL, "a Blackwell GPU", "null"),
     Limit("fp8_recipe", lambda value: value == "mxfp8" and compute_capability() < BLACKWELL, "a Blackwell GPU", "null"),
 )
+TENSORWISE_ATTENTION = Limit(  # dot_product_attention/utils.py:484 of Transformer Engine
+    "fp8_dot_product_attention",
+    lambda value: value and compute_capability() < BLACKWELL,
+    "a Blackwell GPU with fp8_recipe=tensorwise",
+    "false, or fp8_recipe=delayed",
+)
 NEEDS_PACKAGES = (
     Limit("hierarchical_context_parallel_sizes", lambda value: value and not find_spec("einops"), "einops", "null"),
     Limit(
@@ -134,6 +140,8 @@ def _broken(transformer: Mapping[str, Any]) -> Iterator[Limit]:
     limits: tuple[Limit, ...] = () if has_transformer_engine() else NEEDS_TRANSFORMER_ENGINE
     if has_transformer_engine() and transformer.get("transformer_impl") == "local":
         limits += tuple(limit for limit in NEEDS_TRANSFORMER_ENGINE if limit.needs == ITS_LAYERS)
+    if transformer.get("fp8_recipe") == "tensorwise":
+        limits += (TENSORWISE_ATTENTION,)
     limits += () if on_cuda() else NEEDS_CUDA
     limits += NEEDS_BLACKWELL + NEEDS_PACKAGES
     return (limit for limit in limits if limit.field in transformer and limit.refused(transformer[limit.field]))

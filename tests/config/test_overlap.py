@@ -7,7 +7,18 @@ import pytest
 from bridge.config import effect, layout, routing
 from bridge.config.schema import Train
 from bridge.errors import ConfigError
-from tests.training.every_field import BF16, EXPERTS, GATHERED, PP2, SP2, TP2, VPP2
+from tests.training.every_field import (
+    BF16,
+    EXPERTS,
+    FP8,
+    GATHERED,
+    OPTIMIZER_OFFLOADED,
+    PP2,
+    SP2,
+    TENSORWISE,
+    TP2,
+    VPP2,
+)
 from tests.training.runs import MODEL
 
 EP2 = {**EXPERTS, **BF16, "expert_model_parallel_size": 2, "overlap_moe_expert_parallel_comm": True}
@@ -39,6 +50,10 @@ LEGAL = [
     (BUFFERS, 2),
     ({**BUFFERS, "tp_comm_overlap_rs": False, "tp_comm_overlap_disable_qkv": True}, 2),
     ({**BUFFERS, "tp_comm_overlap_cfg": {"fc1_fprop": {"method": "ring_exchange", "num_sm": 2}}}, 2),
+    # other keys
+    ({**FP8, "fp8_margin": 1}, 1),  # megatron-core's recipe is delayed unless it is told otherwise
+    ({**FP8, "fp8_dot_product_attention": True}, 1),
+    (OPTIMIZER_OFFLOADED, 1),
 ]
 
 
@@ -154,6 +169,30 @@ REFUSED = [
     (
         {"fp8_recipe": "tensorwise"},
         "precision.fp8_recipe: 'tensorwise' has no effect while fp8 is None; set precision.",
+    ),
+    ({**TENSORWISE, "fp8_margin": 1}, "precision.fp8_margin: 1 has no effect while fp8_recipe is 'tensorwise'; set"),
+    (
+        {**FP8, "fp8_recipe": "blockwise", "fp8_dot_product_attention": True},
+        "precision.fp8_dot_product_attention: True has no effect while fp8_recipe is 'blockwise'; set precision",
+    ),
+    ({**FP8, "fp8_wgrad": False}, "precision.fp8_wgrad: False has no effect: Transformer Engine no longer reads it"),
+    (
+        {"cpu_offloading": True, "cpu_offloading_num_layers": 1, "cpu_offloading_activations": False},
+        "parallelism.cpu_offloading_activations: False has no effect: Transformer Engine offloads activations and",
+    ),
+    (
+        {**OPTIMIZER_OFFLOADED, "use_precision_aware_optimizer": False},
+        "optimizer.optimizer_cpu_offload: True needs optimizer.use_precision_aware_optimizer=true; set that too",
+    ),
+    ({**OPTIMIZER_OFFLOADED, "bf16": False}, "optimizer.optimizer_cpu_offload: True needs 16-bit weights; set precisi"),
+    ({**OPTIMIZER_OFFLOADED, "optimizer": "sgd"}, "optimizer.optimizer_cpu_offload: True is for Adam; set false"),
+    (
+        {**OPTIMIZER_OFFLOADED, "exp_avg_dtype": "bf16"},
+        "optimizer.exp_avg_dtype: 'bf16' has no effect with optimizer_cpu_offload, which keeps float32; leave it out",
+    ),
+    (
+        {**OPTIMIZER_OFFLOADED, "decoupled_weight_decay": False},
+        "optimizer.decoupled_weight_decay: False does not go with optimizer_cpu_offload; set true",
     ),
     ({"sgd_momentum": 0.5}, "optimizer.sgd_momentum: 0.5 has no effect while optimizer is 'adam'; set optimizer."),
     (

@@ -42,11 +42,7 @@ TENSORWISE = {**FP8, "fp8_recipe": "tensorwise"}
 PRECISION_AWARE = {**BF16, "use_distributed_optimizer": True, "use_precision_aware_optimizer": True}
 OFFLOADED = {"cpu_offloading": True, "cpu_offloading_num_layers": 1}
 MODULES_OFFLOADED = {**BF16, "fine_grained_activation_offloading": True, "offload_modules": ["core_attn"]}
-OPTIMIZER_OFFLOADED = {
-    "use_distributed_optimizer": True,
-    "optimizer_cpu_offload": True,
-    "optimizer_offload_fraction": 0.5,
-}
+OPTIMIZER_OFFLOADED = {**PRECISION_AWARE, "optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}
 GRAPHS = {**BF16, "cuda_graph_impl": "local", "use_te_rng_tracker": True}
 GROUPED = {**EXPERTS, **BF16, "moe_grouped_gemm": True}
 MIXED = {**EXPERTS, **BF16, "expert_model_parallel_size": 2, "overlap_moe_expert_parallel_comm": True}
@@ -106,7 +102,6 @@ VALUES: dict[str, Any] = {
     "num_layers": 3,
     "num_moe_experts": 4,
     "optimizer_offload_fraction": 1.0,
-    "cpu_offloading_weights": True,
     "num_query_groups": 1,
     "num_query_groups_by_layer": [2, 4],
     "offload_modules": ["core_attn"],
@@ -190,8 +185,9 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "align_param_gather overlap_param_gather_with_optimizer_step": {**VPP2, **GATHERED},
     "context_parallel_size cp_comm_type": CP2,
     # on a GPU
-    "fp8 fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad fp8_param tp_only_amax_red": FP8,
-    "fp8_dot_product_attention fp8_multi_head_attention fp8_recipe disable_parameter_transpose_cache": TENSORWISE,
+    "fp8 fp8_margin fp8_amax_history_len fp8_amax_compute_algo fp8_param fp8_dot_product_attention": FP8,
+    "fp8_recipe disable_parameter_transpose_cache": TENSORWISE,
+    "tp_only_amax_red": FP8,
     "first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16": {
         **TENSORWISE,
         "first_last_layers_bf16": True,
@@ -203,10 +199,9 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "apply_rope_fusion fused_single_qkv_rope use_te_activation_func": BF16,
     "apply_query_key_layer_scaling": FP16,
     "enable_autocast autocast_dtype": {"enable_autocast": True},
-    "cpu_offloading cpu_offloading_num_layers cpu_offloading_activations cpu_offloading_weights": OFFLOADED,
-    "cpu_offloading_double_buffering": OFFLOADED,
+    "cpu_offloading cpu_offloading_num_layers cpu_offloading_double_buffering": OFFLOADED,
     "fine_grained_activation_offloading offload_modules min_offloaded_tensor_size": MODULES_OFFLOADED,
-    "optimizer_cpu_offload optimizer_offload_fraction use_torch_optimizer_for_cpu_offload": OPTIMIZER_OFFLOADED,
+    "optimizer_cpu_offload optimizer_offload_fraction": OPTIMIZER_OFFLOADED,
     "overlap_cpu_optimizer_d2h_h2d pin_cpu_grads pin_cpu_params": OPTIMIZER_OFFLOADED,
     "use_precision_aware_optimizer store_param_remainders exp_avg_dtype exp_avg_sq_dtype": PRECISION_AWARE,
     "main_params_dtype": PRECISION_AWARE,
@@ -222,22 +217,21 @@ TOGETHER: dict[str, dict[str, Any]] = {
 # refused here, in so many words.
 NEEDS_GPU_NAMES = """
 activation_func_fp8_input_store apply_query_key_layer_scaling apply_rope_fusion autocast_dtype batch_invariant_mode
-cp_comm_type cpu_offloading cpu_offloading_activations cpu_offloading_double_buffering cpu_offloading_num_layers
-cpu_offloading_weights cross_entropy_fusion_impl cross_entropy_loss_fusion cuda_graph_impl
-cuda_graph_retain_backward_graph cuda_graph_scope cuda_graph_warmup_steps defer_embedding_wgrad_compute
-delay_wgrad_compute disable_parameter_transpose_cache disable_symmetric_registration enable_autocast exp_avg_dtype
-exp_avg_sq_dtype fine_grained_activation_offloading first_last_layers_bf16 fp32_residual_connection fp4 fp4_param
-fp4_quantizer_factory fp4_recipe fp8 fp8_amax_compute_algo fp8_amax_history_len fp8_dot_product_attention fp8_interval
-fp8_margin fp8_multi_head_attention fp8_param fp8_quantizer_factory fp8_recipe fp8_wgrad fused_single_qkv_rope
+cp_comm_type cpu_offloading cpu_offloading_double_buffering cpu_offloading_num_layers cross_entropy_fusion_impl
+cross_entropy_loss_fusion cuda_graph_impl cuda_graph_retain_backward_graph cuda_graph_scope cuda_graph_warmup_steps
+defer_embedding_wgrad_compute delay_wgrad_compute disable_parameter_transpose_cache disable_symmetric_registration
+enable_autocast exp_avg_dtype exp_avg_sq_dtype fine_grained_activation_offloading first_last_layers_bf16
+fp32_residual_connection fp4 fp4_param fp4_quantizer_factory fp4_recipe fp8 fp8_amax_compute_algo fp8_amax_history_len
+fp8_dot_product_attention fp8_margin fp8_param fp8_quantizer_factory fp8_recipe fused_single_qkv_rope
 gradient_accumulation_fusion hierarchical_context_parallel_sizes main_params_dtype min_offloaded_tensor_size
-moe_deepep_num_sms moe_flex_dispatcher_backend moe_grouped_gemm moe_hybridep_num_sms moe_latent_size
-moe_permute_fusion moe_router_fusion moe_router_padding_for_quantization nccl_ub num_distributed_optimizer_instances
+moe_deepep_num_sms moe_flex_dispatcher_backend moe_grouped_gemm moe_hybridep_num_sms moe_latent_size moe_permute_fusion
+moe_router_fusion moe_router_padding_for_quantization nccl_ub num_distributed_optimizer_instances
 num_layers_at_end_in_bf16 num_layers_at_start_in_bf16 offload_modules optimizer_cpu_offload optimizer_offload_fraction
 overlap_cpu_optimizer_d2h_h2d pin_cpu_grads pin_cpu_params pipeline_model_parallel_comm_backend store_param_remainders
 tp_comm_bootstrap_backend tp_comm_bulk_dgrad tp_comm_bulk_wgrad tp_comm_overlap tp_comm_overlap_ag tp_comm_overlap_cfg
 tp_comm_overlap_disable_fc1 tp_comm_overlap_disable_qkv tp_comm_overlap_rs tp_comm_overlap_rs_dgrad tp_only_amax_red
-transformer_impl use_fused_weighted_squared_relu use_precision_aware_optimizer use_te_activation_func
-use_te_rng_tracker use_torch_optimizer_for_cpu_offload wgrad_deferral_limit
+transformer_impl use_fused_weighted_squared_relu use_precision_aware_optimizer use_te_activation_func use_te_rng_tracker
+wgrad_deferral_limit
 """
 NEEDS_GPU = frozenset(NEEDS_GPU_NAMES.split())
 
