@@ -102,14 +102,17 @@ def seed_generators(fields: Mapping[str, Any], *, seed: int) -> None:
 
 
 def teardown(*, keep_world: bool = False) -> None:
-    """Destroy all process groups; a later `initialize()` starts afresh. Does nothing when nothing was initialised.
+    """Destroy all process groups and CUDA graphs; a later `initialize()` starts afresh. Does nothing without groups.
 
     keep_world: only megatron-core's groups; the world is another program's.
     """
     import torch.distributed as dist
     from megatron.core import parallel_state
+    from megatron.core.transformer import cuda_graphs
 
     if dist.is_initialized():
+        if cuda_graphs.CudaGraphManager.global_mempool is not None:  # graphs were captured
+            cuda_graphs.delete_cuda_graphs()
         parallel_state.destroy_model_parallel()
         if not keep_world:
             dist.destroy_process_group()

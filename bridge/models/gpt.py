@@ -117,6 +117,7 @@ def build(
     """
     if not meta:  # an estimate leaves out what this machine cannot do, and so the owners of other keys
         effect.check(routed)
+    platform.set_switches(routed.transformer)
     config = transformer_config(routed, dtype=dtype, meta=meta)
     vp_size = config.virtual_pipeline_model_parallel_size
     stages = (None,) if not vp_size else range(vp_size) if only_stage is None else (only_stage,)

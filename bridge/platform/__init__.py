@@ -19,6 +19,7 @@ from bridge.platform.devices import (
     set_local_rank,
     synchronize,
 )
+from bridge.platform.switches import set_switches
 
 __all__ = [
     "backend",
@@ -34,5 +35,6 @@ __all__ = [
     "prepare",
     "seconds_between",
     "set_local_rank",
+    "set_switches",
     "synchronize",
 ]

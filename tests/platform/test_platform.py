@@ -1,5 +1,6 @@
 """The choice of device, the values it allows, and megatron-core's CUDA calls on a machine without CUDA."""
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -71,10 +72,26 @@ def test_defaults_and_limits_with_transformer_engine(monkeypatch: pytest.MonkeyP
     assert fields["transformer_impl"] == "transformer_engine"
     assert fields["gradient_accumulation_fusion"] is False  # no Apex here
     platform.check({**fields, "fp8": "hybrid", "moe_grouped_gemm": True}, {})
+    attention = {"fp8": "hybrid", "fp8_dot_product_attention": True}
+    monkeypatch.setattr(defaults, "compute_capability", lambda: (9, 0))
+    platform.check({**attention, "fp8_recipe": "delayed"}, {})
+    with pytest.raises(ConfigError, match="attention: True needs a Blackwell GPU .*; set false, or fp8_recipe=delayed"):
+        platform.check({**attention, "fp8_recipe": "tensorwise"}, {})
+    monkeypatch.setattr(defaults, "compute_capability", lambda: (10, 0))
+    platform.check({**attention, "fp8_recipe": "tensorwise"}, {})
     with pytest.raises(ConfigError, match="gradient_accumulation_fusion: True needs Apex"):
         platform.check({"gradient_accumulation_fusion": True}, {})
     with pytest.raises(ConfigError, match="fp8: 'hybrid' needs Transformer Engine's layers"):
         platform.check({"transformer_impl": "local", "fp8": "hybrid"}, {})  # megatron-core would train in bf16
+
+
+@pytest.mark.parametrize(("asked", "told"), [({"apply_query_key_layer_scaling": True}, "1"), ({}, "0")])
+def test_transformer_engine_is_told_what_it_reads_from_the_environment(
+    asked: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("NVTE_APPLY_QK_LAYER_SCALING", "another model's")
+    platform.set_switches(asked)
+    assert os.environ["NVTE_APPLY_QK_LAYER_SCALING"] == told
 
 
 def test_every_named_field_exists():
@@ -86,6 +103,7 @@ def test_every_named_field_exists():
         *defaults.NEEDS_TRANSFORMER_ENGINE,
         *defaults.NEEDS_PACKAGES,
         *defaults.NEEDS_BLACKWELL,
+        defaults.TENSORWISE_ATTENTION,
     )
     named = {limit.field for limit in limits} | defaults.WITH_TRANSFORMER_ENGINE.keys()
     assert named | defaults.WITHOUT_TRANSFORMER_ENGINE.keys() <= fields.keys()
