@@ -137,7 +137,14 @@ def _bytes(routed: Routed, width: int, padded: int, held: int) -> State:
     states, main = _optimizer_bytes(routed, width)
     # Without a 32-bit buffer the optimizer makes a 32-bit copy of its gradients (distrib_optimizer.py:2419).
     copies = gradient < 4 and not routed.optimizer.get("use_precision_aware_optimizer")
-    return State(padded * width, padded * gradient, held * (states + main), 4 * held if copies else 0)
+    on_device = round(held * (1 - _offloaded_fraction(routed)))
+    return State(padded * width, padded * gradient, on_device * (states + main), 4 * held if copies else 0)
+
+
+def _offloaded_fraction(routed: Routed) -> float:
+    """Of the numbers in optimizer state, those that stay in the CPU's memory."""
+    fields = routed.optimizer
+    return float(fields.get("optimizer_offload_fraction", 0)) if fields.get("optimizer_cpu_offload") else 0.0
 
 
 def _optimizer_bytes(routed: Routed, width: int) -> tuple[int, int]:
@@ -156,5 +163,6 @@ def _optimizer_bytes(routed: Routed, width: int) -> tuple[int, int]:
     if width == 4:
         return states, 0
     main = BYTES[fields.get("main_params_dtype", "fp32")]
+    aware = aware and not fields.get("optimizer_cpu_offload")  # which has float32 of its own
     remainders = aware and routed.transformer.get("bf16") and fields.get("store_param_remainders", True)
     return states, 2 if remainders and main == 4 else main

@@ -108,6 +108,16 @@ def test_precision_aware_optimizer_keeps_what_it_is_told(settings: dict[str, Any
         assert stage.optimizer == 6 * TOTAL
 
 
+@pytest.mark.parametrize("fraction", [0.25, 1.0])
+def test_what_the_cpu_holds_of_the_optimizer_is_not_on_the_device(fraction: float):
+    """Of what stays, weights and moments are whole float32 numbers."""
+    offloaded = {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True}
+    optimizer = {**offloaded, "optimizer_offload_fraction": fraction}
+    parallelism = {"use_distributed_optimizer": True}
+    (stage,) = estimate.memory(config(precision=BF16, parallelism=parallelism, optimizer=optimizer), world_size=1)
+    assert stage.optimizer == pytest.approx(12 * TOTAL * (1 - fraction), abs=12)
+
+
 def test_memory_of_tensor_and_pipeline_ranks():
     parallelism = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}
     first, last = estimate.memory(config(parallelism=parallelism), world_size=4)
