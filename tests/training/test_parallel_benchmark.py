@@ -11,7 +11,7 @@ SMALL = ("model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64
 
 def test_the_benchmark_of_layouts_runs_small(tmp_path: Path):
     command = [sys.executable, "-W", "ignore", "benchmarks/parallelism.py", "--model", "tiny", "--precision", "fp32"]
-    command += ["--layouts", "one,pp2", "--steps", "3", "--interval", "1", "--repeats", "1"]
+    command += ["--layouts", "one,pp2", "--steps", "3", "--repeats", "1"]
     command += ["--directory", str(tmp_path), "--", *SMALL]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
