@@ -127,6 +127,45 @@ def test_background_saves_reruns_and_timings_change_nothing(tmp_path: Path, num_
     assert _metrics(watched, "loss") == pytest.approx(_metrics(plain, "loss"), abs=0.01)
 
 
+def test_an_optimizer_in_the_memory_of_the_cpu_changes_nothing(tmp_path: Path):
+    """Half of the weights are updated on the CPU; stopped and resumed half-way."""
+    overrides = [
+        *("model=tiny", "precision=bf16", "parallelism=dp_sharded", "train.num_devices=1", "train.steps=20"),
+        *("train.eval_interval=null", "log.log_interval=1", "+optimizer.use_precision_aware_optimizer=true"),
+    ]
+    plain = _train(tmp_path, *overrides, "name=plain")
+    overrides += [
+        "+optimizer.optimizer_cpu_offload=true",
+        "+optimizer.optimizer_offload_fraction=0.5",
+        "name=offloaded",
+    ]
+    _command(tmp_path, "train.py", "train.exit_interval=10", *overrides, exit_code=75)
+    offloaded = _train(tmp_path, *overrides)
+    assert _metrics(offloaded, "loss") == pytest.approx(_metrics(plain, "loss"), abs=0.01)
+
+
+FP8 = {
+    "delayed, in attention too": ("+precision.fp8_recipe=delayed", "+precision.fp8_dot_product_attention=true"),
+    "tensorwise": ("+precision.fp8_recipe=tensorwise",),
+    "blockwise": ("+precision.fp8_recipe=blockwise",),
+}
+
+
+def test_fp8_learns_what_bfloat16_does(tmp_path: Path):
+    overrides = [
+        # Attention in FP8 is trained on Hopper with 128 channels per head only.
+        *("model=tiny", "model.kv_channels=128", "precision=bf16", "train.num_devices=1", "train.steps=40"),
+        *("data.sequence_length=256", "train.eval_interval=null", "log.log_interval=1"),
+    ]
+    plain = _metrics(_train(tmp_path, *overrides, "name=plain"), "loss")
+    for number, (recipe, settings) in enumerate(FP8.items()):
+        run = _train(tmp_path, *overrides, "+precision.fp8=hybrid", *settings, f"name=fp8_{number}")
+        losses = _metrics(run, "loss")
+        print(f"FP8 {recipe}: {losses[-1] - plain[-1]:+.4f} nats at step 40")
+        assert losses != plain
+        assert losses == pytest.approx(plain, abs=0.1)
+
+
 def _loss(run: Path, implementation: str) -> float:
     """Mean loss on fixed text of the checkpoint in `run`, bf16, with `model.transformer_impl` as asked."""
     from transformers import AutoTokenizer

@@ -2,13 +2,16 @@
 
     python -m pytest tests/gpu/test_two_gpus.py -s
 
-About 4 minutes on two H200s. Needs no network and 20 GB of disk. The speeds are benchmarks/parallelism.py's.
+About 12 minutes on two H200s, most of it imports and compilation. Needs no network. benchmarks/parallelism.py has the
+speeds.
 """
 
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -34,9 +37,12 @@ RUN = (
     "train.eval_iters=1",
     "log.log_interval=1",
 )
-# Of the loss in nats. A curve of another seed is off by more than 0.02 already in its first steps (checked below), one
-# of another split into micro-batches by less than 0.002: sums in bf16 in another order.
+# Of the loss in nats. A curve of another seed is off by far more already in its first steps (checked below), one of
+# another split into micro-batches by less than 0.005: sums in bf16 in another order. With experts a token near the edge
+# between two of them goes to the other one, and single steps with a large gradient are off by 0.06 later on (fp32 on a
+# CPU: by 0.004): there the mean over the curve is compared, and its beginning.
 NOISE = 0.01
+BEGINNING = 5
 OVERLAPPED = {
     "tp2 buffers": ("tp2", ("+parallelism.tp_comm_overlap=true",)),
     "pp2_vpp2 gathers": (
@@ -85,20 +91,43 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> Curves:
 @pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.devices == 2])
 def test_two_devices_learn_what_one_does(name: str, curves: Curves):
     one, two = curves.of(LAYOUTS[name].reference), curves.of(name)
-    print(f"{name}: largest difference {max(abs(a - b) for a, b in zip(one, two, strict=True)):.4f} nats")
-    assert two == pytest.approx(one, abs=NOISE)
+    print(f"{name}: {_apart(one, two)}")
+    assert _equal(one, two, experts=LAYOUTS[name].reference == "experts")
     assert one[-1] < one[0] - 0.5
 
 
 @pytest.mark.parametrize("case", OVERLAPPED)
 def test_overlapped_communication_changes_nothing(case: str, curves: Curves):
     name, overrides = OVERLAPPED[case]
-    assert curves.of(name, *overrides) == pytest.approx(curves.of(name), abs=NOISE)
+    plain, overlapped = curves.of(name), curves.of(name, *overrides)
+    print(f"{case}: {_apart(plain, overlapped)}")
+    assert _equal(plain, overlapped, experts=LAYOUTS[name].reference == "experts")
 
 
-def test_the_tolerance_tells_runs_apart(curves: Curves):
+@pytest.mark.parametrize("name", ["one", "experts"])
+def test_the_tolerance_tells_runs_apart(name: str, curves: Curves):
     """Another order of the data is not within the noise; another split of the batch is."""
-    one = curves.of("one")
-    assert curves.of("one", "train.micro_batch_size=4") == pytest.approx(one, abs=NOISE / 2)
-    other = curves.of("one", "train.seed=4321")
-    assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 2 * NOISE
+    one, other = curves.of(name), curves.of(name, "train.seed=4321")
+    split = curves.of(name, "train.micro_batch_size=4")
+    print(f"{name}: other batches {_apart(one, other)}, split otherwise {_apart(one, split)}")
+    assert _equal(one, split, experts=name == "experts")
+    assert _apart(one[:BEGINNING], other[:BEGINNING]).mean > 5 * NOISE
+    assert _apart(one, other).mean > 5 * NOISE
+
+
+class Apart(NamedTuple):
+    """Differences of two curves, in nats."""
+
+    mean: float
+    largest: float
+
+
+def _apart(one: list[float], two: list[float]) -> Apart:
+    differences = [abs(a - b) for a, b in zip(one, two, strict=True)]
+    return Apart(statistics.mean(differences), max(differences))
+
+
+def _equal(one: list[float], two: list[float], *, experts: bool) -> bool:
+    if not experts:
+        return _apart(one, two).largest < NOISE
+    return _apart(one[:BEGINNING], two[:BEGINNING]).largest < NOISE and _apart(one, two).mean < NOISE
