@@ -6,7 +6,7 @@
 
 Every layout trains the same model on the same global batch, composed as `train.py` composes it, `--repeats` times
 round. Layouts with equal processes share them, one after the other (benchmarks/steps.py). A row has the median over the
-steps of all rounds, without the first of each. What follows `--` is added to every command line. `ratio` is to the
+steps of all rounds, without the first two of each. What follows `--` is added to every command line. `ratio` is to the
 layout's own reference in the same invocation: the dense model on one device, or the one with experts.
 """
 
@@ -43,8 +43,9 @@ SIZES = {
     ),
     "tiny": ("model.num_layers=8", "data.sequence_length=64", "train.global_batch_size=8", "train.micro_batch_size=1"),
 }
-# Eight experts as large together as two of the dense layers, so that one GPU holds them.
+# Eight experts as large together as two of the dense MLPs, so that one GPU holds them.
 EXPERT_SIZES = {"llama3_2_1b": ("+model.moe_ffn_hidden_size=2048",), "tiny": ()}
+WARM_UP = 2  # steps in which kernels are compiled and the optimizer makes its state
 COLUMNS = "| layout | devices | tokens/s per device | ratio | peak memory | estimated |"
 
 
@@ -69,7 +70,7 @@ def main() -> None:
         estimated = {name: _estimated(name, file) for name, file in files.items()}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    seconds = {name: statistics.median(step for one in rounds for step in one[name]["seconds"]) for name in names}
+    seconds = {name: statistics.median(_timed(name, rounds)) for name in names}
     speeds = {name: rounds[0][name]["tokens"] / seconds[name] / LAYOUTS[name].devices for name in names}
     print(COLUMNS + "\n" + "|---" * 6 + "|")
     for name in names:
@@ -98,6 +99,8 @@ def _arguments() -> argparse.Namespace:
     unknown = set(arguments.layouts.split(",")) - LAYOUTS.keys()
     if unknown:
         parser.error(f"unknown layouts: {', '.join(sorted(unknown))}")
+    if arguments.steps <= WARM_UP:
+        parser.error(f"--steps must be more than {WARM_UP}, the steps that are left out")
     return arguments
 
 
@@ -146,6 +149,11 @@ def _measured(together: Mapping[Processes, Sequence[Path]], results: Path) -> di
         _output(command, environment=dict(processes.environment))
         print(f"  measured: {', '.join(file.stem for file in files)}", file=sys.stderr, flush=True)
     return {line["name"]: line for line in map(json.loads, results.read_text().splitlines())}
+
+
+def _timed(name: str, rounds: Sequence[dict[str, dict[str, Any]]]) -> list[float]:
+    """Seconds of the layout's steps that count."""
+    return [step for one in rounds for step in one[name]["seconds"][WARM_UP:]]
 
 
 def _output(command: list[str], environment: Mapping[str, str] | None = None) -> str:

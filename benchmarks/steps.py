@@ -3,7 +3,7 @@
     torchrun --nproc-per-node N benchmarks/steps.py RESULTS CONFIG.yaml ...
 
 Rank 0 adds a line of JSON to the file RESULTS for each configuration: `name`, `tokens` of a step, `seconds` of each
-step but the first ones, and `peak`, the most bytes on rank 0. Nothing is saved, so a large model costs no disk.
+step, and `peak`, the most bytes on rank 0. Nothing is saved, so a large model costs no disk.
 """
 
 import gc
@@ -25,8 +25,6 @@ from bridge.training import batches, run, setup  # noqa: E402
 from bridge.training.loss_policy import LossPolicy  # noqa: E402
 from bridge.training.rerun import Rerun  # noqa: E402
 from bridge.training.step import Shape, train_step  # noqa: E402
-
-WARM_UP = 2  # steps in which kernels are compiled and the optimizer makes its state
 
 
 def main() -> None:
@@ -68,7 +66,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
     peak = platform.peak_memory_bytes() - before
     tokens = config.train.global_batch_size * shape.sequence_length
-    return {"tokens": tokens, "seconds": seconds[WARM_UP:], "peak": peak}
+    return {"tokens": tokens, "seconds": seconds, "peak": peak}
 
 
 if __name__ == "__main__":
