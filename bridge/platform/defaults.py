@@ -105,12 +105,6 @@ NEEDS_BLACKWELL = (
     Limit("fp4", lambda value: value and compute_capability() < BLACKWELL, "a Blackwell GPU", "null"),
     Limit("fp8_recipe", lambda value: value == "mxfp8" and compute_capability() < BLACKWELL, "a Blackwell GPU", "null"),
 )
-TENSORWISE_ATTENTION = Limit(  # dot_product_attention/utils.py:484 of Transformer Engine
-    "fp8_dot_product_attention",
-    lambda value: value and compute_capability() < BLACKWELL,
-    "a Blackwell GPU with fp8_recipe=tensorwise",
-    "false, or fp8_recipe=delayed",
-)
 NEEDS_PACKAGES = (
     Limit("hierarchical_context_parallel_sizes", lambda value: value and not find_spec("einops"), "einops", "null"),
     Limit(
@@ -140,8 +134,30 @@ def _broken(transformer: Mapping[str, Any]) -> Iterator[Limit]:
     limits: tuple[Limit, ...] = () if has_transformer_engine() else NEEDS_TRANSFORMER_ENGINE
     if has_transformer_engine() and transformer.get("transformer_impl") == "local":
         limits += tuple(limit for limit in NEEDS_TRANSFORMER_ENGINE if limit.needs == ITS_LAYERS)
-    if transformer.get("fp8_recipe") == "tensorwise":
-        limits += (TENSORWISE_ATTENTION,)
     limits += () if on_cuda() else NEEDS_CUDA
     limits += NEEDS_BLACKWELL + NEEDS_PACKAGES
+    limits += _attention_in_fp8(transformer)
     return (limit for limit in limits if limit.field in transformer and limit.refused(transformer[limit.field]))
+
+
+def _attention_in_fp8(transformer: Mapping[str, Any]) -> tuple[Limit, ...]:
+    """What Transformer Engine has no kernel for before Blackwell (dot_product_attention/utils.py, fused_attn.cpp)."""
+
+    def refused(value: Any) -> bool:
+        return value and compute_capability() < BLACKWELL
+
+    limits: tuple[Limit, ...] = ()
+    if transformer.get("fp8_recipe") == "tensorwise":
+        needs = "a Blackwell GPU with fp8_recipe=tensorwise"
+        limits += (Limit("fp8_dot_product_attention", refused, needs, "false, or fp8_recipe=delayed"),)
+    if _channels_per_head(transformer) != 128:
+        limits += (Limit("fp8_dot_product_attention", refused, "128 channels per head or a Blackwell GPU", "false"),)
+    return limits
+
+
+def _channels_per_head(transformer: Mapping[str, Any]) -> int | None:
+    """Of queries and keys; None when `transformer` does not say."""
+    if transformer.get("multi_latent_attention"):
+        return transformer.get("qk_head_dim", 128) + transformer.get("qk_pos_emb_head_dim", 64)
+    heads = transformer.get("num_attention_heads")
+    return transformer.get("kv_channels") or (transformer.get("hidden_size", 0) // heads if heads else None)

@@ -12,8 +12,8 @@ from tests.training.test_settings import outcome, world_size
 
 pytestmark = pytest.mark.gpu
 # What one Hopper GPU, or the GPU image, has not got: Blackwell's formats, several GPUs, Apex, DeepEP, UCC and
-# flash-attention; factories of quantizers, which are a user's own; and sequences long enough for attention in FP8 (they
-# are in tests/gpu/test_gpu.py).
+# flash-attention; factories of quantizers, which are a user's own; and heads wide enough for attention in FP8, as
+# tests/gpu/test_gpu.py has them.
 NOT_HERE_NAMES = """
 fp4 fp4_param fp4_recipe fp4_quantizer_factory fp8_quantizer_factory gradient_accumulation_fusion
 defer_embedding_wgrad_compute wgrad_deferral_limit moe_deepep_num_sms moe_flex_dispatcher_backend moe_hybridep_num_sms

@@ -1,5 +1,6 @@
 """The choice of device, the values it allows, and megatron-core's CUDA calls on a machine without CUDA."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -72,17 +73,38 @@ def test_defaults_and_limits_with_transformer_engine(monkeypatch: pytest.MonkeyP
     assert fields["transformer_impl"] == "transformer_engine"
     assert fields["gradient_accumulation_fusion"] is False  # no Apex here
     platform.check({**fields, "fp8": "hybrid", "moe_grouped_gemm": True}, {})
-    attention = {"fp8": "hybrid", "fp8_dot_product_attention": True}
-    monkeypatch.setattr(defaults, "compute_capability", lambda: (9, 0))
-    platform.check({**attention, "fp8_recipe": "delayed"}, {})
-    with pytest.raises(ConfigError, match="attention: True needs a Blackwell GPU .*; set false, or fp8_recipe=delayed"):
-        platform.check({**attention, "fp8_recipe": "tensorwise"}, {})
-    monkeypatch.setattr(defaults, "compute_capability", lambda: (10, 0))
-    platform.check({**attention, "fp8_recipe": "tensorwise"}, {})
     with pytest.raises(ConfigError, match="gradient_accumulation_fusion: True needs Apex"):
         platform.check({"gradient_accumulation_fusion": True}, {})
     with pytest.raises(ConfigError, match="fp8: 'hybrid' needs Transformer Engine's layers"):
         platform.check({"transformer_impl": "local", "fp8": "hybrid"}, {})  # megatron-core would train in bf16
+
+
+TENSORWISE = "a Blackwell GPU with fp8_recipe=tensorwise, .*; set false, or fp8_recipe=delayed"
+CHANNELS = "128 channels per head or a Blackwell GPU, .*; set false"
+
+
+@pytest.mark.parametrize(
+    ("fields", "needs"),
+    [
+        ({"hidden_size": 1024, "num_attention_heads": 8}, None),
+        ({"kv_channels": 128, "fp8_recipe": "tensorwise"}, TENSORWISE),
+        ({"hidden_size": 1024, "num_attention_heads": 8, "kv_channels": 64}, CHANNELS),
+        ({"hidden_size": 1024, "num_attention_heads": 16}, CHANNELS),
+        ({"kv_channels": 128, "multi_latent_attention": True, "qk_head_dim": 128}, CHANNELS),
+    ],
+)
+def test_attention_in_fp8_on_hopper_and_blackwell(
+    fields: dict[str, Any], needs: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    for module in (devices, defaults):
+        monkeypatch.setattr(module, "on_cuda", lambda: True)
+        monkeypatch.setattr(module, "has_transformer_engine", lambda: True)
+    asked = {"fp8": "hybrid", "fp8_dot_product_attention": True, **fields}
+    monkeypatch.setattr(defaults, "compute_capability", lambda: (10, 0))
+    platform.check(asked, {})
+    monkeypatch.setattr(defaults, "compute_capability", lambda: (9, 0))
+    with pytest.raises(ConfigError, match=f"attention: True needs {needs}") if needs else contextlib.nullcontext():
+        platform.check(asked, {})
 
 
 @pytest.mark.parametrize(("asked", "told"), [({"apply_query_key_layer_scaling": True}, "1"), ({}, "0")])
@@ -103,7 +125,6 @@ def test_every_named_field_exists():
         *defaults.NEEDS_TRANSFORMER_ENGINE,
         *defaults.NEEDS_PACKAGES,
         *defaults.NEEDS_BLACKWELL,
-        defaults.TENSORWISE_ATTENTION,
     )
     named = {limit.field for limit in limits} | defaults.WITH_TRANSFORMER_ENGINE.keys()
     assert named | defaults.WITHOUT_TRANSFORMER_ENGINE.keys() <= fields.keys()
