@@ -243,6 +243,11 @@ def _groups(asked: _Asked) -> None:
 def _graphs(asked: _Asked) -> None:
     if "full_iteration" in (asked.get("cuda_graph_scope") or ""):
         raise asked.error("cuda_graph_scope", "needs a wrapper around the whole step; set attn, mlp or full")
+    for name in ("hidden_dropout", "attention_dropout"):
+        if asked.get("cuda_graph_impl") == "local" and asked.get(name):
+            # CudaGraphManager.__call__ replays what it captured in training whenever there is a graph.
+            key = home(name, asked.routed.origin)
+            raise asked.error("cuda_graph_impl", f"would evaluate with dropout; set {key}=0, or none")
 
 
 def _predictions(asked: _Asked) -> None:

@@ -12,6 +12,7 @@ from tests.training.every_field import (
     EXPERTS,
     FP8,
     GATHERED,
+    GRAPHS,
     OPTIMIZER_OFFLOADED,
     PP2,
     SP2,
@@ -54,6 +55,7 @@ LEGAL = [
     ({**FP8, "fp8_margin": 1}, 1),  # megatron-core's recipe is delayed unless it is told otherwise
     ({**FP8, "fp8_dot_product_attention": True}, 1),
     (OPTIMIZER_OFFLOADED, 1),
+    (GRAPHS, 1),
 ]
 
 
@@ -174,6 +176,10 @@ REFUSED = [
     (
         {**FP8, "fp8_recipe": "blockwise", "fp8_dot_product_attention": True},
         "precision.fp8_dot_product_attention: True has no effect while fp8_recipe is 'blockwise'; set precision",
+    ),
+    (
+        {**GRAPHS, "hidden_dropout": 0.1},
+        "cuda_graph_impl: 'local' would evaluate with dropout; set model.hidden_dropout=0",
     ),
     ({**FP8, "fp8_wgrad": False}, "precision.fp8_wgrad: False has no effect: Transformer Engine no longer reads it"),
     (

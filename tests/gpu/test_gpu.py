@@ -144,6 +144,20 @@ def test_an_optimizer_in_the_memory_of_the_cpu_changes_nothing(tmp_path: Path):
     assert _metrics(offloaded, "loss") == pytest.approx(_metrics(plain, "loss"), abs=0.01)
 
 
+def test_cuda_graphs_change_nothing(tmp_path: Path):
+    """Captured after the first step, not used by the evaluations between and after the steps, and captured anew."""
+    overrides = [
+        *("model=tiny", "precision=bf16", "train.num_devices=1", "train.steps=20", "train.eval_interval=5"),
+        *("train.eval_iters=1", "log.log_interval=1"),
+    ]
+    plain = _train(tmp_path, *overrides, "name=plain")
+    overrides += ["+model.cuda_graph_impl=local", "+model.use_te_rng_tracker=true", "name=graphs"]
+    _command(tmp_path, "train.py", "train.exit_interval=10", *overrides, exit_code=75)
+    graphs = _train(tmp_path, *overrides)
+    for key in ("loss", "eval_loss"):
+        assert _metrics(graphs, key) == pytest.approx(_metrics(plain, key), abs=0.01)
+
+
 FP8 = {
     "delayed, in attention too": ("+precision.fp8_recipe=delayed", "+precision.fp8_dot_product_attention=true"),
     "tensorwise": ("+precision.fp8_recipe=tensorwise",),
