@@ -42,21 +42,27 @@ def watching(pulse: "Pulse", config: RunConfig, *, rank: int) -> Iterator[None]:
     if config.launch.hang_seconds is None:
         yield
         return
-    done = threading.Event()
-    threading.Thread(target=_watch, args=(pulse, config, rank, done), daemon=True, name="watchdog").start()
+    done, ending = threading.Event(), threading.Event()
+    thread = threading.Thread(target=_watch, args=(pulse, config, rank, done, ending), daemon=True, name="watchdog")
+    thread.start()
     try:
         yield
     finally:
+        if (
+            ending.is_set()
+        ):  # what is raised by now is that a peer has ended already: the watchdog's account is the cause
+            thread.join()
         done.set()
 
 
-def _watch(pulse: "Pulse", config: RunConfig, rank: int, done: threading.Event) -> None:
+def _watch(pulse: "Pulse", config: RunConfig, rank: int, done: threading.Event, ending: threading.Event) -> None:
     timeout = config.launch.hang_seconds
     assert timeout is not None
     while not done.wait(min(1.0, timeout / 10)):
         waited = _share_waited(pulse, timeout)
         # A rank that gives up takes along those that wait for it and began to a little later.
         if waited > 1 or (waited > 0.5 and _places(config.run_dir)):
+            ending.set()
             try:
                 _tell(pulse, config, rank)
             finally:  # also when the disk is what hangs or fails
