@@ -286,6 +286,8 @@ def _offloaded_optimizer(asked: _Asked) -> None:
         raise asked.error("optimizer_cpu_offload", "needs optimizer.use_precision_aware_optimizer=true; set that too")
     if not (asked.get("bf16") or asked.get("fp16")):
         raise asked.error("optimizer_cpu_offload", "needs 16-bit weights; set precision=bf16, or false")
+    if not 0 < asked.get("optimizer_offload_fraction") <= 1:
+        raise asked.error("optimizer_offload_fraction", "is not a part of the whole; set more than 0 and at most 1")
     for name in asked.for_more("store_param_remainders main_params_dtype exp_avg_dtype exp_avg_sq_dtype"):
         raise asked.error(name, "has no effect with optimizer_cpu_offload, which keeps float32; leave it out")
     for name in asked.for_more("decoupled_weight_decay"):

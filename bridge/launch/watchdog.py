@@ -48,9 +48,8 @@ def watching(pulse: "Pulse", config: RunConfig, *, rank: int) -> Iterator[None]:
     try:
         yield
     finally:
-        if (
-            ending.is_set()
-        ):  # what is raised by now is that a peer has ended already: the watchdog's account is the cause
+        # What is raised by now is that a peer has ended already: the watchdog's account is the cause.
+        if ending.is_set():
             thread.join()
         done.set()
 

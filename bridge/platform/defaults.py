@@ -101,8 +101,14 @@ NEEDS_TRANSFORMER_ENGINE = (
     # Attention without Transformer Engine gathers keys and values, whatever is asked for.
     Limit("cp_comm_type", lambda value: value not in (None, "all_gather"), ITS_LAYERS, "all_gather"),
 )
+
+
+def set_before_blackwell(value: Any) -> bool:
+    return bool(value) and compute_capability() < BLACKWELL
+
+
 NEEDS_BLACKWELL = (
-    Limit("fp4", lambda value: value and compute_capability() < BLACKWELL, "a Blackwell GPU", "null"),
+    Limit("fp4", set_before_blackwell, "a Blackwell GPU", "null"),
     Limit("fp8_recipe", lambda value: value == "mxfp8" and compute_capability() < BLACKWELL, "a Blackwell GPU", "null"),
 )
 NEEDS_PACKAGES = (
@@ -142,16 +148,13 @@ def _broken(transformer: Mapping[str, Any]) -> Iterator[Limit]:
 
 def _attention_in_fp8(transformer: Mapping[str, Any]) -> tuple[Limit, ...]:
     """What Transformer Engine has no kernel for before Blackwell (dot_product_attention/utils.py, fused_attn.cpp)."""
-
-    def refused(value: Any) -> bool:
-        return value and compute_capability() < BLACKWELL
-
     limits: tuple[Limit, ...] = ()
     if transformer.get("fp8_recipe") == "tensorwise":
         needs = "a Blackwell GPU with fp8_recipe=tensorwise"
-        limits += (Limit("fp8_dot_product_attention", refused, needs, "false, or fp8_recipe=delayed"),)
+        limits += (Limit("fp8_dot_product_attention", set_before_blackwell, needs, "false, or fp8_recipe=delayed"),)
     if _channels_per_head(transformer) != 128:
-        limits += (Limit("fp8_dot_product_attention", refused, "128 channels per head or a Blackwell GPU", "false"),)
+        needs = "128 channels per head or a Blackwell GPU"
+        limits += (Limit("fp8_dot_product_attention", set_before_blackwell, needs, "false"),)
     return limits
 
 

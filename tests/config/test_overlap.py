@@ -190,6 +190,7 @@ REFUSED = [
         {**OPTIMIZER_OFFLOADED, "use_precision_aware_optimizer": False},
         "optimizer.optimizer_cpu_offload: True needs optimizer.use_precision_aware_optimizer=true; set that too",
     ),
+    ({**OPTIMIZER_OFFLOADED, "optimizer_offload_fraction": 2.0}, "optimizer_offload_fraction: 2.0 is not a part of"),
     ({**OPTIMIZER_OFFLOADED, "bf16": False}, "optimizer.optimizer_cpu_offload: True needs 16-bit weights; set precisi"),
     ({**OPTIMIZER_OFFLOADED, "optimizer": "sgd"}, "optimizer.optimizer_cpu_offload: True is for Adam; set false"),
     (

@@ -145,7 +145,7 @@ def test_an_optimizer_in_the_memory_of_the_cpu_changes_nothing(tmp_path: Path):
 
 
 def test_cuda_graphs_change_nothing(tmp_path: Path):
-    """Captured after the first step, not used by the evaluations between and after the steps, and captured anew."""
+    """Captured after the first step, replayed by the evaluations too, and captured anew after a stop."""
     overrides = [
         *("model=tiny", "precision=bf16", "train.num_devices=1", "train.steps=20", "train.eval_interval=5"),
         *("train.eval_iters=1", "log.log_interval=1"),
