@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core import rerun_state_machine as mcore
-from megatron.core import tensor_parallel
 from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, RerunState, RerunStateMachine
 
 from bridge import parallel, platform
 from bridge.config.run_config import RunConfig
+from bridge.platform.random_state import set_tracker_state, tracker_state
 from bridge.training.loss_policy import LossPolicy
 from bridge.weights.shards import all_gather
 
@@ -62,10 +62,9 @@ class Rerun:
         self.rejected.parent.mkdir(parents=True, exist_ok=True)
         # Its own report of determinism fails in 0.16.1 (Caller has no filename); `statistics` is ours.
         RerunStateMachine.REPORTING_INTERVAL_ITERATIONS = sys.maxsize
-        generators = tensor_parallel.get_cuda_rng_tracker()  # the machine itself knows of the others
         mcore.initialize_rerun_state_machine(
             mode=RerunMode(config.rerun.mode),
-            state_save_func=lambda: (generators.get_states(), kept_buffers(model)),
+            state_save_func=lambda: (tracker_state(), kept_buffers(model)),  # it keeps the other generators itself
             state_restore_func=_restore,
             error_injector=mcore.RerunErrorInjector(
                 config.rerun.error_injection_rate, mcore.RerunDiagnostic(config.rerun.error_injection_type)
@@ -179,7 +178,7 @@ class Rerun:
 
 def _restore(state: tuple[dict[str, torch.Tensor], Callable[[], None]]) -> None:
     generators, put_back = state
-    tensor_parallel.get_cuda_rng_tracker().set_states(generators)
+    set_tracker_state(generators)
     put_back()
 
 

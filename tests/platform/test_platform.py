@@ -160,3 +160,22 @@ def test_random_states_of_tensor_parallel_regions():
             assert not torch.equal(torch.rand(3), first)
     with parallel.single_process(seed=7), get_cuda_rng_tracker().fork():
         assert torch.equal(torch.rand(3), first)
+
+
+@without_cuda
+def test_generators_that_graphs_draw_from_are_kept_as_plain_states():
+    """Transformer Engine's tracker holds generators: a checkpoint with one could not be read without pickle."""
+    from bridge import parallel
+    from bridge.platform.random_state import random_state, set_random_state
+
+    with parallel.single_process(seed=7):
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        generator = torch.Generator().manual_seed(11)
+        get_cuda_rng_tracker().states_["model-parallel-rng"] = generator
+        state = random_state()
+        assert {type(value) for value in state["tracker"].values()} == {torch.Tensor}
+        first = torch.rand(3, generator=generator)
+        set_random_state(state)
+        assert get_cuda_rng_tracker().get_states()["model-parallel-rng"] is generator
+        assert torch.equal(torch.rand(3, generator=generator), first)
