@@ -83,10 +83,11 @@ def _chunks(fields: Mapping[str, Any]) -> int | None:
     return chunks if chunks > 1 else None
 
 
-def seed_generators(fields: Mapping[str, Any], *, seed: int) -> None:
-    """Seed Python, NumPy, torch and megatron-core's trackers.
+def seed_generators(fields: Mapping[str, Any], *, seed: int, keep_tracker: bool = False) -> None:
+    """Seed Python, NumPy, torch and megatron-core's tracker.
 
     Seeds differ between pipeline stages and, for sharded weights, between tensor ranks; data ranks share theirs.
+    keep_tracker: for a model that is built already: Transformer Engine's attention holds the tracker it found then.
     """
     import numpy
     import torch
@@ -97,7 +98,7 @@ def seed_generators(fields: Mapping[str, Any], *, seed: int) -> None:
     numpy.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(
-        seed, te_rng_tracker=bool(fields.get("use_te_rng_tracker", False)), force_reset_rng=True
+        seed, te_rng_tracker=bool(fields.get("use_te_rng_tracker", False)), force_reset_rng=not keep_tracker
     )
 
 

@@ -20,6 +20,7 @@ from bridge.checkpoint.content import METADATA, Progress, Trainable
 from bridge.checkpoint.writing import Strategy, in_background
 from bridge.errors import BridgeError, RunError
 from bridge.weights.locate import iteration_directory
+from bridge.weights.plain_objects import check_plain
 from bridge.weights.shards import all_gather
 
 
@@ -70,6 +71,7 @@ class Saver:
         self.root, self.keep_last, self.asynchronous, self.in_use = root, keep_last, asynchronous, in_use
         self._queue = AsyncCallsQueue(persistent=False)  # the persistent one does not start without CUDA
         self._pending: _Pending | None = None
+        self._has_read_back = False
 
     def save(self, state: Trainable, *, progress: Progress, describe: Callable[[], None] = lambda: None) -> list[Saved]:
         """Save iteration `progress.step`; an earlier save that is still being written is waited for.
@@ -132,6 +134,9 @@ class Saver:
     def _publish(self, pending: _Pending) -> None:
         """`latest` moves when everything is on disk; what is too old goes after that."""
         flushed = pending.strategy.complete(pending.unfinished)
+        if not self._has_read_back:
+            together(lambda: _read_back(pending.unfinished))
+            self._has_read_back = True
         on_main(lambda: files.publish(pending.unfinished, pending.final, flushed=flushed))
         on_main(self.retain)
 
@@ -169,6 +174,14 @@ def _request(state: dict[str, Any], directory: Path, strategy: Strategy) -> Asyn
     )
     # The last of megatron-core's own steps writes metadata.json on rank 0 alone; Strategy.complete does it for all.
     return request._replace(finalize_fns=request.finalize_fns[:-1])
+
+
+def _read_back(directory: Path) -> None:
+    """What a resume would refuse ends the run at its first checkpoint, not when days depend on the last."""
+    try:
+        check_plain(directory, share=(parallel.rank(), parallel.world_size()))
+    except BridgeError as error:
+        raise RunError(str(error)) from error
 
 
 def _check_shared(directory: Path) -> None:

@@ -6,6 +6,7 @@ these; what it cannot do it refuses.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -114,9 +116,16 @@ class CoreAttention(MegatronModule):
                 )
             key = gather_from_sequence_parallel_region(key.contiguous(), group=self.cp_group)
             value = gather_from_sequence_parallel_region(value.contiguous(), group=self.cp_group)
-        out = self._attend(query, key, value, packed_seq_params)
+        with self._generator():
+            out = self._attend(query, key, value, packed_seq_params)
         out = out.permute(2, 0, 1, 3).contiguous()
         return out.view(out.size(0), -1) if packed else out.view(out.size(0), out.size(1), -1)
+
+    def _generator(self) -> AbstractContextManager[None]:
+        """What dropout draws from, as tensor ranks have different heads; under sequence parallelism the block forks."""
+        if not self.dropout or not self.training or self.config.sequence_parallel:
+            return nullcontext()
+        return get_cuda_rng_tracker().fork()
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams | None) -> Tensor:
         """[batch, heads, queries, v_channels] from tensors [sequence, batch, heads, channels]."""

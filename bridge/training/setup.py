@@ -93,7 +93,7 @@ def build(config: RunConfig, data: Data) -> Job:
     if resuming:
 
         def reseed(step: int) -> None:
-            parallel.seed_generators(routed.transformer, seed=config.train.seed + step)
+            parallel.seed_generators(routed.transformer, seed=config.train.seed + step, keep_tracker=True)
 
         latest, progress = checkpoint.resume(root, state, config.checkpoint, reseed=reseed)
     if progress.data != data.prepared.identity:

@@ -1,5 +1,7 @@
 """Training checkpoints: what lies where, their retention and their refusals."""
 
+import os
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,26 @@ def test_weights_lie_at_the_top_level_under_canonical_names(tmp_path: Path) -> N
     assert {"embedding.word_embeddings.weight", "decoder.layers.1.mlp.linear_fc1.weight"} <= names
     assert "optimizer.state.exp_avg.embedding.word_embeddings.weight" in names
     assert locate.read_model_section(found.root) == run.model
+
+
+def executed_with_a_generator_as_an_object(run: Any) -> Any:
+    from bridge.checkpoint import content
+    from bridge.launch.worker import execute
+
+    if os.environ["RANK"] == "1":
+        content.random_state = lambda: {"cuda": Fraction(1, 2)}  # type: ignore[assignment, return-value]
+    (run.run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    return execute(run, rank=int(os.environ["RANK"]))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_no_resume_would_read_ends_the_run_at_its_first_save(tmp_path: Path, asynchronous: bool) -> None:
+    run = config(tmp_path, checkpoint={"save_interval": 3, "async_save": asynchronous}, train={"eval_interval": None})
+    for result in run_distributed(executed_with_a_generator_as_an_object, 2, run, timeout=60):
+        assert (result.status, result.exit_code) == ("failed", 1)
+        assert "holds fractions.Fraction, which is no plain value" in result.error and "\n" not in result.error
+        assert "iter_0000003: could not be saved" in result.error and "no earlier checkpoint" in result.error
+    assert not list((run.run_dir / "checkpoints").glob("*iter_*"))
 
 
 def train_reading(run: Any, identity: str) -> Any:

@@ -1,17 +1,20 @@
 """CoreAttention against attention written out with an explicit score matrix."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 
 from bridge import parallel
 from bridge.errors import ConfigError
 from bridge.models.core_attention import CoreAttention
 from bridge.models.mcore_config import Config
+from tests.distributed import run_distributed
 
 HEADS, GROUPS, CHANNELS, BATCH = 4, 2, 8, 2
 
@@ -29,8 +32,7 @@ def attention(**fields) -> CoreAttention:
         hidden_size=HEADS * CHANNELS,
         num_attention_heads=HEADS,
         num_query_groups=GROUPS,
-        attention_dropout=0.0,
-        **fields,
+        **{"attention_dropout": 0.0, **fields},
     )
     layer_number = 1
     built = CoreAttention(config, layer_number, AttnMaskType.causal, "self")
@@ -99,6 +101,23 @@ def test_layers_without_window_by_pattern():
     core = attention(window_size=(2, 0), window_attn_skip_freq=[0, 1])
     q, k, v = tensors(12, 12)
     torch.testing.assert_close(core(q, k, v), by_hand(q, k, v), atol=1e-5, rtol=1e-5)
+
+
+def dropped(sequence_parallel: bool) -> list[float]:
+    """Attention with dropout of the same tensors on every tensor rank, under the generator its block would choose."""
+    fields = {"tensor_model_parallel_size": 2, "sequence_parallel": sequence_parallel}
+    parallel.initialize(fields)
+    core = attention(attention_dropout=0.5, **fields)
+    q, k, v = tensors(12, 12)
+    with get_cuda_rng_tracker().fork() if sequence_parallel else nullcontext():
+        return core(q, k, v).flatten().tolist()
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_tensor_ranks_drop_different_weights(sequence_parallel: bool):
+    """Their heads are different ones of the model: with equal masks dropout would average over half as much."""
+    one, other = run_distributed(dropped, 2, sequence_parallel)
+    assert one != other
 
 
 def test_what_it_cannot_do_it_refuses():

@@ -17,7 +17,7 @@ LAYOUTS = {
     "dp2": (2, {}),
     "dp2_distributed_optimizer": (2, {"parallelism": {"use_distributed_optimizer": True}}),
 }
-DROPOUT = {"hidden_dropout": 0.1}  # so that the random generators' state matters
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}  # so that the random generators' state matters
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -39,6 +39,30 @@ def test_twenty_steps_equal_ten_and_ten(tmp_path: Path, layout: str) -> None:
     assert second.eval_loss == whole.eval_loss
     assert sample_ids(halves.run_dir) == sample_ids(straight.run_dir)
     assert [line["step"] for line in second.lines if "loss" in line] == list(range(1, 21))
+
+
+def train_holding_the_tracker(run: Any) -> Any:
+    """Its attention keeps the random state tracker it finds when it is made, as Transformer Engine's does."""
+    from bridge.models import core_attention
+
+    make, current, held = core_attention.CoreAttention.__init__, core_attention.get_cuda_rng_tracker, []
+
+    def made(*arguments: Any, **options: Any) -> None:
+        held.append(current())
+        make(*arguments, **options)
+
+    core_attention.CoreAttention.__init__ = made  # type: ignore[method-assign]
+    core_attention.get_cuda_rng_tracker = lambda: held[0]  # type: ignore[attr-defined]
+    return train(run)
+
+
+def test_dropout_of_a_held_tracker_goes_on_too(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"model": {"attention_dropout": 0.3}, "train": {"steps": 6, "eval_interval": None}}
+    whole = run_distributed(train_holding_the_tracker, 1, config(tmp_path, name="straight", **common))[0]
+    common["train"]["exit_interval"] = 3
+    for _ in range(2):
+        halves = run_distributed(train_holding_the_tracker, 1, config(tmp_path, name="halves", **common))[0]
+    assert halves.step == 6 and losses(halves.lines) == losses(whole.lines)
 
 
 def test_resume_with_another_data_parallel_size_reads_the_same_samples(tmp_path: Path) -> None:
