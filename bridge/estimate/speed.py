@@ -23,7 +23,11 @@ MEMORY = 3.0e12  # bytes/s: nine tenths of an H100's 3.35 TB/s
 NVLINK = 350e9  # bytes/s of a GPU in a collective within a node (450 by the data sheet)
 NETWORK = 45e9  # bytes/s of a GPU to other nodes: a 400 Gb/s adapter each
 GPUS_PER_NODE = 8  # joined by NVLink
-LAUNCH, LAUNCH_EXPERTS = 0.35e-3, 1.2e-3  # seconds a layer takes at least: its kernels are launched one by one
+# Seconds that a CPU takes to issue the kernels of a layer, forward and backward; a GPU that is done sooner waits. 6, 15
+# and 5 ms fit what benchmarks/parallelism.py measures on slow virtual CPUs. A DGX H100's 9058 tokens/s of Qwen3-30B
+# (Megatron Bridge's performance summary) are 9.4 ms per layer with experts; the others are taken in proportion.
+LAUNCH, LAUNCH_EXPERTS = 3.8e-3, 9.4e-3
+LAUNCH_CONTEXT = 3.1e-3  # more, as attention goes step by step around the ring
 MESSAGE = 50e-6  # seconds that a message between two GPUs takes at least
 HALF_RATE = 256  # rows or columns with which a matrix product runs at half its rate
 SLOWER_BACKWARD = 2.5  # attention's backward pass against its forward pass, which it computes again
@@ -152,13 +156,13 @@ def _layer(model: Pieces, kind: Kind, how: Use, kept: Layer, cluster: Cluster) -
     traffic = TRAFFIC * (kept.kept + kept.again)
     traffic += ACCUMULATION * (dense + local) if how.weight_copies else 0
     compute = 3 * (products + experts) + (1 + SLOWER_BACKWARD) * attention + traffic / MEMORY
-    compute = max(compute, LAUNCH_EXPERTS if kind.experts else LAUNCH)
+    issued = (LAUNCH_EXPERTS if kind.experts else LAUNCH) + (LAUNCH_CONTEXT if shape.cp > 1 else 0)
     stream = tokens * config.hidden_size * how.width * (shape.tp - 1) / shape.tp / cluster.bandwidth(shape.tp, 1)
     halves = 2 if not kind.experts or config.moe_shared_expert_intermediate_size else 1
     ring = tokens * 2 * keys * how.width / shape.tp * (shape.cp - 1)
     ring /= NVLINK if shape.tp * shape.cp <= cluster.per_node else NETWORK
     return Pass(
-        compute=compute,
+        compute=max(compute, issued),
         recompute=_recompute(config, kind, how, (products, attention, experts), 2 * halves * stream, messages / 2),
         tensor=5 * halves * stream,  # two messages forward, three backward, where the gathered input is needed again
         context=max(0.0, ring - attention)

@@ -44,12 +44,16 @@ class Result:
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Run a command line; a mistake of the user's is one line on stderr and exit code 2."""
+    """Run a command line. One line on stderr and exit code 2 for the user's mistake, 1 when who read stdout left."""
     try:
         return command()
     except BridgeError as error:
         print(" ".join(str(error).splitlines()), file=sys.stderr, flush=True)
         return EXIT_CODES["invalid"]
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
+        print("standard output: its reader has gone; ended", file=sys.stderr, flush=True)
+        return EXIT_CODES["failed"]
 
 
 def unexpected(error: Exception, *, repeats: bool = False) -> Result:

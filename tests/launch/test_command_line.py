@@ -1,5 +1,6 @@
 """What the command line costs, prints and refuses, before any worker starts."""
 
+import json
 import os
 import subprocess
 import sys
@@ -103,6 +104,20 @@ def test_convert_checks_its_keys_the_same_way(monkeypatch, capsys):
         code, _, err = run_in_process(convert.main, arguments, monkeypatch, capsys)
         assert (code, len(err.splitlines())) == (2, 1)
         assert err.startswith(message)
+
+
+@pytest.mark.parametrize("arguments", [["train.py", "dry_run=true"], ["convert.py", "mode=yaml", "hf=hf"]])
+def test_a_reader_that_has_gone_costs_no_traceback(arguments: list[str], tmp_path: Path):
+    """As with `| head -1`."""
+    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "intermediate_size": 64, "vocab_size": 64}))
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
+    done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "standard output: its reader has gone; ended\n")
 
 
 def composed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[compose.Job]:
