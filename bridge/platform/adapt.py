@@ -51,7 +51,8 @@ def prepare() -> None:
     """Make megatron-core 0.16.1 usable on this machine. Call before megatron modules are built; later calls do nothing.
 
     CUDA with Transformer Engine: nothing is patched. CUDA without it: the names Transformer Engine would define and an
-    Adam with FusedAdam's state layout. No CUDA: also the CUDA calls, the random generators and the gaps of gloo.
+    Adam with FusedAdam's state layout. No CUDA: also the CUDA calls, the random generators, the gaps of gloo and the
+    norm of a gradient.
     Raises BridgeError when another release of megatron-core is installed.
     """
     check_version()
@@ -67,8 +68,9 @@ def prepare() -> None:
     without_te.define_missing_names()
     adam.install()
     if not on_cuda():
-        from bridge.platform import gloo
+        from bridge.platform import gloo, norm
 
         cpu.redirect_cuda_calls()
         cpu.redirect_random_states()
         gloo.fill_gaps()
+        norm.install()
