@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bridge import runs
+from bridge.command_line import DONE, Parser, guarded
 from bridge.errors import ConfigError
 from bridge.runs import Run
 
@@ -26,19 +27,17 @@ AGE_UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))  # the first of w
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of `python -m bridge.status`; returns the exit code."""
+    return guarded(lambda: _command(arguments), only_prints=True)
+
+
+def _command(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     directories = [Path(directory) for directory in options.directories]
-    try:
-        if not options.watch:
-            print(table(collect(directories)))
-            return 0
+    if options.watch:
         _watch(directories, interval=options.interval)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    else:
+        print(table(collect(directories)))
+    return DONE
 
 
 def collect(directories: Sequence[Path]) -> list[Run]:
@@ -137,10 +136,8 @@ def _screen(directories: Sequence[Path]) -> str:
     return "\n".join(["\x1b[2J\x1b[H" + time.strftime("%H:%M:%S") + " (Ctrl-C ends)", *text])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bridge.status", description="A table of the runs and sweep jobs below directories."
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="python -m bridge.status", description="A table of the runs and sweep jobs below directories.")
     parser.add_argument("directories", nargs="*", default=["runs"], help="where to look (runs)")
     parser.add_argument("--watch", action="store_true", help="again every few seconds, until Ctrl-C")
     parser.add_argument("--interval", type=_seconds, default=5.0, help="seconds between two looks with --watch (5)")
@@ -148,7 +145,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds") from None
     if not 0.1 <= seconds <= 86400:
         raise argparse.ArgumentTypeError(f"{text} is not between 0.1 and 86400 seconds")
     return seconds

@@ -4,7 +4,6 @@ Loss curves, what differed between the jobs, best first. The page (sweep_report.
 from elsewhere: it can be mailed or kept. Exit codes: 0, or 2 when there is nothing to report or no place to write.
 """
 
-import argparse
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge import runs
+from bridge.command_line import DONE, Parser, guarded
 from bridge.errors import ConfigError
 from bridge.runs import Run
 
@@ -48,16 +48,16 @@ class Job(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of `python -m bridge.sweep_report`; returns the exit code."""
+    return guarded(lambda: _command(arguments), only_prints=True)
+
+
+def _command(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     directory = Path(options.directory)
-    try:
-        target = Path(options.output) if options.output else directory / NAME
-        _write(page(directory), target)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    target = Path(options.output) if options.output else directory / NAME
+    _write(page(directory), target)
     print(f"written to {target}")
-    return 0
+    return DONE
 
 
 def page(directory: Path) -> str:
@@ -177,8 +177,8 @@ def _write(text: str, target: Path) -> None:
         raise ConfigError(f"{target}: cannot be written ({error.strerror}); set --output FILE") from error
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m bridge.sweep_report",
         description="One HTML page: loss curves of all jobs, what differed between them, best first.",
     )

@@ -7,14 +7,30 @@ Old iterations are removed last.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 
 from bridge.errors import DamagedError
-from bridge.weights.locate import LATEST, iteration_directory
+from bridge.weights.locate import LATEST, iteration_directory, locate
 
 SAVING, REMOVING = ".saving_", ".removing_"
+
+
+def iterations(path: Path) -> list[Path]:
+    """The iteration directories of a run or checkpoints directory, or `path`, which is one itself.
+
+    Raises ConfigError, naming `path`, when it is none of these.
+    """
+    root = next((root for root in (path, path / "checkpoints") if (root / LATEST).is_file()), None)
+    if root is not None:
+        found = {directory for directory in root.glob("iter_*") if directory.is_dir()}
+        latest = newest(root)
+        return sorted(found if latest is None else {*found, latest})
+    if re.fullmatch(r"iter_\d+", path.name) and path.is_dir():
+        return [path]
+    return [locate(path, key="path").directory]
 
 
 def newest(root: Path) -> Path | None:

@@ -1,35 +1,24 @@
 """`python -m bridge.checkpoint verify PATH`: is every file of a run's checkpoints what was saved, and harmless?"""
 
-import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bridge.checkpoint import checksums, files
+from bridge.checkpoint import checksums
 from bridge.errors import BridgeError, ConfigError
 from bridge.weights import locate
 from bridge.weights.dist_files import open_dist
-from bridge.weights.locate import LATEST
 from bridge.weights.plain_objects import check_plain
 from bridge.weights.progress import Progress
 
 
-def verify(path: str | Path) -> int:
-    """Compare a run directory, a checkpoints directory or one iteration with its checksums; a line per iteration or
-    fault. The exit code: 0 all is well, 1 something is damaged or would run code. ConfigError: it is no checkpoint."""
-    iterations = _iterations(Path(path).expanduser().absolute())
+def verify(iterations: Sequence[Path]) -> int:
+    """Compare iteration directories with their checksums; a line per iteration or fault.
+
+    The exit code: 0 all is well, 1 something is damaged or would run code.
+    """
     good = [_verify(directory) for directory in iterations]
     return 0 if all(good) else 1
-
-
-def _iterations(path: Path) -> list[Path]:
-    root = next((root for root in (path, path / "checkpoints") if (root / LATEST).is_file()), None)
-    if root is not None:
-        found = {directory for directory in root.glob("iter_*") if directory.is_dir()}
-        newest = files.newest(root)
-        return sorted(found if newest is None else {*found, newest})
-    if re.fullmatch(r"iter_\d+", path.name) and path.is_dir():
-        return [path]
-    return [locate.locate(path, key="path").directory]
 
 
 def _verify(directory: Path) -> bool:

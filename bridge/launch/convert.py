@@ -3,9 +3,9 @@
 import sys
 
 from bridge import convert as conversion
+from bridge.command_line import guarded
 from bridge.config import run_config
 from bridge.launch import compose
-from bridge.launch.result import guarded
 
 INTERRUPTED = 130  # what shells report after SIGINT
 PATH_KEYS = frozenset({"hf", "megatron", "reference", "report"})

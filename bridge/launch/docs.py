@@ -2,11 +2,12 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bridge.errors import BridgeError, ConfigError
+from bridge.command_line import Parser, guarded
+from bridge.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = ROOT / "docs" / "config.md"
@@ -34,14 +35,17 @@ class Entry(NamedTuple):
     comment: str
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the page, or with `--check` compares it. Exit code 1: not current; 2: a key without a comment."""
-    try:
-        text = page()
-    except BridgeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if "--check" not in arguments:
+    return guarded(lambda: _command(arguments))
+
+
+def _command(arguments: Sequence[str] | None) -> int:
+    parser = Parser(prog="python -m bridge.launch.docs", description="Write docs/config.md from the comments in conf/.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when the page is not current")
+    checking = parser.parse_args(arguments).check
+    text = page()
+    if not checking:
         PAGE.write_text(text, encoding="utf-8")
     elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
         print("docs/config.md is not current; run `python -m bridge.launch.docs`", file=sys.stderr)
@@ -125,4 +129,4 @@ def _code(value: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -5,12 +5,13 @@ import sys
 from typing import Any
 
 from bridge import platform
+from bridge.command_line import guarded
 from bridge.config import layout, run_config
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
 from bridge.launch import compose, optuna, ranks, slurm, slurm_job, spawn, sweep, torchrun
 from bridge.launch.ranks import Prepared
-from bridge.launch.result import EXIT_CODES, Result, guarded, read_result, result_path
+from bridge.launch.result import EXIT_CODES, Result, read_result, result_path
 from bridge.launch.run_dir import claimed
 from bridge.launch.worker import leave
 

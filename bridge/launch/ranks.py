@@ -12,10 +12,11 @@ import subprocess
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import NamedTuple
 
+from bridge.command_line import guarded
 from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.launch import torchrun
-from bridge.launch.result import Result, guarded, log_path, print_error
+from bridge.launch.result import Result, log_path, print_error
 from bridge.launch.run_dir import Claim, claimed
 from bridge.launch.spawn import num_cores, worker_environment
 from bridge.launch.worker import execute, kept_output

@@ -7,11 +7,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-from bridge.errors import BridgeError
 
 EXIT_CODES = {"done": 0, "submitted": 0, "failed": 1, "invalid": 2, "stopped": 75}
 """done: all steps taken; submitted: left to Slurm, unfinished; failed: our or the machine's fault; invalid: wrong
@@ -41,19 +38,6 @@ class Result:
         """What a sweep minimises: the evaluation loss; None when the run is not done or its loss is not finite."""
         loss = self.eval_loss if self.status == "done" else None
         return loss if loss is not None and math.isfinite(loss) else None
-
-
-def guarded(command: Callable[[], int]) -> int:
-    """Run a command line. One line on stderr and exit code 2 for the user's mistake, 1 when who read stdout left."""
-    try:
-        return command()
-    except BridgeError as error:
-        print(" ".join(str(error).splitlines()), file=sys.stderr, flush=True)
-        return EXIT_CODES["invalid"]
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
-        print("standard output: its reader has gone; ended", file=sys.stderr, flush=True)
-        return EXIT_CODES["failed"]
 
 
 def unexpected(error: Exception, *, repeats: bool = False) -> Result:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bridge import api, generate, parallel
+from bridge import api, parallel
 from bridge.errors import ConfigError
+from bridge.generate import __main__ as generate_main
+from bridge.generate import decoding, options
 
 PROMPT = [72, 101, 108, 108, 111, 10, 33, 200]
 
@@ -34,9 +36,9 @@ def test_tiny_models_continue_as_in_transformers(variant: str, tiny_hf: Callable
     directory = tiny_hf(variant)
     with parallel.single_process():
         (model,) = api.load_model(directory)
-        _, stop = generate.load_tokenizer(model.assets)
-        assert generate._can_cache(model)
-        found = list(generate.continue_ids(model, PROMPT, max_new_tokens=24, stop=stop))
+        _, stop = decoding.load_tokenizer(model.assets)
+        assert decoding._can_cache(model)
+        found = list(decoding.continue_ids(model, PROMPT, max_new_tokens=24, stop=stop))
     expected = _greedy_by_transformers(directory, PROMPT, num_tokens=24)
     assert found == _without_end(expected, stop)
 
@@ -47,18 +49,18 @@ def test_tiny_models_continue_as_in_transformers(variant: str, tiny_hf: Callable
 def test_cache_changes_nothing(variant: str, tiny_hf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
     with parallel.single_process():
         (model,) = api.load_model(tiny_hf(variant))
-        assert generate._can_cache(model)
-        cached = list(generate.continue_ids(model, PROMPT, max_new_tokens=40))
-        monkeypatch.setattr(generate, "_can_cache", lambda model: False)
-        assert list(generate.continue_ids(model, PROMPT, max_new_tokens=40)) == cached
+        assert decoding._can_cache(model)
+        cached = list(decoding.continue_ids(model, PROMPT, max_new_tokens=40))
+        monkeypatch.setattr(decoding, "_can_cache", lambda model: False)
+        assert list(decoding.continue_ids(model, PROMPT, max_new_tokens=40)) == cached
 
 
 def test_stops_at_the_models_length(tiny_hf: Callable[..., Path]):
     with parallel.single_process():
         (model,) = api.load_model(tiny_hf("llama_dynamic"))
-        assert len(list(generate.continue_ids(model, PROMPT, max_new_tokens=1000))) == 64 - len(PROMPT)
+        assert len(list(decoding.continue_ids(model, PROMPT, max_new_tokens=1000))) == 64 - len(PROMPT)
         with pytest.raises(ConfigError, match="prompt: has 64 tokens"):
-            next(generate.continue_ids(model, [1] * 64, max_new_tokens=1))
+            next(decoding.continue_ids(model, [1] * 64, max_new_tokens=1))
 
 
 def test_sampling_repeats_with_its_seed(tiny_hf: Callable[..., Path]):
@@ -66,11 +68,11 @@ def test_sampling_repeats_with_its_seed(tiny_hf: Callable[..., Path]):
         (model,) = api.load_model(tiny_hf("llama"))
 
         def sample(seed: int, **options: int) -> list[int]:
-            return list(generate.continue_ids(model, PROMPT, max_new_tokens=16, temperature=1.0, seed=seed, **options))
+            return list(decoding.continue_ids(model, PROMPT, max_new_tokens=16, temperature=1.0, seed=seed, **options))
 
         assert sample(1) == sample(1)
         assert sample(1) != sample(2)
-        assert sample(1, top_k=1) == list(generate.continue_ids(model, PROMPT, max_new_tokens=16))
+        assert sample(1, top_k=1) == list(decoding.continue_ids(model, PROMPT, max_new_tokens=16))
 
 
 @pytest.mark.parametrize(
@@ -80,18 +82,19 @@ def test_sampling_repeats_with_its_seed(tiny_hf: Callable[..., Path]):
         (["path=x", "prompt=y", "max_new_tokens=many"], "max_new_tokens: 'many'"),
         (["path=x", "prompt=y", "temperature=-1"], "temperature: -1 is too small"),
         (["prompt=y"], "path: is missing"),
-        (["path"], "not of the form key=value"),
+        (["path"], "path: not of the form key=value; did you mean 'path'?"),
+        (["--temperature", "1"], "--temperature: not of the form key=value; did you mean 'temperature'?"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], message: str):
     with pytest.raises(ConfigError) as error:
-        generate.parse(arguments)
+        options.parse(arguments)
     assert message in str(error.value)
 
 
 def test_prompt_is_text_whatever_it_looks_like():
-    assert generate.parse(["path=7", "prompt=a=1"]).prompt == "a=1"
-    assert generate.parse(["path=7", "prompt=3"]).prompt == "3"
+    assert options.parse(["path=7", "prompt=a=1"]).prompt == "a=1"
+    assert options.parse(["path=7", "prompt=3"]).prompt == "3"
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -100,15 +103,29 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_command_line(tiny_hf: Callable[..., Path]):
-    directory = tiny_hf("llama")
-    done = _run(f"path={directory}", "prompt=Hello", "max_new_tokens=8")
+    done = _run(f"path={tiny_hf('llama')}", "prompt=Hello", "max_new_tokens=8")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Hello")
-    (directory / "tokenizer.json").unlink()
-    (directory / "tokenizer_config.json").unlink()
-    failed = _run(f"path={directory}", "prompt=Hello")
-    assert failed.returncode == 2
-    assert failed.stderr.strip().endswith("has no tokenizer files; put tokenizer.json there")
+
+
+def test_a_path_that_will_not_do_is_refused_before_torch(
+    tmp_path: Path, tiny_hf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "bridge.generate.decoding", None)  # its import, with torch's, then raises
+    directory = tiny_hf("llama")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).unlink()
+    (tmp_path / "file.txt").touch()
+    (tmp_path / "empty").mkdir()
+    for path, message in [
+        (directory, f"{directory} has no tokenizer files; put tokenizer.json there"),
+        (tmp_path / "none", "none does not exist; give a Hugging Face directory or a Megatron checkpoint"),
+        (tmp_path / "file.txt", "file.txt is a file; give a Hugging Face directory or a Megatron checkpoint"),
+        (tmp_path / "empty", "empty is neither a run nor a Megatron checkpoint"),
+    ]:
+        assert generate_main.main([f"path={path}", "prompt=x"]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1) and err.startswith("path: ") and message in err
 
 
 @pytest.mark.real
@@ -117,9 +134,9 @@ def test_real_models_continue_as_in_transformers(name: str, real_model: Callable
     directory = real_model(name)
     with parallel.single_process():
         (model,) = api.load_model(directory)
-        tokenizer, stop = generate.load_tokenizer(model.assets)
+        tokenizer, stop = decoding.load_tokenizer(model.assets)
         prompt = tokenizer("Once upon a time, there was a little")["input_ids"]
-        found = list(generate.continue_ids(model, prompt, max_new_tokens=32, stop=stop))
+        found = list(decoding.continue_ids(model, prompt, max_new_tokens=32, stop=stop))
     expected = _greedy_by_transformers(directory, prompt, num_tokens=32)
     assert found == _without_end(expected, stop)
 

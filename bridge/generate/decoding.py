@@ -1,21 +1,11 @@
-"""Continues a prompt with the weights of a Hugging Face directory or a Megatron checkpoint, in one process.
+"""A prompt continued token by token: cached keys and values, greedy or sampled, with the directory's tokenizer."""
 
-    python -m bridge.generate path=runs/tiny prompt="def main(" max_new_tokens=32
-    python -m bridge.generate path=models/chat prompt="What is a lark?" chat=true temperature=0.7 seed=1
-
-Greedy unless `temperature` is above 0. Prints the text; a mistake in the arguments is one line and exit code 2.
-"""
-
-import dataclasses
 import json
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import yaml
 
 # ruff: noqa: E402
 from bridge import platform
@@ -24,63 +14,13 @@ platform.prepare()  # before megatron-core is imported: on CPU, importing it fir
 
 from megatron.core.inference.contexts import StaticInferenceContext
 
-from bridge import api, parallel
-from bridge.config import sections
-from bridge.errors import BridgeError, ConfigError, ConversionError
+from bridge import api
+from bridge.errors import ConfigError, ConversionError
+from bridge.generate.options import Options
 from bridge.models.gpt import GPT
 
 # Rotary scalings whose angles depend on the length so far: cached keys would carry those of an earlier length.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line's `key=value` arguments. Field metadata `min` is the smallest legal value."""
-
-    path: str  # Hugging Face directory, run directory, checkpoints directory or one iteration
-    prompt: str
-    max_new_tokens: int = field(default=64, metadata={"min": 1})
-    temperature: float = field(default=0.0, metadata={"min": 0})  # 0: always the most likely token
-    top_k: int | None = field(default=None, metadata={"min": 1})  # sample among so many; None: all
-    seed: int = field(default=0, metadata={"min": 0})
-    chat: bool = False  # put the prompt into the tokenizer's chat template
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None  # None: as stored
-
-
-def main() -> None:
-    """Entry of `python -m bridge.generate`."""
-    try:
-        options = parse(sys.argv[1:])
-        with parallel.single_process():
-            print(continue_text(options))
-    except BridgeError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-
-
-def parse(arguments: Sequence[str]) -> Options:
-    """Options from `key=value` words. Raises ConfigError for an unknown key, a wrong type or a missing one."""
-    texts = {item.name for item in dataclasses.fields(Options) if item.type is str}
-    values: dict[str, Any] = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            raise ConfigError(f"{argument}: not of the form key=value; known keys: {', '.join(_names())}")
-        values[key] = value if key in texts else _plain(key, value)
-    return sections.build(Options, values, "")
-
-
-def _names() -> list[str]:
-    return [item.name for item in dataclasses.fields(Options)]
-
-
-def _plain(key: str, value: str) -> Any:
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(
-            f"{key}: {value!r} is not a plain value; write a number, true, false, null or a word"
-        ) from None
 
 
 def continue_text(options: Options) -> str:
@@ -112,12 +52,10 @@ def continue_text(options: Options) -> str:
 def load_tokenizer(directory: Path) -> tuple[Any, frozenset[int]]:
     """transformers' tokenizer and the ids that end a text (generation_config.json, else config.json, else its own).
 
-    Raises ConversionError when `directory` holds no tokenizer.
+    Raises ConversionError when it does not load.
     """
     from transformers import AutoTokenizer
 
-    if not list(directory.glob("tokenizer*")):
-        raise ConversionError(f"path: {directory} has no tokenizer files; put tokenizer.json there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -190,7 +128,3 @@ def _choose(logits: torch.Tensor, *, temperature: float, top_k: int | None, gene
         logits = logits.masked_fill(logits < lowest, -torch.inf)
     probabilities = torch.softmax(logits / temperature, dim=-1)
     return int(torch.multinomial(probabilities, 1, generator=generator))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,45 @@
+"""What every command line of the project has in common: one line for a mistake, quiet when its reader leaves."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from bridge.errors import BridgeError, ConfigError, did_you_mean
+
+DONE, FAILED, INVALID = 0, 1, 2
+UNRECOGNIZED = "unrecognized arguments: "  # argparse's own words
+
+
+def guarded(command: Callable[[], int], *, only_prints: bool = False) -> int:
+    """Run a command line; its exit code. One line on stderr and 2 for the user's mistake.
+
+    When who read stdout left (`| head`): 1 and a line that says so; 0 and not a word for a command that `only_prints`.
+    """
+    try:
+        try:
+            return command()
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone can be dealt with
+    except BridgeError as error:
+        print(" ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+        return INVALID
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
+        if only_prints:
+            return DONE
+        print("standard output: its reader has gone; ended", file=sys.stderr, flush=True)
+        return FAILED
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose --help is as ever and whose errors are a ConfigError: one line without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what is wrong with the arguments, with the nearest flag for one that is unknown."""
+        hint = ""
+        if message.startswith(UNRECOGNIZED):
+            unknown = message.removeprefix(UNRECOGNIZED).split()[0].partition("=")[0]
+            hint = did_you_mean(unknown, self._option_string_actions)
+        raise ConfigError(f"{self.prog}: {message}{hint or '; see --help'}")
