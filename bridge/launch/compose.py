@@ -25,7 +25,7 @@ from yaml import YAMLError
 
 import bridge
 from bridge.errors import ConfigError
-from bridge.launch import optuna, slurm, slurm_job
+from bridge.launch import group_options, optuna, slurm, slurm_job
 from bridge.launch.hydra_errors import one_line
 
 # Sections that accept fields no YAML file lists: megatron-core's dataclasses, data sources and adapters check those.
@@ -74,6 +74,7 @@ def run(config_name: str, job: Callable[[Job], Any]) -> None:
     processes of their own.
     """
     _declare_open_sections()
+    group_options.share_repository()
     optuna.set_defaults()
     driver = slurm_job.this_process()
     NoteSweep.started = None
