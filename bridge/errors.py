@@ -24,6 +24,10 @@ class RunError(Exception):
     """The machine failed a run, as a full disk does: printed as one line, exit code 1, no traceback."""
 
 
+class Stopped(BaseException):
+    """A signal asked to stop where there is nothing to save. No Exception: it is no failure, whatever is being done."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest of `known`, or an empty string when none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

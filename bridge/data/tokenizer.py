@@ -43,7 +43,8 @@ def train(documents: Iterable[str], *, vocab_size: int) -> TextTokenizer:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_DOCUMENT], initial_alphabet=sorted(alphabet), show_progress=False
     )
-    tokenizer.train_from_iterator(documents, trainer=trainer)
+    one_by_one = (document for document in documents)  # so that a signal is answered between two, not after all
+    tokenizer.train_from_iterator(one_by_one, trainer=trainer)
     return TextTokenizer(tokenizer, tokenizer.get_vocab()[END_OF_DOCUMENT])
 
 

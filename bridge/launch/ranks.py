@@ -48,7 +48,7 @@ def run(prepare: Callable[[], Prepared | None]) -> int:
     """This rank's share of a run; its exit code. prepare: called on rank 0 only; None: nothing to train, all is well.
 
     When the run stops early rank 0 alone says so (75), after every rank has saved: srun and torchrun end the other
-    ranks as soon as one leaves with anything but 0.
+    ranks as soon as one leaves with anything but 0. With nothing saved every rank says so: the others need not go on.
     """
     if not torchrun.active():
         return guarded(lambda: _lead(None, prepare))
@@ -58,7 +58,7 @@ def run(prepare: Callable[[], Prepared | None]) -> int:
         if decision.settings is None:
             return decision.exit_code
         result = _work(run_config.from_dict(decision.settings))
-        return 0 if result.status == "stopped" else result.exit_code
+        return 0 if result.status == "stopped" and result.step is not None else result.exit_code
     with torchrun.leading() as leader:
         # An error is printed here, before the others leave with it: then torchrun ends this process too.
         leader.exit_code = guarded(lambda: _lead(leader, prepare))

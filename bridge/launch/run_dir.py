@@ -59,6 +59,7 @@ def claimed(config: RunConfig, *, overrides: list[str], swept: Sequence[str] | N
         step = latest_step(path)
         if step is not None:
             _check_unchanged(config, path)
+            _check_steps(config, path, done=step)
             if swept is not None:
                 _check_same_job(overrides, swept, path)
         with _writing(path):
@@ -122,9 +123,19 @@ def _check_unchanged(config: RunConfig, path: Path) -> None:
     differing = [key for key in sorted(saved.keys() | new.keys()) if saved.get(key) != new.get(key)]
     if differing:
         changes = ", ".join(f"{key} {_shown(saved, key)} -> {_shown(new, key)}" for key in differing)
+        weights = any(key.startswith("model.") for key in differing)
+        way_on = "" if weights else f" (with init.path={path} it starts from these weights)"
         raise ConfigError(
-            f"{differing[0]}: {path} holds checkpoints of another configuration ({changes}); set another name= or "
-            f"the earlier values"
+            f"{differing[0]}: {path} holds checkpoints of another configuration ({changes}); set the earlier values "
+            f"or another name={way_on}"
+        )
+
+
+def _check_steps(config: RunConfig, path: Path, *, done: int) -> None:
+    if config.train.steps < done:
+        raise ConfigError(
+            f"train.steps: {config.train.steps}, and {path} has done {done}; set more than {done} to go on, or another "
+            f"name= to train again from the start"
         )
 
 

@@ -1,6 +1,7 @@
 """The worker processes of one run: their environment, their signals, and what became of them."""
 
 import os
+import re
 import signal
 import site
 import subprocess
@@ -36,7 +37,7 @@ def run_workers(claim: Claim, *, num_devices: int, fields: Mapping[str, Any], ma
     restarts = fruitless = 0
     while True:
         before = latest_step(claim.path)
-        result, stopping = _run_once(claim, environment, num_devices=num_devices)
+        result, stopping = _run_once(claim, environment, num_devices=num_devices, before=before)
         result = replace(result, restarts=restarts)
         write_result(result, claim.path)
         if result.status != "failed" or result.repeats or stopping or restarts == max_restarts:
@@ -52,7 +53,9 @@ def run_workers(claim: Claim, *, num_devices: int, fields: Mapping[str, Any], ma
         forget(claim.path)
 
 
-def _run_once(claim: Claim, environment: dict[str, str], *, num_devices: int) -> tuple[Result, bool]:
+def _run_once(
+    claim: Claim, environment: dict[str, str], *, num_devices: int, before: int | None
+) -> tuple[Result, bool]:
     """How all workers ended, and whether they were asked to stop."""
     entry = ["-m", WORKER, str(claim.path)]
     if num_devices == 1:
@@ -67,8 +70,17 @@ def _run_once(claim: Claim, environment: dict[str, str], *, num_devices: int) ->
         last_resort = f"a worker died without an error of its own; see {_launcher_log(claim)}"
     result = first_rank_error(claim.path) or read_result(claim.path)
     if result is None:  # asked to stop before there was anything to save, or died in a way no process can report itself
-        result = Result("stopped") if stopping else Result("failed", error=last_resort)
+        result = _broken_off(claim, before=before) if stopping else Result("failed", error=last_resort)
     return result, stopping
+
+
+def _broken_off(claim: Claim, *, before: int | None) -> Result:
+    """What there is of a run whose workers were ended by a signal. before: the step of the latest checkpoint then."""
+    after = latest_step(claim.path)
+    if after == before:
+        return Result("stopped")
+    print(f"stopped; the checkpoint of step {after} is complete, the same command resumes", flush=True)
+    return Result("stopped", step=after)
 
 
 def _launcher_log(claim: Claim) -> Path:
@@ -119,9 +131,9 @@ def _watch(command: list[str], environment: dict[str, str], claim: Claim, *, std
             preexec_fn=die_with_parent,
         )
         stop.child = process.pid
-        if stop.asked:  # between the handlers' installation and now
-            stop.forward()
-        return process.wait(), stop.asked > 0
+        if stop.first is not None:  # between the handlers' installation and now
+            stop.forward(stop.first)
+        return process.wait(), stop.first is not None
 
 
 class _Stop:
@@ -129,26 +141,35 @@ class _Stop:
 
     def __init__(self) -> None:
         self.child: int | None = None
-        self.asked = 0
+        self.first: signal.Signals | None = None
         self.interrupts = 0
 
-    def receive(self, signum: int, frame: FrameType | None) -> None:
-        self.asked += 1
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        signum = signal.Signals(number)
         self.interrupts += signum == signal.SIGINT
         if self.interrupts > 1:
-            print("interrupted twice: ending the workers without a save", file=sys.stderr, flush=True)
+            print("SIGINT again: ending the workers at once", file=sys.stderr, flush=True)
             _kill_tree(self.child)
-        else:
-            if self.asked == 1:
-                print(f"{signal.Signals(signum).name}: saving a checkpoint, then stopping", file=sys.stderr, flush=True)
-            self.forward()
+            return
+        if self.first is None:
+            self.first = signum
+            hint = " (once more: at once, without a save)" if signum == signal.SIGINT else ""
+            print(f"{signum.name}: saving what was trained, then stopping{hint}", file=sys.stderr, flush=True)
+        self.forward(signum)
 
-    def forward(self) -> None:
-        """SIGTERM to the workers themselves: torch elastic, told to stop, kills them in the middle of a long save."""
+    def forward(self, signum: signal.Signals) -> None:
+        """To the workers themselves: torch elastic, told to stop, kills them in the middle of a long save.
+
+        To one that does not listen yet as SIGTERM, which ends it without a word.
+        """
         if self.child is None:
             return
-        for process in _workers(self.child) or _tree(self.child)[:1]:
-            _signal(process, signal.SIGTERM)
+        workers = _workers(self.child)
+        for process in workers:
+            _signal(process, signum if _catches(process, signal.SIGTERM) else signal.SIGTERM)
+        if not workers:
+            for process in _tree(self.child)[:1]:
+                _signal(process, signal.SIGTERM)
 
 
 @contextmanager
@@ -186,6 +207,16 @@ def _tree(pid: int | None) -> list[psutil.Process]:
 def _kill_tree(pid: int | None) -> None:
     for process in _tree(pid):
         _signal(process, signal.SIGKILL)
+
+
+def _catches(process: psutil.Process, signum: signal.Signals) -> bool:
+    """Whether a process has a handler of its own for a signal, as Linux tells; False where that is not known."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (signum - 1) & 1)
 
 
 def _signal(process: psutil.Process, signum: signal.Signals) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bridge.config import run_config
 from bridge.config.run_config import RunConfig
-from bridge.errors import BridgeError, RunError
+from bridge.errors import BridgeError, RunError, Stopped
 from bridge.launch import watchdog
 from bridge.launch.result import Result, log_path, unexpected, write_rank_error, write_result
 from bridge.platform.processes import die_with_parent
@@ -30,8 +30,9 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     with kept_output(log_path(run_dir, rank=rank), on_console=rank == 0):
         result = execute(run_config.read(run_dir / "config.yaml"), rank=rank)
-    # "stopped" is told by result.json: torch elastic would take any exit code but 0 for a failure.
-    leave(0 if result.status == "stopped" else result.exit_code)
+    # A save is told by result.json: torch elastic would take any exit code but 0 for a failure. Without one the other
+    # ranks, if they have not been asked to stop, must not wait for this one.
+    leave(0 if result.status == "stopped" and result.step is not None else result.exit_code)
 
 
 @contextmanager
@@ -93,6 +94,8 @@ def execute(config: RunConfig, *, rank: int) -> Result:
         with watchdog.watching(pulse, config, rank=rank):
             outcome = run(config, started=started, pulse=pulse)
         result = Result(outcome.status, outcome.step, outcome.eval_loss)
+    except Stopped:
+        result = Result("stopped")
     except BridgeError as error:
         result = Result("invalid", error=str(error))
     except RunError as error:

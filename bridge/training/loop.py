@@ -54,7 +54,7 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse, saves: Saves) -
     iterators = rerun.iterators(_training_batches(job, pulse))
     batch_size_at = batches.batch_size_at(train, data_parallel_size=parallel.data_parallel_size())
     eval_loss = _evaluation_at(job, progress.step)
-    reason = None
+    reason = stop.signalled() if progress.step < train.steps else None  # while the model was built
     while progress.step < train.steps and reason is None:
         step = progress.step + 1
         samples = batch_size_at(progress.consumed_samples)

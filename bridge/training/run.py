@@ -27,12 +27,13 @@ def run(config: RunConfig, *, started: float | None = None, pulse: Pulse | None 
     Resumes from the run directory's latest checkpoint. `started`: the time.monotonic() from which train.exit_after
     counts, now unless given. `pulse` tells another thread where the run is. Raises ConfigError for what only now turns
     out to be wrong with the configuration, what `bridge.training.loop.train` raises, RunError when a checkpoint could
-    not be saved.
+    not be saved, Stopped when a signal asks to stop while data is prepared.
     """
     stop = Stop(config.train, started=time.monotonic() if started is None else started)
     with stop.listening():
         metrics.check_packages(config)
-        data = setup.prepare_data(config)
+        with stop.leaving_at_once():
+            data = setup.prepare_data(config)
         join(config)
         outcome, saves = _train(config, data, stop, pulse or Pulse())
         # Not after a failure: the peers of a failed rank may never come to a teardown that waits for them.
@@ -67,7 +68,8 @@ def _train(config: RunConfig, data: setup.Data, stop: Stop, pulse: Pulse) -> tup
 
 def _say_what_next(config: RunConfig, outcome: Outcome, prepared: Prepared) -> None:
     if outcome.status == "stopped":
-        print(f"stopped at step {outcome.step} ({outcome.reason}); the same command resumes", flush=True)
+        going_on = "resumes" if outcome.step else "begins again"
+        print(f"stopped at step {outcome.step} ({outcome.reason}); the same command {going_on}", flush=True)
         return
     if outcome.eval_loss is not None:
         print(f"final eval loss: {outcome.eval_loss:.4f} nats per token", flush=True)

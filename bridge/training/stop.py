@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from bridge.config import durations
 from bridge.config.schema import Train
+from bridge.errors import Stopped
 
 # What schedulers, torch elastic and people send: Slurm's --signal is often USR1 or USR2, Ctrl-C is INT.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -24,6 +25,7 @@ class Stop:
     def __init__(self, train: Train, *, started: float) -> None:
         self.train = train
         self.received: signal.Signals | None = None
+        self.at_once = False
         self.deadline = None if train.exit_after is None else started + durations.seconds(train.exit_after)
         self.host_group: dist.ProcessGroup | None = None
 
@@ -35,6 +37,8 @@ class Stop:
             if number == self.received == signal.SIGINT:
                 raise KeyboardInterrupt
             self.received = signal.Signals(number)
+            if self.at_once:
+                raise Stopped
 
         # By SIGUSR2 submitit learns of the time limit: its handler, or what part of a launcher wraps it, stays.
         taken = [n for n in SIGNALS if n != signal.SIGUSR2 or signal.getsignal(n) == signal.SIG_DFL]
@@ -44,6 +48,22 @@ class Stop:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def leaving_at_once(self) -> Iterator[None]:
+        """Inside, a signal raises Stopped: for long work that has nothing to save and can be broken off anywhere."""
+        if self.received is not None:
+            raise Stopped
+        self.at_once = True
+        try:
+            yield
+        finally:
+            self.at_once = False
+
+    def signalled(self) -> str | None:
+        """The signal to stop that any rank has received so far, the same on every rank, or None. A collective call."""
+        agreed = self._largest_of_all_ranks(NO_REASON if self.received is None else self.received.value)
+        return None if agreed == NO_REASON else signal.Signals(agreed).name
 
     def reason(self, *, step: int) -> str | None:
         """Why to stop after `step`, the same answer on every rank, or None. A collective call."""

@@ -46,6 +46,8 @@ def build(config, prepared, *, seed):
 class Slow(mock.RandomTokens):
     def __getitem__(self, index):
         if not os.path.exists(self.config.slow_until):
+            if self.config.seconds > 1:
+                print("a slow sample", flush=True)
             time.sleep(self.config.seconds)
         return super().__getitem__(index)
 """

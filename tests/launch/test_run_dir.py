@@ -81,10 +81,27 @@ def test_all_differing_keys_are_named_and_nothing_is_overwritten(tmp_path):
     assert "optimizer.optimizer 'adam' -> 'sgd'" in message
     assert "precision.bf16 None -> True" in message
     assert f"train.seed {before.train.seed} -> 99" in message
-    assert "set another name=" in message
+    assert "another name=" in message and "init.path" not in message  # those weights would not fit
     assert run_config.read(before.run_dir / "config.yaml") == before
     assert yaml.safe_load((before.run_dir / "overrides.yaml").read_text()) == ["a=1"]
     with claimed(before, overrides=[]):  # the refusal gave the lock back
+        pass
+
+
+def test_other_data_goes_on_from_the_weights_under_another_name(tmp_path):
+    config = runs.config(tmp_path)
+    with_checkpoint(config)
+    other = runs.config(tmp_path, data={"sequence_length": 8})
+    assert f"another name= (with init.path={config.run_dir} it starts from these weights)" in refusal(other)
+
+
+def test_fewer_steps_than_are_done(tmp_path):
+    with_checkpoint(runs.config(tmp_path))
+    assert refusal(runs.config(tmp_path, train={"steps": 4}, scheduler={"lr_warmup_steps": 0})) == (
+        f"train.steps: 4, and {tmp_path / 'run'} has done 5; set more than 5 to go on, or another name= to train "
+        "again from the start"
+    )
+    with claimed(runs.config(tmp_path, train={"steps": 5}), overrides=[]):  # nothing left to do
         pass
 
 

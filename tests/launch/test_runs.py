@@ -77,11 +77,14 @@ def test_a_stopped_run_has_saved_and_goes_on(tmp_path, num_devices):
     assert (code, len(err.splitlines())) == (2, 1)
     assert f"in use by process {first.pid} " in err
 
-    first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=60)
+    number = signal.SIGINT if num_devices == 1 else signal.SIGTERM
+    first.send_signal(number)
+    out, err = first.communicate(timeout=60)
     assert first.returncode == 75
+    assert err.startswith(f"{number.name}: saving what was trained, then stopping") and len(err.splitlines()) == 1
     stopped = result(run_dir)
     assert stopped["status"] == "stopped"
+    assert f"stopped at step {stopped['step']} ({number.name}); the same command resumes" in out
     steps = stopped["step"] + 1
     code, out, err = train(*slow, f"train.steps={steps}", cwd=tmp_path)
     assert code == 0, err
@@ -109,12 +112,15 @@ def test_interrupting_twice_kills(tmp_path):
     # One step takes 40 s: the first interrupt cannot be answered before the second.
     arguments = (*TINY, source, "+data.seconds=10", "train.steps=1000", "name=a")
     driver = start(*arguments, cwd=tmp_path)
-    wait_for("weights: random", tmp_path / "runs" / "a" / "logs" / "rank_0.log")
+    wait_for("a slow sample", tmp_path / "runs" / "a" / "logs" / "rank_0.log")
     driver.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
         driver.wait(timeout=2)
     driver.send_signal(signal.SIGINT)
-    assert driver.wait(timeout=10) == 75
+    out, err = driver.communicate(timeout=10)
+    assert driver.returncode == 75
+    assert [line.partition(":")[0] for line in err.splitlines()] == ["SIGINT", "SIGINT again"]
+    assert out.splitlines()[-1].startswith("stopped without a save")
 
 
 def test_a_failing_job_does_not_hide_the_others(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_distributed
-from tests.training.runs import config, losses, sample_ids, train
+from tests.training.runs import config, losses, sample_ids, train, train_and_print
 
 LAYOUTS = {
     "one": (1, {}),
@@ -120,6 +120,57 @@ def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path, world_size: in
     (step,) = {rank.step for rank in ranks}
     latest = run.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
     assert 0 < step < 2000 and latest.read_text() == str(step)
+
+
+def train_signalled_while_built(run: Any, told: int) -> Any:
+    from bridge.training import setup
+
+    build = setup.build
+
+    def signalled(*arguments: Any) -> Any:
+        if os.environ["RANK"] == str(told):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return build(*arguments)
+
+    setup.build = signalled
+    try:
+        return train_and_print(run)
+    finally:
+        setup.build = build
+
+
+def test_a_signal_before_the_first_step_stops_all_ranks_without_one(tmp_path: Path) -> None:
+    run = config(tmp_path, train={"steps": 2000})
+    ranks = run_distributed(train_signalled_while_built, 2, run, 1)
+    assert {(rank.status, rank.step) for rank, _ in ranks} == {("stopped", 0)}
+    assert "stopped at step 0 (SIGTERM); the same command begins again" in ranks[0][1]
+    assert not (run.run_dir / "checkpoints").exists()
+
+
+class Interrupting(list[str]):
+    """Documents; a Ctrl-C comes while the second half of them is tokenised."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice) and index.start is not None and index.start >= len(self) // 2:
+            signal.raise_signal(signal.SIGINT)
+        return super().__getitem__(index)
+
+
+def test_a_signal_while_data_is_prepared_is_answered_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bridge.data import text
+    from bridge.errors import Stopped
+    from bridge.training.stop import Stop
+
+    monkeypatch.setattr(text, "BATCH", 4)
+    documents = [f"def f{n}(x):\n    return x + {n}\n" * 5 for n in range(40)]
+    options = text.Options(sequence_length=8, split="80,20", vocab_size=300, tokenizer=None)
+    how = {"name": "t", "title": "test", "options": options, "cache": tmp_path, "seed": 1}
+    stop = Stop(config(tmp_path).train, started=0.0)
+    with stop.listening(), pytest.raises(Stopped), stop.leaving_at_once():
+        text.prepare(Interrupting(documents), **how)
+    assert stop.received == signal.SIGINT
+    assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []  # nothing half-written
+    assert text.prepare(documents, **how).vocab_size <= 300
 
 
 def test_usr2_is_left_to_a_launcher_that_listens_to_it() -> None:
