@@ -117,7 +117,7 @@ def _composed(name: str, folder: Path, arguments: argparse.Namespace) -> Path:
         f"train.steps={arguments.steps}",
         f"train.num_devices={layout.devices}",
         "train.eval_interval=null",
-        "train.eval_iters=1",
+        "train.eval_samples=8",
         f"runs_dir={folder}",
         f"name={name}",
         *layout.overrides,

@@ -21,10 +21,10 @@ sys.path.insert(0, str(ROOT))
 from bridge import parallel, platform  # noqa: E402
 from bridge.config import run_config  # noqa: E402
 from bridge.config.run_config import RunConfig  # noqa: E402
-from bridge.training import batches, run, setup  # noqa: E402
+from bridge.training import batches, setup  # noqa: E402
 from bridge.training.loss_policy import LossPolicy  # noqa: E402
 from bridge.training.rerun import Rerun  # noqa: E402
-from bridge.training.step import Shape, train_step  # noqa: E402
+from bridge.training.step import shape_of, train_step  # noqa: E402
 
 
 def main() -> None:
@@ -41,16 +41,14 @@ def main() -> None:
 def measure(config: RunConfig) -> dict[str, Any]:
     """The values of a line of RESULTS."""
     data = setup.prepare_data(config)
-    run.join(config)
+    setup.join(config)
     gc.collect()  # of the layout before
     before = torch.cuda.memory_allocated()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     job = setup.build(config, data)
-    num_ranks = parallel.data_parallel_size()
-    micro_batch_size = config.train.sequences_per_pass(num_ranks)
-    num_microbatches = config.train.global_batch_size // (micro_batch_size * num_ranks)
-    shape = Shape(data.options.sequence_length, micro_batch_size, num_microbatches)
+    batch_size = config.train.global_batch_size
+    shape = shape_of(config.train, sequence_length=data.options.sequence_length, samples=batch_size)
     streams = [
         batches.training(job.datasets.train, train=config.train, consumed=0, num_workers=data.options.num_workers)
         for _ in job.state.model
@@ -65,7 +63,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
         platform.synchronize()
         seconds.append(time.perf_counter() - started)
     peak = platform.peak_memory_bytes() - before
-    tokens = config.train.global_batch_size * shape.sequence_length
+    tokens = batch_size * shape.sequence_length
     return {"tokens": tokens, "seconds": seconds, "peak": peak}
 
 

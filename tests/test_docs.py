@@ -31,7 +31,7 @@ SMALL = [
     "data.sequence_length=32",
     "train.steps=20",
     "train.eval_interval=null",
-    "train.eval_iters=1",
+    "train.eval_samples=8",
     "scheduler.lr_warmup_steps=2",
 ]
 # Part of a command -> nothing is appended to it.

@@ -30,6 +30,10 @@ _CONVERT_READS = {
 }
 
 
+# Keys in the config.yaml of runs that an earlier version started, by section; they say nothing any more.
+_FORMER = {"train": ("eval_iters",)}
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Every section of conf/train.yaml. The dicts hold plain values and were checked by `from_dict`."""
@@ -49,6 +53,8 @@ class RunConfig:
     rerun: Rerun = field(default_factory=Rerun)
     launch: Launch = field(default_factory=Launch)
     dry_run: bool = False
+    eval_only: bool = False
+    eval_output: str | None = None
     plan: bool = False
     plan_memory_gib: float = field(default=80.0, metadata={"min": 1})
     runs_dir: str = "runs"
@@ -79,6 +85,7 @@ def from_dict(config: Mapping[str, Any]) -> RunConfig:
     _check_vocabulary(run, routed)
     effect.check(routed)
     _check_rerun(run)
+    _check_eval_only(run)
     return run
 
 
@@ -92,6 +99,9 @@ def read(path: Path | str) -> RunConfig:
         raise ConfigError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: holds no configuration; give the config.yaml of a run directory")
+    for section, names in _FORMER.items():
+        if isinstance(values := loaded.get(section), dict):
+            loaded[section] = {name: value for name, value in values.items() if name not in names}
     return from_dict(loaded)
 
 
@@ -183,6 +193,13 @@ def _check_vocabulary(run: RunConfig, routed: Routed) -> None:
             f"data.vocab_size: data.vocab_size <= model.vocab_size must hold, but {made} > {room}; "
             f"set data.vocab_size to {room} or less, or model.vocab_size to {made}"
         )
+
+
+def _check_eval_only(run: RunConfig) -> None:
+    """What is set for training only may stay: the command line of a run evaluates it when eval_only=true is added."""
+    for key in ("plan", "dry_run"):
+        if run.eval_only and getattr(run, key):
+            raise ConfigError(f"eval_only: true evaluates, and {key}=true is about training; set one of the two")
 
 
 def _check_rerun(run: RunConfig) -> None:

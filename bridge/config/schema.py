@@ -28,7 +28,7 @@ class Train:
     micro_batch_size: int | None = _from(1, None)
     rampup_batch_size: list[int] | None = None
     eval_interval: int | None = _from(1, 100)
-    eval_iters: int = _from(1, 16)
+    eval_samples: int | None = _from(1, 128)
     exit_interval: int | None = _from(1, None)
     exit_after: str | None = _duration()
     iterations_to_skip: list[int] = field(default_factory=list, metadata={"min": 1})

@@ -89,6 +89,19 @@ class TrainingBatches(torch.utils.data.Sampler[list[int]]):
             consumed += count
 
 
+class Padded(torch.utils.data.Dataset[dict[str, Any]]):
+    """The first `size` items of a dataset, then, without end, its last one with nothing in it that counts."""
+
+    def __init__(self, dataset: Any, *, size: int) -> None:
+        self.dataset, self.size = dataset, size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index < self.size:
+            return self.dataset[index]
+        last = self.dataset[self.size - 1]
+        return {**last, "loss_mask": torch.zeros_like(last["loss_mask"])}
+
+
 class Numbered(torch.utils.data.Dataset[dict[str, Any]]):
     """A dataset whose items also carry `sample_id`, their index, so that what was read can be recorded."""
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from bridge import platform
@@ -9,13 +10,13 @@ from bridge.command_line import guarded
 from bridge.config import layout, run_config
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
-from bridge.launch import compose, optuna, ranks, slurm, slurm_job, spawn, sweep, torchrun
+from bridge.launch import compose, evaluation, optuna, ranks, slurm, slurm_job, spawn, sweep, torchrun
 from bridge.launch.ranks import Prepared
 from bridge.launch.result import EXIT_CODES, Result, read_result, result_path
 from bridge.launch.run_dir import claimed
 from bridge.launch.worker import leave
 
-PATH_KEYS = frozenset({"runs_dir", "path", "paths", "tokenizer"})
+PATH_KEYS = frozenset({"runs_dir", "path", "paths", "tokenizer", "eval_output"})
 
 
 def main() -> None:
@@ -98,6 +99,8 @@ def _train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> R
     _check_layout(config, world_size=world_size)
     if config.dry_run:
         return _dry_run(config, world_size=world_size)
+    if config.eval_only:
+        return _evaluate(config, job, num_devices=num_devices)
     earlier = None if job.number is None else sweep.earlier_result(config, job)
     if earlier is not None:
         print(f"run {config.run_dir}: {earlier.status} in an earlier start; remove it to run it again", flush=True)
@@ -125,13 +128,27 @@ def _train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> R
 
 def _config(job: compose.Job) -> RunConfig:
     settings = compose.absolute(job.settings, names=PATH_KEYS)
-    return run_config.from_dict(settings if job.number is None else sweep.placed(settings, job))
+    config = run_config.from_dict(settings if job.number is None else sweep.placed(settings, job))
+    if config.eval_only:
+        config = evaluation.subject(config, run_dir=Path(settings["runs_dir"]) / settings["name"])
+    return config
 
 
 def _processes_per_node(config: RunConfig, job: compose.Job) -> int:
     if job.slurm is not None:
         return slurm.processes_per_node(config, job.slurm)
     return config.train.num_devices or platform.num_devices() or 1
+
+
+def _evaluate(config: RunConfig, job: compose.Job, *, num_devices: int) -> Result:
+    if job.slurm is not None:
+        raise ConfigError(
+            "hydra/launcher: slurm submits training runs; with eval_only=true start the command in an allocation, as "
+            "`srun python train.py ...`"
+        )
+    _check_local(config)
+    swept = None if job.number is None else job.swept
+    return evaluation.run(config, overrides=job.overrides, swept=swept, num_devices=num_devices)
 
 
 def _check_local(config: RunConfig) -> None:
@@ -206,6 +223,8 @@ def _of_ranks(job: compose.Job) -> Prepared | None:
     if config.dry_run:
         _dry_run(config, world_size=torchrun.world_size())
         return None
+    if config.eval_only and job.number is not None:
+        raise ConfigError("eval_only: true, and several tasks share a job of this sweep; use one task per node and job")
     return Prepared(config, job.overrides, None if job.number is None else job.swept)
 
 

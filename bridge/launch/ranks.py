@@ -15,7 +15,7 @@ from typing import NamedTuple
 from bridge.command_line import guarded
 from bridge.config import run_config
 from bridge.config.run_config import RunConfig
-from bridge.launch import torchrun
+from bridge.launch import evaluation, torchrun
 from bridge.launch.result import Result, log_path, print_error
 from bridge.launch.run_dir import Claim, claimed
 from bridge.launch.spawn import num_cores, worker_environment
@@ -81,6 +81,11 @@ def _lead(leader: torchrun.Leader | None, prepare: Callable[[], Prepared | None]
     prepared = prepare()
     if prepared is None:
         return 0
+    if prepared.config.eval_only:  # which touches no run directory
+        if leader is not None:
+            leader.publish(dataclasses.asdict(prepared.config))
+        evaluation.print_start(prepared.config, num_processes=torchrun.world_size())
+        return _work(prepared.config).exit_code
     with claimed(prepared.config, overrides=prepared.overrides, swept=prepared.swept) as claim:
         if leader is not None:
             leader.publish(dataclasses.asdict(prepared.config))
@@ -92,11 +97,15 @@ def _work(config: RunConfig) -> Result:
     os.environ.update(
         worker_environment(num_devices=torchrun.local_world_size(), fields=config.routed().transformer),
     )
-    rank = torchrun.rank()
-    with kept_output(log_path(config.run_dir, rank=rank), on_console=rank == 0):
-        result = execute(config, rank=rank)
+    result = evaluation.in_own_directory(config, _execute) if config.eval_only else _execute(config)
     print_ending(result)
     return result
+
+
+def _execute(config: RunConfig) -> Result:
+    rank = torchrun.rank()
+    with kept_output(log_path(config.run_dir, rank=rank), on_console=rank == 0):
+        return execute(config, rank=rank)
 
 
 def _of_slurm(env: Mapping[str, str]) -> dict[str, str] | None:

@@ -62,21 +62,19 @@ def training(dataset: Any, *, train: Train, consumed: int, num_workers: int) -> 
     return iter(_loader(dataset, batches, num_workers=num_workers))
 
 
-def num_evaluation_batches(dataset: Any, train: Train) -> int:
-    """train.eval_iters global batches, or as many whole ones as the validation set has, but at least one."""
-    return min(train.eval_iters, max(1, len(dataset) // train.global_batch_size))
+def num_evaluation_samples(dataset: Any, train: Train) -> int:
+    """The first train.eval_samples of the validation set, or all if it has no more."""
+    return len(dataset) if train.eval_samples is None else min(train.eval_samples, len(dataset))
 
 
-def evaluation(dataset: Any, *, train: Train) -> Iterator[Batch]:
-    """Micro-batches of this rank for one evaluation: always the same samples, in order, whatever the layout."""
+def evaluation(dataset: Any, *, train: Train, num_microbatches: int) -> Iterator[Batch]:
+    """So many micro-batches of this rank for one evaluation: the samples in order, then some that do not count."""
     rank, num_ranks = parallel.data_parallel_rank(), parallel.data_parallel_size()
     micro_batch_size = train.sequences_per_pass(num_ranks)
-    batches: list[list[int]] = []
-    for number in range(num_evaluation_batches(dataset, train)):
-        start = number * train.global_batch_size
-        ids = [index % len(dataset) for index in range(start, start + train.global_batch_size)]
-        batches += sampler.rank_micro_batches(ids, micro_batch_size=micro_batch_size, rank=rank, num_ranks=num_ranks)
-    return iter(_loader(dataset, batches, num_workers=0))
+    ids = range(num_microbatches * micro_batch_size * num_ranks)
+    batches = sampler.rank_micro_batches(ids, micro_batch_size=micro_batch_size, rank=rank, num_ranks=num_ranks)
+    counted = sampler.Padded(dataset, size=num_evaluation_samples(dataset, train))
+    return iter(_loader(counted, batches, num_workers=0))
 
 
 def _loader(dataset: Any, batches: Iterable[Sequence[int]], *, num_workers: int) -> Iterable[Batch]:

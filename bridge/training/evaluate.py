@@ -5,23 +5,45 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.utils import get_model_config
 
+from bridge import parallel
 from bridge.config.schema import Train
 from bridge.training import batches
-from bridge.training.step import Shape, evaluation_step, global_means
+from bridge.training.step import Shape, evaluation_step, global_means, shape_of
 
 
-def evaluate(model: list[Any], dataset: Any, *, train: Train, shape: Shape) -> float:
-    """Loss in nats per token over `train.eval_iters` global batches of `dataset`. A collective call.
+def evaluate(model: list[Any], dataset: Any, *, train: Train, sequence_length: int) -> float:
+    """Loss in nats per token over the first `train.eval_samples` of `dataset`. A collective call.
 
-    `shape.num_microbatches` is that of a full global batch. Dropout is off; parameters and generators are left alone.
+    The same whatever the batch sizes and the layout: what is lacking to whole micro-batches on all ranks is filled up
+    with samples that do not count. Dropout is off; parameters and generators are left alone.
     """
-    iterators = [batches.evaluation(dataset, train=train) for _ in model]
-    losses = []
+    shape = shape_of(train, sequence_length=sequence_length, samples=train.global_batch_size)
+    num_samples = batches.num_evaluation_samples(dataset, train)
+    sizes = _step_sizes(num_samples, shape=shape, multiple=_multiple(model, shape))
+    iterators = [batches.evaluation(dataset, train=train, num_microbatches=sum(sizes)) for _ in model]
     with _evaluating(model):
-        for _ in range(batches.num_evaluation_batches(dataset, train)):
-            losses.append(evaluation_step(model, iterators, shape))
+        losses = [evaluation_step(model, iterators, shape._replace(num_microbatches=size)) for size in sizes]
     return global_means([torch.stack(losses).sum(dim=0)])[0]
+
+
+def _step_sizes(num_samples: int, *, shape: Shape, multiple: int) -> list[int]:
+    """Micro-batches of each step: as many as in training, in the last what is left, rounded up to a `multiple`."""
+    num_microbatches = -(-num_samples // (shape.micro_batch_size * parallel.data_parallel_size()))
+    full, left = divmod(num_microbatches, shape.num_microbatches)
+    last = min(-(-left // multiple) * multiple, shape.num_microbatches)
+    return [shape.num_microbatches] * full + [last] * (left > 0)
+
+
+def _multiple(model: list[Any], shape: Shape) -> int:
+    """What the number of micro-batches of a step is a multiple of, for megatron-core's schedules."""
+    config = get_model_config(model[0])
+    if config.cuda_graph_impl != "none":  # which has a graph for each micro-batch of a step, used in turn
+        return shape.num_microbatches
+    if len(model) == 1:
+        return 1
+    return config.microbatch_group_size_per_vp_stage or parallel.pipeline_size()
 
 
 @contextmanager

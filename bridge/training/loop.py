@@ -18,7 +18,7 @@ from bridge.training.pulse import COMPUTING, EVALUATING, REPORTING, SAVING, STAR
 from bridge.training.rerun import Ending, Rerun
 from bridge.training.saves import Saves
 from bridge.training.setup import Job
-from bridge.training.step import Shape, pass_over, train_step
+from bridge.training.step import pass_over, shape_of, train_step
 from bridge.training.stop import Stop
 from bridge.training.stragglers import Stragglers
 from bridge.weights.locate import iteration_directory
@@ -30,10 +30,11 @@ class HardwareFault(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. stopped: saved before its last step, to be resumed. eval_loss: the last one, nats per token."""
+    """How a run ended. stopped: saved before its last step, to be resumed. eval_loss: the last one, nats per token.
+    step: the last one taken; None of a model that has only been evaluated and tells of none."""
 
     status: Literal["done", "stopped"]
-    step: int
+    step: int | None
     eval_loss: float | None
     reason: str | None = None
 
@@ -44,7 +45,7 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse, saves: Saves) -
     Raises FloatingPointError for a loss that train.nonfinite_loss or train.spiking_loss calls an error, HardwareFault
     for a result that another computation contradicts, both before anything of that step is saved.
     """
-    train = job.config.train
+    train, sequence_length = job.config.train, job.data.options.sequence_length
     progress = job.progress
     pulse.enter(STARTING, step=progress.step)
     policy = LossPolicy(job.config, progress)
@@ -58,7 +59,7 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse, saves: Saves) -
     while progress.step < train.steps and reason is None:
         step = progress.step + 1
         samples = batch_size_at(progress.consumed_samples)
-        shape = _shape(job, samples)
+        shape = shape_of(train, sequence_length=sequence_length, samples=samples)
         lr = schedule.learning_rate(job.state.optimizer)
         pulse.enter(COMPUTING, step=step)
         if step in train.iterations_to_skip:
@@ -137,13 +138,6 @@ def _due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
 
 
-def _shape(job: Job, samples: int) -> Shape:
-    num_ranks = parallel.data_parallel_size()
-    micro_batch_size = job.config.train.sequences_per_pass(num_ranks)
-    num_microbatches = samples // (micro_batch_size * num_ranks)
-    return Shape(job.data.options.sequence_length, micro_batch_size, num_microbatches)
-
-
 def _rates(job: Job) -> Rates:
     sequence_length = job.data.options.sequence_length
     return Rates(
@@ -190,11 +184,10 @@ def _recorded(iterator: Iterator[Batch], job: Job) -> Iterator[Batch]:
 
 
 def _evaluate(job: Job, pulse: Pulse) -> float:
-    train = job.config.train
-    shape = _shape(job, train.global_batch_size)
+    sequence_length = job.data.options.sequence_length
     pulse.enter(EVALUATING)
     with _gathered_parameters(job.state.model):
-        loss = evaluate(job.state.model, job.datasets.valid, train=train, shape=shape)
+        loss = evaluate(job.state.model, job.datasets.valid, train=job.config.train, sequence_length=sequence_length)
     pulse.enter(REPORTING)
     return loss
 

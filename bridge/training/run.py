@@ -10,8 +10,7 @@ platform.prepare()  # before megatron-core is imported: on CPU, importing it fir
 from bridge import parallel
 from bridge.config.run_config import RunConfig
 from bridge.data.source import Prepared
-from bridge.platform import user_buffers
-from bridge.training import metrics, setup
+from bridge.training import metrics, only_evaluate, setup
 from bridge.training.loop import Outcome, train
 from bridge.training.metrics import Report
 from bridge.training.pulse import Pulse
@@ -22,36 +21,27 @@ __all__ = ["Outcome", "run"]
 
 
 def run(config: RunConfig, *, started: float | None = None, pulse: Pulse | None = None) -> Outcome:
-    """Train as `config` says, in this process, as the rank that RANK and WORLD_SIZE name (none: a world of one).
+    """Train (eval_only: evaluate) as `config` says, in this process, as the rank that RANK and WORLD_SIZE name.
 
-    Resumes from the run directory's latest checkpoint. `started`: the time.monotonic() from which train.exit_after
-    counts, now unless given. `pulse` tells another thread where the run is. Raises ConfigError for what only now turns
-    out to be wrong with the configuration, what `bridge.training.loop.train` raises, RunError when a checkpoint could
-    not be saved, Stopped when a signal asks to stop while data is prepared.
+    Without those it is a world of one. Training resumes from the run directory's latest checkpoint. `started`: the
+    time.monotonic() from which train.exit_after counts, now unless given. `pulse` tells another thread where the run
+    is. Raises ConfigError for what only now turns out to be wrong with the configuration, what
+    `bridge.training.loop.train` raises, RunError when a checkpoint could not be saved, Stopped when a signal asks to
+    stop while data is prepared.
     """
+    if config.eval_only:
+        return only_evaluate.run(config, setup.prepare_data(config))
     stop = Stop(config.train, started=time.monotonic() if started is None else started)
     with stop.listening():
         metrics.check_packages(config)
         with stop.leaving_at_once():
             data = setup.prepare_data(config)
-        join(config)
+        setup.join(config)
         outcome, saves = _train(config, data, stop, pulse or Pulse())
         # Not after a failure: the peers of a failed rank may never come to a teardown that waits for them.
         parallel.teardown()
         saves.end_exports(done=outcome.status == "done")
     return outcome
-
-
-def join(config: RunConfig) -> None:
-    """Make the process groups that `config` asks for. Raises ConfigError for what this platform cannot do."""
-    routed = config.routed()
-    platform.check(routed.transformer | routed.ddp | routed.optimizer, routed.origin)
-    instances = routed.ddp.get("num_distributed_optimizer_instances", 1)
-    parallel.initialize(routed.transformer, seed=config.train.seed, num_distributed_optimizer_instances=instances)
-    if routed.transformer.get("tp_comm_overlap"):
-        sequences = config.train.sequences_per_pass(parallel.data_parallel_size())
-        num_tokens = sequences * config.data["sequence_length"] // parallel.context_parallel_size()
-        user_buffers.create(routed.transformer, num_tokens=num_tokens)
 
 
 def _train(config: RunConfig, data: setup.Data, stop: Stop, pulse: Pulse) -> tuple[Outcome, Saves]:

@@ -8,7 +8,7 @@ from megatron.core.distributed import DistributedDataParallelConfig, finalize_mo
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config, unwrap_model
 
-from bridge import checkpoint, parallel
+from bridge import checkpoint, parallel, platform
 from bridge.checkpoint import Progress, Trainable
 from bridge.config import modules, sections
 from bridge.config.routing import Routed
@@ -19,6 +19,7 @@ from bridge.errors import ConfigError
 from bridge.models import ddp, gpt
 from bridge.optim import optimizer as optimizers
 from bridge.optim import schedule
+from bridge.platform import user_buffers
 from bridge.training import initial, settings
 
 
@@ -71,17 +72,34 @@ def prepare_data(config: RunConfig) -> Data:
     return Data(module, options, prepared)
 
 
+def join(config: RunConfig) -> None:
+    """Make the process groups that `config` asks for. Raises ConfigError for what this platform cannot do."""
+    routed = config.routed()
+    platform.check(routed.transformer | routed.ddp | routed.optimizer, routed.origin)
+    instances = routed.ddp.get("num_distributed_optimizer_instances", 1)
+    parallel.initialize(routed.transformer, seed=config.train.seed, num_distributed_optimizer_instances=instances)
+    if routed.transformer.get("tp_comm_overlap"):
+        sequences = config.train.sequences_per_pass(parallel.data_parallel_size())
+        num_tokens = sequences * config.data["sequence_length"] // parallel.context_parallel_size()
+        user_buffers.create(routed.transformer, num_tokens=num_tokens)
+
+
+def build_model(config: RunConfig, *, routed: Routed) -> list[Any]:
+    """The model chunks of this rank with the weights of init.path, or random ones."""
+    chunks: list[Any] = gpt.build(routed, wrap=True)
+    initial.load(unwrap_model(chunks), routed=routed, path=config.init.path)
+    return chunks
+
+
 def build(config: RunConfig, data: Data) -> Job:
     """Model, optimizer, schedule and datasets, standing at the run's latest checkpoint if it has one.
 
     Process groups must exist (`bridge.parallel.initialize`).
     """
     routed = per_token_loss(config.routed())
-    chunks = gpt.build(routed, wrap=True)
     root = config.run_dir / "checkpoints"
     resuming = checkpoint.has_checkpoint(root)
-    if not resuming:
-        initial.load(unwrap_model(chunks), routed=routed, path=config.init.path)
+    chunks = gpt.build(routed, wrap=True) if resuming else build_model(config, routed=routed)
     model = ddp.wrap(chunks, DistributedDataParallelConfig(**routed.ddp))
     optimizer = optimizers.build(routed, model=model)
     scheduler = schedule.build(config.scheduler, optimizer=optimizer, fields=routed.optimizer, steps=config.train.steps)

@@ -10,6 +10,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config, unw
 
 from bridge import parallel, platform
 from bridge.checkpoint import Trainable
+from bridge.config.schema import Train
 from bridge.training.batches import Batch
 from bridge.training.loss_policy import LossPolicy, Verdict
 from bridge.training.rerun import Ending, Rerun, kept_buffers
@@ -23,6 +24,13 @@ class Shape(NamedTuple):
     sequence_length: int
     micro_batch_size: int
     num_microbatches: int
+
+
+def shape_of(train: Train, *, sequence_length: int, samples: int) -> Shape:
+    """The shape of a step that reads `samples` over all data-parallel ranks, which are whole micro-batches of each."""
+    num_ranks = parallel.data_parallel_size()
+    micro_batch_size = train.sequences_per_pass(num_ranks)
+    return Shape(sequence_length, micro_batch_size, samples // (micro_batch_size * num_ranks))
 
 
 class StepResult(NamedTuple):

@@ -148,7 +148,7 @@ def test_cuda_graphs_change_nothing(tmp_path: Path):
     """Captured after the first step, replayed by the evaluations too, and captured anew after a stop."""
     overrides = [
         *("model=tiny", "precision=bf16", "train.num_devices=1", "train.steps=20", "train.eval_interval=5"),
-        *("train.eval_iters=1", "log.log_interval=1"),
+        *("train.eval_samples=8", "log.log_interval=1"),
     ]
     plain = _train(tmp_path, *overrides, "name=plain")
     overrides += ["+model.cuda_graph_impl=local", "+model.use_te_rng_tracker=true", "name=graphs"]

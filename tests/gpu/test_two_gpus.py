@@ -34,7 +34,7 @@ RUN = (
     "train.global_batch_size=16",
     "train.micro_batch_size=2",
     "train.eval_interval=null",
-    "train.eval_iters=1",
+    "train.eval_samples=8",
     "log.log_interval=1",
 )
 # Of the loss in nats. A curve of another seed is off by far more already in its first steps (checked below), one of

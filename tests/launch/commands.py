@@ -21,7 +21,7 @@ TINY = (
     "scheduler.lr_warmup_steps=0",
     "train.global_batch_size=4",
     "train.micro_batch_size=2",
-    "train.eval_iters=1",
+    "train.eval_samples=4",
     "log.log_interval=1",
 )
 USER_SOURCE = """

@@ -21,6 +21,11 @@ def result(run_dir):
     return json.loads((run_dir / "result.json").read_text())
 
 
+def snapshot(folder):
+    """When each file below `folder` was written, and how long it is."""
+    return {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in folder.rglob("*")}
+
+
 def test_run_resume_and_refusal(tmp_path):
     """A run to its end; the same command again; another architecture in its directory; a worker's ConfigError."""
     command = (*TINY, "train.steps=2", "name=a")
@@ -43,6 +48,14 @@ def test_run_resume_and_refusal(tmp_path):
     code, out, err = train(*command, cwd=tmp_path)
     assert (code, result(run_dir)["step"]) == (0, 2), err
     assert "resuming at step 2" in out
+
+    before = snapshot(run_dir)
+    code, out, err = train(*command, "eval_only=true", cwd=tmp_path)
+    assert (code, snapshot(run_dir)) == (0, before), err
+    (line,) = (tmp_path / "runs" / "eval.jsonl").read_text().splitlines()
+    loss = result(run_dir)["eval_loss"]
+    assert json.loads(line) == {"path": str(run_dir), "step": 2, "eval_loss": loss, "num_samples": 4, "data": "mock"}
+    assert f"eval loss: {loss:.4f} nats per token over 4 samples" in out
 
     code, _, err = train(*command, "model.num_layers=2", "model.hidden_size=64", cwd=tmp_path)
     assert (code, len(err.splitlines())) == (2, 1)

@@ -62,7 +62,7 @@ def config(runs_dir: Path, *, whole_model: dict[str, Any] | None = None, **overr
         "peft": {"method": "none"},
         "data": {"source": "mock", "sequence_length": 16, "vocab_size": 100, "num_samples": 50},
         "scheduler": {"lr_warmup_steps": 3},
-        "train": {"steps": 20, "global_batch_size": 4, "micro_batch_size": 1, "eval_interval": 10, "eval_iters": 1},
+        "train": {"steps": 20, "global_batch_size": 4, "micro_batch_size": 1, "eval_interval": 10, "eval_samples": 4},
         "init": {},
         "checkpoint": {},
         "log": {"log_interval": 1},
@@ -82,7 +82,7 @@ class Ran(NamedTuple):
     """What one rank saw of a run: the outcome and the lines of metrics.jsonl, but for those about saves."""
 
     status: str
-    step: int
+    step: int | None
     eval_loss: float | None
     lines: list[dict[str, Any]]
 

@@ -18,7 +18,7 @@ from bridge import parallel
 from bridge.config import effect, layout, mcore_fields, routing
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
-from bridge.training import batches, run, settings, setup
+from bridge.training import batches, settings, setup
 from tests.distributed import run_distributed
 from tests.training import every_field, runs
 
@@ -80,7 +80,7 @@ def outcome(name: str, folder: Path) -> str:
         routed = config.routed()
         layout.check(routed, world_size=world_size(name), sequence_length=16, train=config.train)
         data = setup.prepare_data(config)
-        run.join(config)
+        setup.join(config)
         job = setup.build(config, data)
     except ConfigError as error:
         return str(error)
@@ -212,7 +212,7 @@ def job(tmp_path: Path) -> Any:
         model={"attention_dropout": 0.25, "add_attention_bias": True},
         parallelism={"overlap_grad_reduce": True, "bucket_size": 1000, "tensor_model_parallel_size": 1},
     )
-    run.join(config)
+    setup.join(config)
     yield setup.build(config, setup.prepare_data(config))
     parallel.teardown()
 
