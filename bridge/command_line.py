@@ -3,12 +3,14 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 from bridge.errors import BridgeError, ConfigError, did_you_mean
 
 DONE, FAILED, INVALID = 0, 1, 2
+FULL_ERROR = "HYDRA_FULL_ERROR"  # variable with which Hydra's users ask for tracebacks of their own mistakes: 1
 UNRECOGNIZED = "unrecognized arguments: "  # argparse's own words
 
 
@@ -23,6 +25,8 @@ def guarded(command: Callable[[], int], *, only_prints: bool = False) -> int:
         finally:
             sys.stdout.flush()  # here, where a reader that has gone can be dealt with
     except BridgeError as error:
+        if os.environ.get(FULL_ERROR) == "1":
+            traceback.print_exception(error)
         print(" ".join(str(error).splitlines()), file=sys.stderr, flush=True)
         return INVALID
     except BrokenPipeError:

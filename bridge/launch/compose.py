@@ -8,7 +8,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,17 +17,16 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 import bridge
-from bridge.errors import ConfigError
-from bridge.launch import group_options, optuna, slurm, slurm_job
-from bridge.launch.hydra_errors import one_line
+from bridge.command_line import FULL_ERROR
+from bridge.errors import BridgeError, ConfigError
+from bridge.launch import arguments, group_options, optuna, repeated, slurm, slurm_job
+from bridge.launch.hydra_errors import of_the_users, one_line
 
 # Sections that accept fields no YAML file lists: megatron-core's dataclasses, data sources and adapters check those.
 OPEN_SECTIONS = ("model", "parallelism", "optimizer", "precision", "peft", "data")
@@ -56,12 +56,16 @@ class SweepStart(NamedTuple):
 
 
 class NoteSweep(Callback):
-    """Set as a callback in conf/train.yaml: with a launcher that runs jobs elsewhere no job tells the driver."""
+    """Set as a callback in conf/train.yaml: with a launcher that runs jobs elsewhere no job tells the driver.
+
+    The last that sees the command line as typed, before a sweeper does.
+    """
 
     started: SweepStart | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         NoteSweep.started = SweepStart(Path(str(config.hydra.sweep.dir)).absolute(), time.time())
+        repeated.take_from_sweeper(config)
 
 
 def run(config_name: str, job: Callable[[Job], Any]) -> None:
@@ -78,13 +82,14 @@ def run(config_name: str, job: Callable[[Job], Any]) -> None:
     optuna.set_defaults()
     driver = slurm_job.this_process()
     NoteSweep.started = None
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and leaving with exit code 1
     failures: list[Exception] = []
-    arguments = sys.argv[1:]  # those of this process: a launcher may run the task in another
+    sys.argv[1:] = typed = arguments.normalised(sys.argv[1:])  # a launcher may run the task in another process
+    usual = os.environ.get(FULL_ERROR)
 
     def task(composed: DictConfig) -> Any:
         try:
-            return job(_job(composed, arguments))
+            with _full_errors(usual):
+                return job(_checked_job(composed, typed))
         except FailedTrial:
             if "max_failure_rate" in HydraConfig.get().sweeper:
                 raise
@@ -97,11 +102,34 @@ def run(config_name: str, job: Callable[[Job], Any]) -> None:
             return math.inf
 
     try:
-        hydra.main(version_base="1.3", config_path=_conf_directory(), config_name=config_name)(task)()
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise ConfigError(one_line(error, arguments=arguments)) from error
+        repeated.check(arguments.overrides_in(typed))
+        with _full_errors("1"):  # Hydra then raises instead of printing and leaving with exit code 1
+            hydra.main(version_base="1.3", config_path=_conf_directory(), config_name=config_name)(task)()
+    except (BridgeError, FailedTrial):
+        raise
+    except Exception as error:
+        if not of_the_users(error):
+            raise
+        raise ConfigError(one_line(error, arguments=typed)) from error
     if failures:
         raise failures[0]
+
+
+@contextmanager
+def _full_errors(value: str | None) -> Iterator[None]:
+    before = os.environ.get(FULL_ERROR)
+    _set_environment(FULL_ERROR, value)
+    try:
+        yield
+    finally:
+        _set_environment(FULL_ERROR, before)
+
+
+def _set_environment(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 def add_option(group: str, name: str, values: Mapping[str, Any]) -> None:
@@ -151,9 +179,9 @@ def _mode_by_launcher(*, _root_: DictConfig) -> str | None:
     if launcher is None or launcher.endswith(".BasicLauncher"):
         return None
     sweeper = OmegaConf.select(_root_, "hydra.sweeper")
-    if launcher != slurm.TARGET or {"-m", "--multirun"} & set(sys.argv[1:]) or not _is_basic(sweeper):
+    if launcher != slurm.TARGET or "--multirun" in sys.argv[1:] or not _is_basic(sweeper):
         return str(RunMode.MULTIRUN.name)
-    values = [argument for argument in sys.argv[1:] if not argument.startswith("-") and "=" in argument]
+    values = arguments.overrides_in(sys.argv[1:])
     values += [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
     swept = any(override.is_sweep_override() for override in OverridesParser.create().parse_overrides(values))
     return str((RunMode.MULTIRUN if swept else RunMode.RUN).name)
@@ -168,7 +196,16 @@ OmegaConf.register_new_resolver("choice", _choice, replace=True)
 OmegaConf.register_new_resolver("mode_by_launcher", _mode_by_launcher, replace=True)
 
 
-def _job(composed: DictConfig, arguments: list[str]) -> Job:
+def _checked_job(composed: DictConfig, typed: list[str]) -> Job:
+    try:
+        return _job(composed, typed)
+    except ConfigError:
+        raise
+    except Exception as error:  # Hydra's own settings are whatever the user made of them
+        raise ConfigError(one_line(error, arguments=typed)) from error
+
+
+def _job(composed: DictConfig, typed: list[str]) -> Job:
     settings = HydraConfig.get()
     overrides = OmegaConf.to_container(settings.overrides.task, resolve=False)  # as typed: with ${...}
     assert isinstance(overrides, list)
@@ -176,7 +213,7 @@ def _job(composed: DictConfig, arguments: list[str]) -> Job:
     of_slurm = launcher if launcher.pop("_target_") == slurm.TARGET else None
     if settings.mode != RunMode.MULTIRUN:
         return Job(_resolve(composed), overrides, slurm=of_slurm)
-    fixed = single_valued(arguments)
+    fixed = single_valued(typed)
     return Job(
         settings=_resolve(composed),
         overrides=overrides,
@@ -188,9 +225,9 @@ def _job(composed: DictConfig, arguments: list[str]) -> Job:
     )
 
 
-def single_valued(arguments: list[str]) -> set[str]:
-    """The overrides among `arguments` that give one value, as typed and as sweepers write them: lr=1e-3, lr=0.001."""
-    overrides = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-") and "=" in a])
+def single_valued(typed: list[str]) -> set[str]:
+    """The overrides among `typed` that give one value, as typed and as sweepers write them: lr=1e-3, lr=0.001."""
+    overrides = OverridesParser.create().parse_overrides(arguments.overrides_in(typed))
     single = [override for override in overrides if not override.is_sweep_override()]
     written = {f"{override.get_key_element()}={override.get_value_element_as_str()}" for override in single}
     return written | {str(override.input_line) for override in single}

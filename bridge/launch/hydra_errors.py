@@ -4,14 +4,31 @@ Hydra's own texts span lines and advise '+key', which would only move the mistak
 """
 
 import re
+import traceback
 from collections.abc import Iterable
 
-from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from yaml import MarkedYAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from bridge.errors import did_you_mean
+
+_COMPOSING = ("config_loader_impl.py", "defaults_list.py", "config_repository.py")
+
+
+def of_the_users(error: Exception) -> bool:
+    """Whether the command line or a file is at fault for Hydra's `error`: always, unless it comes from a launcher."""
+    if isinstance(error, HydraException | OmegaConfBaseException | YAMLError | ValueError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    composing = any(frame.filename.endswith(_COMPOSING) for frame in frames)
+    return composing or not any(frame.name == "launch" for frame in frames)
 
 
 def one_line(error: Exception, *, arguments: Iterable[str] = ()) -> str:
@@ -27,7 +44,17 @@ def one_line(error: Exception, *, arguments: Iterable[str] = ()) -> str:
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{mark.name}: line {mark.line + 1} is not valid YAML, {error.problem}"
+    if not isinstance(error, HydraException | ValueError):  # Hydra and OmegaConf fail on some values without a word
+        said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or ""
+        return f"{_override_at(error)}: cannot be composed ({type(error).__name__}: {_first_line(said)})"
     return _first_line(str(error))
+
+
+def _override_at(error: Exception) -> str:
+    """The override that was being applied when `error` was raised."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    applied = [frame.f_locals["override"] for frame in frames if frame.f_code.co_name == "_apply_overrides_to_config"]
+    return applied[-1].input_line if applied else "configuration"
 
 
 def _first_line(text: str) -> str:

@@ -10,6 +10,9 @@ import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from bridge.command_line import FULL_ERROR
+from bridge.errors import BridgeError
+
 EXIT_CODES = {"done": 0, "submitted": 0, "failed": 1, "invalid": 2, "stopped": 75}
 """done: all steps taken; submitted: left to Slurm, unfinished; failed: our or the machine's fault; invalid: wrong
 input; stopped: saved, resume later."""
@@ -18,8 +21,8 @@ input; stopped: saved, resume later."""
 @dataclass(frozen=True)
 class Result:
     """How a run ended. eval_loss: the last evaluation's loss in nats per token, None without one. error: one line.
-    traceback: of an error that is not the user's. repeats: the same would happen again. restarts: how often its workers
-    were started anew."""
+    traceback: of an error that is not the user's, or with HYDRA_FULL_ERROR=1 of any. repeats: the same would happen
+    again. restarts: how often its workers were started anew."""
 
     status: str
     step: int | None = None
@@ -38,6 +41,12 @@ class Result:
         """What a sweep minimises: the evaluation loss; None when the run is not done or its loss is not finite."""
         loss = self.eval_loss if self.status == "done" else None
         return loss if loss is not None and math.isfinite(loss) else None
+
+
+def invalid(error: BridgeError) -> Result:
+    """The user's mistake in one line; with HYDRA_FULL_ERROR=1 after its traceback."""
+    whole = "".join(traceback.format_exception(error)) if os.environ.get(FULL_ERROR) == "1" else None
+    return Result("invalid", error=" ".join(str(error).splitlines()), traceback=whole)
 
 
 def unexpected(error: Exception, *, repeats: bool = False) -> Result:

@@ -16,6 +16,7 @@ from bridge.launch.result import (
     EXIT_CODES,
     Result,
     first_rank_error,
+    invalid,
     print_error,
     read_result,
     result_path,
@@ -40,7 +41,7 @@ def run_job(job: Job, train: Callable[[Job], Result]) -> Row:
     try:
         result = train(job)
     except BridgeError as error:
-        result = Result("invalid", error=str(error))
+        result = invalid(error)
     except Exception as error:
         result = unexpected(error)
     print_error(result)

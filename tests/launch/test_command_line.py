@@ -33,9 +33,11 @@ def test_composing_imports_no_torch(command: str, arguments: list[str]):
     assert "heavy: set()" in done.stdout
 
 
-def run_in_process(command, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys) -> tuple[int, str, str]:
+def run_in_process(
+    command, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys, *, full_error: str = "0"
+) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", full_error)
     with pytest.raises(SystemExit) as leaving:
         command()
     return int(leaving.value.code or 0), *capsys.readouterr()
@@ -91,6 +93,44 @@ def test_mistakes_are_one_line_and_exit_code_2(argument, message, monkeypatch, c
     assert out == ""
     assert "use +" not in err
     assert list(tmp_path.iterdir()) == []  # no run directory, nothing of Hydra's
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.steps=2", "--lr", "1e-3"], "--lr: no such flag; write "),
+        (["--config", "a/x.yaml"], "--config: no such flag; write --config-dir a --config-name x, "),
+        (["--cfg"], "--cfg/-c: expected one argument; --hydra-help lists all flags"),
+        (["--config-dir", "a", "x=1", "--config-dir=b"], "--config-dir: is given twice; "),
+        (["-m", "train.steps=1,2", "--cfg", "job"], "Only one of --run, --multirun, --cfg, "),
+        (["-m", "train.steps=1,2", "train.steps=3"], "train.steps: is given by 'train.steps=3' after "),
+        (["-m", "train.steps=1,2", "train={seed: 3}"], "train: is given by 'train={seed: 3}' after 'train.steps=1,2'"),
+        (["-m", "train={steps: 1},{steps: 2}", "train={seed: 3}"], "train: is given by 'train={seed: 3}' after "),
+        (
+            ["-m", "hydra.sweeper.params={train.steps: choice(1,2)}"],
+            "hydra.sweeper.params: several values for train.steps need quotes inside {...}; write ",
+        ),
+        (["-m", "hydra.sweeper.max_batch_size=0"], "configuration: cannot be composed (AssertionError: assert max_b"),
+        (["-m", "hydra.launcher=null"], "configuration: cannot be composed (RuntimeError: Hydra launcher is not "),
+        (["hydra.launcher=null"], "Input cfg is not an OmegaConf config object"),
+        (["hydra.verbose=[1,2]"], "configuration: cannot be composed (TypeError: A logger name must be a string)"),
+    ],
+)
+def test_mistakes_with_flags_and_sweeps_are_one_line(arguments, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run_in_process(driver.main, arguments, monkeypatch, capsys)
+    assert (code, len(err.splitlines())) == (2, 1), err
+    assert err.startswith(message)
+
+
+def test_full_errors_are_tracebacks_when_asked_for(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["train.stpes=3"], ["train.steps=x"], ["-m", "train.steps=x,y"]):
+        code, _, err = run_in_process(driver.main, arguments, monkeypatch, capsys, full_error="1")
+        assert code != 0
+        assert err.startswith("Traceback (most recent call last):")
+        assert "train.st" in err.splitlines()[-1]
+    assert os.environ["HYDRA_FULL_ERROR"] == "1"
 
 
 def test_convert_checks_its_keys_the_same_way(monkeypatch, capsys):
@@ -163,3 +203,102 @@ def test_paths_become_absolute(tmp_path, monkeypatch):
         "init": {"path": "/home/me/hf"},
         "data": {"paths": [str(Path(tmp_path) / "a"), "/b"], "cache_dir": None, "n": 1},
     }
+
+
+def chosen(job: compose.Job) -> tuple[int, int, float]:
+    train = job.settings["train"]
+    return train["steps"], train["global_batch_size"], job.settings["optimizer"]["lr"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "recipe=night", "train.steps=5,6", "--config-dir", "{dir}"],
+        ["recipe=night", "-m", "train.steps=5,6", "--config-dir", "{dir}"],
+        ["recipe=night", "--config-dir={dir}", "train.steps=5,6", "--multirun"],
+        ["+recipe=night", "train.steps=5,6", "-cd", "{dir}", "-m"],
+    ],
+)
+def test_flags_may_stand_anywhere(arguments, monkeypatch, tmp_path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "night.yaml").write_text("# @package _global_\ntrain:\n  global_batch_size: 64\n")
+    monkeypatch.chdir(tmp_path)
+    jobs = composed([argument.format(dir=tmp_path) for argument in arguments], monkeypatch)
+    assert [chosen(job)[:2] for job in jobs] == [(5, 64), (6, 64)]
+    assert [job.swept for job in jobs] == [("train.steps=5",), ("train.steps=6",)]
+
+
+def test_cfg_may_stand_last(monkeypatch, capsys):
+    code, out, _ = run_in_process(driver.main, ["train.steps=5", "--cfg", "job", "-p", "train"], monkeypatch, capsys)
+    assert code == 0
+    assert out.startswith("# @package train\nsteps: 5\n")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train={steps: 2}", "train={global_batch_size: 4}"],
+        ["++train={steps: 2}", "++train={global_batch_size: 4}"],
+        ["+train={steps: 9, seed: 3}", "train.steps=2", "+train={global_batch_size: 4}"],
+        ["train={steps: 2}", "train.steps=3", "train={steps: 2}", "train={global_batch_size: 4}"],
+        ["train.steps=2", "train={steps: 3, global_batch_size: 4}", "train.steps=2"],
+        ["train.steps=3", "train={global_batch_size: 4}", "train.steps=2"],
+    ],
+)
+@pytest.mark.parametrize("sweeper", [[], ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2"]])
+def test_a_key_given_twice_means_in_a_sweep_what_it_means_in_a_run(overrides, sweeper, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (single,) = composed(overrides, monkeypatch)
+    assert chosen(single) == (2, 4, 1e-3)
+    jobs = composed([*overrides, "-m", *sweeper, "optimizer.lr=0.1,0.1"], monkeypatch)
+    assert [chosen(job) for job in jobs] == [(2, 4, 0.1)] * 2
+    assert all(job.swept == ("optimizer.lr=0.1",) for job in jobs)
+
+
+@pytest.mark.parametrize("sweeper", [[], ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=1"]])
+def test_what_varies_goes_on_top_of_what_was_given_before(sweeper, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    overrides = ["optimizer.lr=1", "train={steps: 9, global_batch_size: 4}", "optimizer.lr=0.1,0.1", "train.steps=2,2"]
+    jobs = composed(["-m", *sweeper, *overrides], monkeypatch)
+    assert {chosen(job) for job in jobs} == {(2, 4, 0.1)}
+
+
+def test_a_swept_group_and_a_key_of_its_section(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    jobs = composed(["-m", "model=tiny,gpt2", "model={num_layers: 3}", "model.family=llama"], monkeypatch)
+    assert [job.settings["model"]["num_layers"] for job in jobs] == [3, 3]
+    assert [job.settings["name"] for job in jobs] == ["tiny", "gpt2"]
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        'hydra.sweeper.params={train.steps: "5,6"}',
+        '+hydra.sweeper.params={train.steps: "range(5,7)", optimizer.lr: 0.1}',
+        '++hydra.sweeper.params.train.steps="choice(5,6)"',
+        "hydra.sweeper.params.train.steps=5,6",
+    ],
+)
+def test_a_sweep_in_hydras_own_key_on_the_command_line(argument, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    jobs = composed([argument, "-m"], monkeypatch)
+    assert [chosen(job)[0] for job in jobs] == [5, 6]
+
+
+def test_a_sweep_in_a_recipe_and_the_command_line(monkeypatch, tmp_path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "night.yaml").write_text(
+        "# @package _global_\nhydra:\n  sweeper:\n    params:\n      train.steps: 5,6\n      optimizer.lr: 1,2\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    jobs = composed(
+        ["recipe=night", "-m", f"--config-dir={tmp_path}", "optimizer={lr: 9}", "optimizer.lr=4"], monkeypatch
+    )
+    assert [chosen(job) for job in jobs] == [(5, 8, 4), (6, 8, 4)]
+
+
+def test_hydra_knows_the_job_by_the_name_of_the_command(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (job,) = composed(["hydra/job_logging=default", "name=a_${hydra:job.name}"], monkeypatch)
+    assert job.settings["name"] == "a_train"
+    assert [path.name for path in tmp_path.iterdir()] == ["train.log"]
