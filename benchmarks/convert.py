@@ -61,7 +61,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--size", default="16GB", help="of the checkpoint, about")
     parser.add_argument("--transformers-size", default=None, help="for transformers; 0: leave it out")
     parser.add_argument("--repeats", type=int, default=1, help="medians are printed")
-    parser.add_argument("--workers", type=int, default=None, help="processes of import and export; default: automatic")
+    parser.add_argument("--workers", type=int, default=None, help="threads of import and export; default: automatic")
     parser.add_argument("--directory", default=tempfile.gettempdir())
     parser.add_argument("--source", help=argparse.SUPPRESS)
     parser.add_argument("--target", help=argparse.SUPPRESS)

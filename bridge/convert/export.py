@@ -52,7 +52,7 @@ def export_hf(
 ) -> str:
     """Write Hugging Face directory `hf` from `megatron` (a run, its checkpoints or one iteration); the summary line.
 
-    `workers` processes share the work; None: as many as cores and size make sensible. `model` (a section) or
+    `workers` threads share the work; None: as many as cores and size make sensible. `model` (a section) or
     `reference` (a Hugging Face directory, whose tokenizer comes along) says which model it is where there is no
     model.yaml, as in checkpoints by megatron-core's own scripts. Raises ConversionError and ConfigError as `import_hf`
     does: then nothing was written.

@@ -47,7 +47,7 @@ def import_hf(
     `family` is found by model_type unless given. `dtype` casts the weights; None keeps each tensor's own, and makes
     quantised ones bfloat16. `make_vocab_size_divisible_by`: rows of zeros pad the vocabulary to a multiple of it, for
     programs that want them stored; megatron-core's own load pads by itself. `check_finite` refuses NaN and infinity.
-    `workers` processes share the work; None: as many as cores and size make sensible. Raises ConversionError when the
+    `workers` threads share the work; None: as many as cores and size make sensible. Raises ConversionError when the
     config is not understood, a tensor is missing, left over or damaged, or the output exists: then nothing was written.
     """
     with new_directory(megatron, overwrite=overwrite, key="megatron") as root:

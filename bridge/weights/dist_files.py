@@ -182,7 +182,7 @@ class Written(NamedTuple):
 
 
 class DataFile:
-    """One file of chunks in a folder that is being written. Each process that writes has one, by `number`."""
+    """One file of chunks in a folder that is being written. Each thread that writes has one, by `number`."""
 
     def __init__(self, directory: Path, number: int) -> None:
         self._path = directory / f"__{number}_0.distcp"
@@ -229,7 +229,7 @@ class DataFile:
 class DistWriter:
     """Writes whole tensors one at a time into a new torch_dist folder, readable once the `with` block ended well.
 
-    Other processes write into DataFiles of their own, and what they have written is added here.
+    Other threads write into DataFiles of their own, and what they have written is added here.
     """
 
     def __init__(self, directory: str | Path) -> None:

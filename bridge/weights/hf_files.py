@@ -190,7 +190,7 @@ class HfWriter:
         pages.write_at(self._files[file].fileno(), memoryview(struct.pack("<Q", len(text)) + text), 0)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; its dtype and shape must be the ones promised. Forked processes may share the work.
+        """Write one tensor; its dtype and shape must be the ones promised. Threads may share the work.
 
         Raises ConversionError naming file and tensor when the disk does not take it.
         """
@@ -204,10 +204,6 @@ class HfWriter:
             pages.write_at(self._files[file].fileno(), pages.data_of(tensor), begin)
         except OSError as error:
             raise ConversionError(f"{file}: tensor {name} cannot be written ({error.strerror})") from error
-
-    def wrote(self, name: str) -> None:
-        """Account for a tensor that a forked process has written; for one written here it changes nothing."""
-        self._missing.discard(name)
 
     def close(self) -> int:
         """Finish the files and the index; the bytes of all tensors."""

@@ -1,7 +1,7 @@
 """Tensors in files by their place: mapped, not read, and written in place.
 
 A mapped tensor costs no memory of its own: its pages are the file's, slicing it touches no more than the slice, and
-nothing stays resident once the tensor is dropped. Places are absolute, so several processes may share an open file.
+nothing stays resident once the tensor is dropped. Places are absolute, so several threads may share an open file.
 """
 
 import mmap

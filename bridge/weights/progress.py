@@ -47,14 +47,14 @@ class Progress:
             f"{_size(rate)}/s  {_clock(left)} left  {name}"
         )
 
-    def finish(self, *, workers: int = 0) -> str:
-        """The summary: tensors, bytes, seconds, GB/s, peak memory of this process and, in bytes, of its `workers`."""
+    def finish(self) -> str:
+        """The summary: tensors, bytes, seconds, GB/s, peak memory of this process."""
         seconds = max(time.monotonic() - self._start, 1e-9)
         if self._live:
             print(ERASE_LINE, end="", file=self._stream, flush=True)
         return (
             f"{self._label}: {self._tensors} {self._unit}, {_size(self._bytes)} in {seconds:.1f} s "
-            f"({self._bytes / seconds / 1e9:.2f} GB/s), peak memory {_size(peak_memory() + workers)}"
+            f"({self._bytes / seconds / 1e9:.2f} GB/s), peak memory {_size(peak_memory())}"
         )
 
 

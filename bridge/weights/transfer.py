@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bridge.errors import ConversionError
-from bridge.weights import finite, output
+from bridge.weights import finite, output, workers
 from bridge.weights.dist_files import DataFile, DistFiles, DistWriter
 from bridge.weights.hf_files import NAMES, HfFiles, HfWriter
 from bridge.weights.hf_form import HfForm, read_form, write_form
@@ -23,7 +23,6 @@ from bridge.weights.names import spread
 from bridge.weights.progress import Progress
 from bridge.weights.spec import TensorSpec
 from bridge.weights.table import Table
-from bridge.weights.workers import Task, Workers, count
 
 
 def import_tensors(
@@ -41,7 +40,7 @@ def import_tensors(
     """Write every move's tensor into a new torch_dist folder `directory`; the summary line.
 
     `dtype` casts floating-point tensors; None keeps each source's. `spelling` is the table's. `object_keys` are written
-    as empty objects. `check_finite` refuses NaN and infinity. `num_workers` processes share the work; None: as many as
+    as empty objects. `check_finite` refuses NaN and infinity. `num_workers` threads share the work; None: as many as
     make sense. Raises ConversionError naming what is missing, left over, misshapen, damaged or not finite, or that the
     disk is full: all that can be known beforehand before anything is written.
     """
@@ -57,15 +56,15 @@ def import_tensors(
     with DistWriter(directory) as writer:
 
         @contextmanager
-        def open_task(number: int) -> Iterator[Task]:
+        def open_task(number: int) -> Iterator[workers.Task]:
             with DataFile(directory, number) if number else nullcontext(writer.file) as file:
                 # No name holds the tensor: the next one is not read while this one is still in memory.
                 yield lambda index: file.write(
                     moves[index].mcore_key, _imported(hf, moves[index], dtype=dtype, check_finite=check_finite)
                 )
 
-        workers = Workers(count(num_workers, num_bytes=sum(sizes), largest=max(sizes, default=0)), open_task)
-        for index, written in workers.run(len(moves)):
+        num_workers = workers.count(num_workers, num_bytes=sum(sizes), largest=max(sizes, default=0))
+        for index, written in workers.results(open_task, num_tasks=len(moves), num_workers=num_workers):
             writer.add(written)
             ledger.wrote(moves[index].mcore_key)
             for name in moves[index].hf_names:
@@ -75,7 +74,7 @@ def import_tensors(
             writer.write_empty_object(key)
         ledger.balance()
     write_form(directory, HfForm(spelling, {} if dtype else _part_dtypes(hf, moves), ignored.copies))
-    return progress.finish(workers=workers.peak_memory)
+    return progress.finish()
 
 
 def _imported(hf: HfFiles, move: Move, *, dtype: torch.dtype | None, check_finite: bool) -> Tensor:
@@ -124,20 +123,19 @@ def export_tensors(
     writer = HfWriter(directory, specs, max_shard_size=max_shard_size)
 
     @contextmanager
-    def open_task(_: int) -> Iterator[Task]:
+    def open_task(_: int) -> Iterator[workers.Task]:
         yield lambda index: _export_one(dist, writer, move=moves[index], specs=specs, copies=copies)
 
     largest = max((dist.spec(move.mcore_key).num_bytes for move in moves), default=0)
-    workers = Workers(count(num_workers, num_bytes=num_bytes, largest=largest), open_task)
-    for index, written in workers.run(len(moves)):
+    num_workers = workers.count(num_workers, num_bytes=num_bytes, largest=largest)
+    for index, written in workers.results(open_task, num_tasks=len(moves), num_workers=num_workers):
         for name in written:
-            writer.wrote(name)
             ledger.wrote(name)
             progress.add(specs[name].num_bytes, name=name)
         ledger.read(moves[index].mcore_key)
     ledger.balance()
     writer.close()
-    return progress.finish(workers=workers.peak_memory)
+    return progress.finish()
 
 
 def _export_one(

@@ -1,26 +1,20 @@
-"""Independent tasks by several forked processes, or in this one: results as they come, errors as if raised here.
+"""Independent tasks by several threads, or by this one: results as they come, errors as if raised here.
 
-A fork costs no start-up and shares torch's memory. The parent alone keeps accounts and prints; a worker's error ends
-the others, and a worker whose parent was killed stops before its next task.
+Reading, casting, merging and writing a tensor releases the interpreter, so threads share out the cores. Processes would
+have to be started afresh, seconds each: one that has threads, as every one does that uses torch, must not fork.
 """
 
-import multiprocessing
 import os
 import resource
-import signal
-import traceback
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkProcess
-from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, NamedTuple
 
 import torch
 
-from bridge.errors import BridgeError, ConversionError
-
-BYTES_PER_WORKER = 10**9  # below that, a second process gains less than the eye sees
+BYTES_PER_WORKER = 10**9  # below that, a second one gains less than the eye sees
 IN_FLIGHT = 8 * 10**9  # bytes that all workers together may hold, a tensor and its parts each
 MAX_WORKERS = 8  # beyond, disks are the limit
 
@@ -39,92 +33,65 @@ def count(wanted: int | None, *, num_bytes: int, largest: int) -> int:
     return max(min(len(os.sched_getaffinity(0)), MAX_WORKERS, num_bytes // BYTES_PER_WORKER, by_memory), 1)
 
 
-class Workers:
-    """Runs tasks 0, 1, ... in `num_workers` processes; 1 is this process, without a fork.
+class _Message(NamedTuple):
+    """From a worker: the result of a task, or with task=None that it has ended, by an error or well."""
 
-    `open_task(number)` is entered once in each process and gives the function that does a task; workers count from 1,
-    and this process is 0. What a task returns is sent to the parent.
+    task: int | None
+    result: Any = None
+    error: BaseException | None = None
+
+
+def results(open_task: Open, *, num_tasks: int, num_workers: int) -> Iterator[tuple[int, Any]]:
+    """(task, result) of tasks 0, 1, ... in the order of completion, by `num_workers` threads; 1 is this thread.
+
+    `open_task(number)` is entered once in each thread and gives the function that does a task; workers count from 1,
+    and this thread is 0. Raises what a task raised. However this ends, no thread is left: each ends after its task.
     """
+    if num_workers == 1:
+        with open_task(0) as task:
+            for index in range(num_tasks):
+                yield index, task(index)
+        return
+    tasks = iter(range(num_tasks))  # shared: the interpreter's lock gives each index to one thread
+    messages: SimpleQueue[_Message] = SimpleQueue()
+    stop = threading.Event()
+    num_threads = torch.get_num_threads()
+    workers = [
+        threading.Thread(target=_work, args=(open_task, number, tasks, messages, stop), daemon=True)
+        for number in range(1, num_workers + 1)
+    ]
+    try:
+        for worker in workers:
+            worker.start()
+        for _ in range(num_tasks + num_workers):
+            index, result, error = messages.get()
+            if error is not None:
+                raise error
+            if index is not None:
+                yield index, result
+    finally:
+        stop.set()
+        for worker in workers:
+            if worker.ident is not None:  # started
+                worker.join()
+        torch.set_num_threads(num_threads)
 
-    def __init__(self, num_workers: int, open_task: Open) -> None:
-        self._num_workers, self._open_task = num_workers, open_task
-        self.peak_memory = 0  # bytes that the workers took beside this process, at their peaks together
 
-    def run(self, num_tasks: int) -> Iterator[tuple[int, Any]]:
-        """(task, result) in the order of completion. Raises what a task raised."""
-        if self._num_workers == 1:
-            with self._open_task(0) as task:
-                for index in range(num_tasks):
-                    yield index, task(index)
-            return
-        context = multiprocessing.get_context("fork")
-        counter = context.Value("l", 0)
-        workers: dict[Connection, ForkProcess] = {}
-        try:
-            for worker in range(1, self._num_workers + 1):
-                receiver, sender = context.Pipe(duplex=False)
-                arguments = (self._open_task, worker, counter, num_tasks, sender, os.getpid())
-                workers[receiver] = context.Process(target=_work, args=arguments, daemon=True)
-                workers[receiver].start()
-                sender.close()  # so that the pipe ends with the worker
-            yield from self._collect(dict(workers))
-        finally:
-            for process in workers.values():
-                process.kill()
-            for process in workers.values():
-                process.join()
-
-    def _collect(self, workers: dict[Connection, ForkProcess]) -> Iterator[tuple[int, Any]]:
-        while workers:
-            for receiver in wait(list(workers)):
-                assert isinstance(receiver, Connection)
-                try:
-                    kind, value = receiver.recv()
-                except EOFError:
-                    process = workers.pop(receiver)
-                    process.join()
-                    raise ConversionError(_death(process.exitcode)) from None
-                if kind == "error":
-                    raise value
-                if kind == "peak":
-                    self.peak_memory += value
-                    workers.pop(receiver).join()
-                else:
-                    yield value
+def _work(
+    open_task: Open, number: int, tasks: Iterator[int], messages: "SimpleQueue[_Message]", stop: threading.Event
+) -> None:
+    torch.set_num_threads(1)  # of torch's own threads within an operation: the cores are shared out by tasks
+    try:
+        with open_task(number) as task:
+            for index in tasks:
+                if stop.is_set():
+                    break
+                messages.put(_Message(index, task(index)))
+        messages.put(_Message(None))
+    except BaseException as error:
+        messages.put(_Message(None, error=error))
 
 
 def peak_memory() -> int:
     """Bytes this process had resident at most."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
-
-
-def _work(open_task: Open, worker: int, counter: Any, num_tasks: int, sender: Connection, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
-    before = _resident()
-    try:
-        with open_task(worker) as task:
-            while os.getppid() == parent:
-                with counter.get_lock():
-                    index = counter.value
-                    counter.value += 1
-                if index >= num_tasks:
-                    break
-                sender.send(("result", (index, task(index))))
-        sender.send(("peak", max(peak_memory() - before, 0)))
-    except BridgeError as error:
-        sender.send(("error", error))
-    except BaseException:
-        sender.send(("error", RuntimeError(f"in a worker process:\n{traceback.format_exc()}")))
-
-
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize()
-
-
-def _death(exit_code: int | None) -> str:
-    if exit_code == -signal.SIGKILL:
-        return "workers: one was killed, probably for want of memory; set workers=1 or convert where there is more"
-    return f"workers: one ended with exit code {exit_code}; set workers=1 to see why"

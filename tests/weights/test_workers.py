@@ -1,22 +1,32 @@
-"""Tasks by forked processes: every result once, errors as if raised here, and no process left."""
+"""Tasks by several threads: every result once, errors as if raised here, and no thread left."""
 
-import multiprocessing
 import os
 import signal
+import threading
 import time
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from bridge.errors import ConversionError
 from bridge.weights import workers
-from bridge.weights.workers import Workers, count
-from tests.distributed import run_distributed
+from bridge.weights.workers import count, results
 
 
-def squares(closed):
+@pytest.fixture(autouse=True)
+def nothing_left():
+    num_threads = torch.get_num_threads()
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+    assert torch.get_num_threads() == num_threads
+
+
+def squares(closed, together):
     @contextmanager
     def open_task(number):
+        together.wait(timeout=60)  # no worker is late
         yield lambda index: (number, index * index)
         (closed / str(number)).touch()
 
@@ -25,18 +35,29 @@ def squares(closed):
 
 @pytest.mark.parametrize(("num_workers", "numbers"), [(1, {"0"}), (3, {"1", "2", "3"})])
 def test_every_task_is_done_once_and_every_worker_closes(tmp_path, num_workers, numbers):
-    group = Workers(num_workers, squares(tmp_path))
-    results = dict(group.run(50))
-    assert {index: square for index, (_, square) in results.items()} == {index: index**2 for index in range(50)}
-    assert {str(number) for number, _ in results.values()} <= numbers
+    open_task = squares(tmp_path, threading.Barrier(num_workers))
+    done = list(results(open_task, num_tasks=5000, num_workers=num_workers))
+    assert sorted((index, square) for index, (_, square) in done) == [(index, index**2) for index in range(5000)]
+    assert {str(number) for _, (number, _) in done} <= numbers
     assert set(os.listdir(tmp_path)) == numbers
-    assert multiprocessing.active_children() == []
 
 
-def failing(error):
+def test_tasks_run_beside_each_other():
+    """Each of two tasks ends only when the other is there."""
+    both = threading.Barrier(2)
+
+    @contextmanager
+    def open_task(_):
+        yield lambda index: both.wait(timeout=60)
+
+    assert len(list(results(open_task, num_tasks=2, num_workers=2))) == 2
+
+
+def failing(error, asked):
     @contextmanager
     def open_task(_):
         def task(index):
+            asked.append(index)
             if index == 5:
                 raise error
             time.sleep(0.01)
@@ -47,48 +68,51 @@ def failing(error):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_users_error_is_raised_as_it_is(num_workers):
-    with pytest.raises(ConversionError, match="^file: tensor x is damaged$"):
-        list(Workers(num_workers, failing(ConversionError("file: tensor x is damaged"))).run(1000))
-    assert multiprocessing.active_children() == []
+def test_an_error_is_raised_as_it_is_and_ends_the_others(num_workers):
+    asked = []
+    with pytest.raises(ConversionError, match="^file: tensor x is damaged$") as caught:
+        open_task = failing(ConversionError("file: tensor x is damaged"), asked)
+        list(results(open_task, num_tasks=1000, num_workers=num_workers))
+    assert caught.traceback[-1].name == "task"
+    assert len(asked) < 1000
 
 
-def test_an_error_of_ours_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match="(?s)in a worker process:.*KeyError: 'x'"):
-        list(Workers(2, failing(KeyError("x"))).run(1000))
-
-
-def test_a_killed_worker_is_told():
+def test_an_error_on_opening_and_closing_is_raised_too():
     @contextmanager
-    def open_task(_):
-        yield lambda index: index != 5 or os.kill(os.getpid(), signal.SIGKILL)
+    def unopened(_):
+        raise OSError("full")
+        yield
 
-    with pytest.raises(ConversionError, match="^workers: one was killed, probably for want of memory; set workers=1"):
-        list(Workers(2, open_task).run(1000))
-    assert multiprocessing.active_children() == []
+    @contextmanager
+    def unclosed(_):
+        yield lambda index: index
+        raise OSError("full")
+
+    for open_task in (unopened, unclosed):
+        with pytest.raises(OSError, match="full"):
+            list(results(open_task, num_tasks=4, num_workers=2))
 
 
 def test_leaving_early_ends_the_workers():
-    results = Workers(2, failing(ConversionError("never"))).run(4)
-    next(results)
-    results.close()
-    assert multiprocessing.active_children() == []
+    asked = []
+    left = results(failing(ConversionError("x"), asked), num_tasks=100_000, num_workers=2)
+    next(left)
+    left.close()
+    assert len(asked) < 100_000
 
 
-def memory_of_two_workers() -> int:
+def test_ctrl_c_is_heard_while_the_workers_are_busy():
     @contextmanager
     def open_task(_):
-        yield lambda index: len(bytearray(os.urandom(1 << 20)) * 64)
+        def task(index):
+            if index == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
 
-    group = Workers(2, open_task)
-    assert len(list(group.run(8))) == 8
-    return group.peak_memory
+        yield task
 
-
-def test_memory_of_the_workers_is_counted():
-    """In a process of its own: a worker forked from this one might free what other tests left, and hide its own."""
-    (peak_memory,) = run_distributed(memory_of_two_workers, 1)
-    assert 60e6 < peak_memory < 400e6
+    with pytest.raises(KeyboardInterrupt):
+        list(results(open_task, num_tasks=1000, num_workers=2))
 
 
 def test_how_many(monkeypatch):
