@@ -129,6 +129,7 @@ class Launch:
     max_restarts: int = _from(0, 0)
     hang_timeout: str | None = _duration()
     detach: bool = False
+    check_paths: bool = True
 
     @property
     def hang_seconds(self) -> float | None:

@@ -60,17 +60,11 @@ def same_section(path: Path, routed: Routed, *, key: str) -> dict[str, Any]:
 
 def read_section(path: Path, *, key: str) -> dict[str, Any]:
     """The `model` section of a model directory of either kind. Raises ConfigError naming `key`, ConversionError."""
-    if not path.is_dir():
-        raise ConfigError(f"{key}: {path} does not exist; give a Hugging Face directory or a Megatron checkpoint")
+    locate.check_model(path, key=key)
     if locate.is_megatron(path):
         found = locate.locate(path, key=key)
         return model_of(found, key=key, ask=f"write its `model` section to {found.root / locate.MODEL_YAML}").section
-    if locate.is_hf(path):
-        return hf_config.to_mcore(hf_config.read(path))
-    raise ConfigError(
-        f"{key}: {path} is neither a Hugging Face directory (config.json) nor a Megatron checkpoint "
-        f"({locate.LATEST}); give one of the two"
-    )
+    return hf_config.to_mcore(hf_config.read(path))
 
 
 def check_same_model(section: Mapping[str, Any], routed: Routed, *, path: Path) -> None:

@@ -4,6 +4,8 @@ A source module (`bridge.data.<name>`, or a dotted name outside the tree) expose
     Config                                       a frozen dataclass, subclass of SourceConfig
     prepare(config, *, cache, seed) -> Prepared  CPU work before process groups exist; leaves a completed cache entry
     build(config, prepared, *, seed) -> Datasets map-style datasets whose items `bridge.training.step` understands
+and, if it likes, what refuses a file that is missing before torch is imported and before a job waits in a queue:
+    check(config) -> None                        raises ConfigError
 An item is a dict of tensors of shape [sequence_length]: tokens, labels, position_ids (int64) and loss_mask (float32).
 """
 

@@ -60,6 +60,14 @@ def _hash_of_name(document: Document) -> str:
     return hashlib.sha256(document.name.encode()).hexdigest()
 
 
+def check(config: Config) -> None:
+    """Raises ConfigError when data.tokenizer names no tokenizer."""
+    if config.tokenizer is not None:
+        from bridge.data import tokenizer
+
+        tokenizer.file_of(Path(config.tokenizer).expanduser())
+
+
 def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
     """Tokenised standard library below `cache`, made at first use. `seed` orders the samples."""
     from bridge.data import text

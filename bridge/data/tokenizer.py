@@ -62,10 +62,7 @@ def save(tokenizer: TextTokenizer, directory: Path) -> None:
 
 def load(directory: Path) -> TextTokenizer:
     """The tokenizer of a Hugging Face directory; its eos_token ends a document."""
-    file = directory / "tokenizer.json"
-    if not file.is_file():
-        raise ConfigError(f"data.tokenizer: {directory} has no tokenizer.json; name a Hugging Face tokenizer directory")
-    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer = tokenizers.Tokenizer.from_file(str(file_of(directory)))
     settings_file = directory / "tokenizer_config.json"
     settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
     end = settings.get("eos_token")
@@ -77,3 +74,14 @@ def load(directory: Path) -> TextTokenizer:
             "add one, it ends each document"
         )
     return TextTokenizer(tokenizer, end_id)
+
+
+def file_of(directory: Path) -> Path:
+    """The tokenizer.json of a Hugging Face directory. Raises ConfigError when there is none."""
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        fault = (
+            "has no tokenizer.json" if directory.is_dir() else "is a file" if directory.exists() else "does not exist"
+        )
+        raise ConfigError(f"data.tokenizer: {directory} {fault}; name a Hugging Face tokenizer directory")
+    return file

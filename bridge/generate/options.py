@@ -82,9 +82,7 @@ def _plain(key: str, value: str) -> Any:
 def check_directory(path: str) -> None:
     """Raise ConfigError when `path` is no model directory, ConversionError when it has no tokenizer."""
     directory = Path(path).expanduser().absolute()
-    if not directory.is_dir():
-        kind = "is a file" if directory.exists() else "does not exist"
-        raise ConfigError(f"path: {directory} {kind}; give a Hugging Face directory or a Megatron checkpoint")
+    locate.check_model(directory, key="path")
     assets = assets_of(directory)
     if not any(path for pattern in TOKENIZER_FILES for path in assets.glob(pattern)):
         raise ConversionError(f"path: {assets} has no tokenizer files; put tokenizer.json there")

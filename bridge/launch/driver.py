@@ -10,10 +10,10 @@ from bridge.command_line import guarded
 from bridge.config import layout, run_config
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
-from bridge.launch import compose, evaluation, optuna, ranks, slurm, slurm_job, spawn, sweep, torchrun
+from bridge.launch import compose, evaluation, inputs, optuna, ranks, slurm, slurm_job, spawn, sweep, torchrun
 from bridge.launch.ranks import Prepared
 from bridge.launch.result import EXIT_CODES, Result, read_result, result_path
-from bridge.launch.run_dir import claimed
+from bridge.launch.run_dir import claimed, finished
 from bridge.launch.worker import leave
 
 PATH_KEYS = frozenset({"runs_dir", "path", "paths", "tokenizer", "eval_output"})
@@ -101,14 +101,13 @@ def _train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> R
         return _dry_run(config, world_size=world_size)
     if config.eval_only:
         return _evaluate(config, job, num_devices=num_devices)
-    earlier = None if job.number is None else sweep.earlier_result(config, job)
+    earlier = _earlier(config, job)
     if earlier is not None:
-        print(f"run {config.run_dir}: {earlier.status} in an earlier start; remove it to run it again", flush=True)
-        result_path(config.run_dir).touch()  # belongs to this start, too: `collected` goes by the time
         return earlier
     swept = None if job.number is None else job.swept
     if job.slurm is not None:
         _check_restarts(config, starter="Slurm", instead="let Slurm requeue the job (launch.max_restarts=0)")
+        inputs.check(config, in_queue=True)
         slurm.check_free(config.run_dir)
         with claimed(config, overrides=job.overrides, swept=swept):
             pass  # the job claims it again when it starts
@@ -124,6 +123,21 @@ def _train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> R
         ranks.print_start(claim, num_processes=num_devices)
         fields, restarts = config.routed().transformer, config.launch.max_restarts
         return spawn.run_workers(claim, num_devices=num_devices, fields=fields, max_restarts=restarts)
+
+
+def _earlier(config: RunConfig, job: compose.Job) -> Result | None:
+    """What this very run ended with in an earlier start, when nothing is left to do; it is told here."""
+    if job.number is None:
+        result = finished(config)
+        if result is not None:
+            loss = "" if result.eval_loss is None else f" (eval loss {result.eval_loss:.4f})"
+            print(f"run {config.run_dir}: done at step {result.step}{loss}; nothing left to do", flush=True)
+        return result
+    result = sweep.earlier_result(config, job)
+    if result is not None:
+        print(f"run {config.run_dir}: {result.status} in an earlier start; remove it to run it again", flush=True)
+        result_path(config.run_dir).touch()  # belongs to this start, too: `collected` goes by the time
+    return result
 
 
 def _config(job: compose.Job) -> RunConfig:
@@ -162,6 +176,7 @@ def _check_local(config: RunConfig) -> None:
             "launch.detach: true, and without Slurm nothing would keep the run; add hydra/launcher=slurm, or run "
             "`nohup python train.py ... &`"
         )
+    inputs.check(config)
 
 
 def _check_restarts(config: RunConfig, *, starter: str, instead: str) -> None:
@@ -245,6 +260,7 @@ def _check_world(config: RunConfig) -> None:
             f"{torchrun.starter()}; leave it out under {torchrun.starter()}"
         )
     _check_layout(config, world_size=world_size)
+    inputs.check(config)
 
 
 def _inside_job(composed: compose.Job) -> float | None:

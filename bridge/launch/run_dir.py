@@ -1,5 +1,6 @@
 """The run directory runs/NAME: one process tree at a time, its configuration on file, one model on every resume."""
 
+import errno
 import fcntl
 import os
 import socket
@@ -14,8 +15,9 @@ import yaml
 from bridge.config import run_config
 from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.config.run_config import RunConfig
-from bridge.errors import ConfigError
+from bridge.errors import BridgeError, ConfigError
 from bridge.launch import result
+from bridge.weights import locate
 
 # What a checkpoint is made of: another value would load wrong weights, optimizer state or samples. `train.seed` orders
 # the samples. Learning rates, steps, batch sizes, layouts and logging may change between resumes.
@@ -78,7 +80,7 @@ def _writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(
             f"runs_dir: {error.filename or path} cannot be written ({error.strerror}); "
-            "free some space or set another runs_dir="
+            f"{'free some space or ' if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''}set another runs_dir="
         ) from error
 
 
@@ -113,6 +115,27 @@ def latest_step(path: Path) -> int | None:
     if not text.isdigit():
         raise ConfigError(f"{latest}: holds {text!r}, not a step; write the number of the checkpoint to go on from")
     return int(text)
+
+
+def finished(config: RunConfig) -> result.Result | None:
+    """How the run ended, if the same configuration has taken all its steps and their checkpoint is there."""
+    path = config.run_dir
+    try:
+        ended = result.read_result(path)
+        if ended is None or ended.status != "done" or not ended.step == latest_step(path) == config.train.steps:
+            return None
+        locate.locate(path)
+    except (BridgeError, ValueError, TypeError):  # damaged: for the run itself to tell
+        return None
+    return ended if is_of(config, path) else None
+
+
+def is_of(config: RunConfig, path: Path) -> bool:
+    """Whether `config` is the one in a run directory's config.yaml."""
+    try:
+        return run_config.read(path / "config.yaml") == config
+    except ConfigError:
+        return False
 
 
 def _check_unchanged(config: RunConfig, path: Path) -> None:

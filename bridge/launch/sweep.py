@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.errors import BridgeError, ConfigError
 from bridge.launch.compose import Job, single_valued
@@ -23,6 +22,7 @@ from bridge.launch.result import (
     unexpected,
     write_json,
 )
+from bridge.launch.run_dir import is_of
 
 
 class Row(NamedTuple):
@@ -86,11 +86,7 @@ def earlier_result(config: RunConfig, job: Job) -> Result | None:
     result = read_result(job.directory)
     if result is None or (result.status != "done" and not (job.suggested and result.status in ("failed", "invalid"))):
         return None
-    try:
-        unchanged = run_config.read(job.directory / "config.yaml") == config
-    except (ConfigError, yaml.YAMLError):
-        return None
-    return result if unchanged else None
+    return result if is_of(config, job.directory) else None
 
 
 def collected(directory: Path, *, since: float) -> list[Row]:

@@ -21,6 +21,15 @@ PEAK_FLOPS = (
 )
 
 
+# One of them is there where torch finds a GPU: of NVIDIA's driver, of Windows' for its Linux, on Jetson, of AMD's.
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap", "/dev/kfd")
+
+
+def may_have_gpu() -> bool:
+    """False on a machine without any GPU driver. Costs no torch."""
+    return any(Path(driver).exists() for driver in DRIVERS)
+
+
 def num_devices() -> int:
     """GPUs this process may use; 0 without an NVIDIA driver, and then no torch is imported (the driver calls this)."""
     if not Path("/dev/nvidiactl").exists():
@@ -33,6 +42,8 @@ def num_devices() -> int:
 @functools.cache
 def on_cuda() -> bool:
     """True when a GPU can be used. Asked once: the redirections of `cpu.py` must not change the answer."""
+    if not may_have_gpu():
+        return False
     import torch
 
     return torch.cuda.is_available()

@@ -263,11 +263,3 @@ class Report:
         """Flush and close every sink."""
         for sink in self.sinks:
             sink.close()
-
-
-def check_packages(config: RunConfig) -> None:
-    """ConfigError when a report that is asked for needs a package that is missing; called before any work is done."""
-    if config.log.tensorboard:
-        _require("tensorboard", key="log.tensorboard", value=True)
-    if config.log.wandb.project is not None:
-        _require("wandb", key="log.wandb.project", value=config.log.wandb.project)

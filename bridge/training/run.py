@@ -10,7 +10,7 @@ platform.prepare()  # before megatron-core is imported: on CPU, importing it fir
 from bridge import parallel
 from bridge.config.run_config import RunConfig
 from bridge.data.source import Prepared
-from bridge.training import metrics, only_evaluate, setup
+from bridge.training import only_evaluate, setup
 from bridge.training.loop import Outcome, train
 from bridge.training.metrics import Report
 from bridge.training.pulse import Pulse
@@ -33,7 +33,6 @@ def run(config: RunConfig, *, started: float | None = None, pulse: Pulse | None 
         return only_evaluate.run(config, setup.prepare_data(config))
     stop = Stop(config.train, started=time.monotonic() if started is None else started)
     with stop.listening():
-        metrics.check_packages(config)
         with stop.leaving_at_once():
             data = setup.prepare_data(config)
         setup.join(config)

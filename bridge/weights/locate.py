@@ -48,6 +48,21 @@ def is_megatron(path: str | Path) -> bool:
     return _root(path) is not None or _iteration(path) is not None or _format(path) is not None
 
 
+def check_model(path: str | Path, *, key: str) -> None:
+    """Raise ConfigError naming `key` unless `path` is a Hugging Face directory or something that `locate` finds."""
+    path = Path(path).expanduser().absolute()
+    if not path.is_dir():
+        fault = "is a file" if path.exists() else "does not exist"
+        raise ConfigError(f"{key}: {path} {fault}; give a Hugging Face directory or a Megatron checkpoint")
+    if is_megatron(path):
+        locate(path, key=key)
+    elif not is_hf(path):
+        raise ConfigError(
+            f"{key}: {path} is neither a Hugging Face directory (config.json) nor a Megatron checkpoint ({LATEST}); "
+            "give one of the two"
+        )
+
+
 def locate(path: str | Path, *, key: str = "megatron") -> CheckpointPath:
     """The newest iteration of a run directory or checkpoint root, or the iteration directory itself.
 

@@ -121,7 +121,7 @@ def test_a_path_that_will_not_do_is_refused_before_torch(
         (directory, f"{directory} has no tokenizer files; put tokenizer.json there"),
         (tmp_path / "none", "none does not exist; give a Hugging Face directory or a Megatron checkpoint"),
         (tmp_path / "file.txt", "file.txt is a file; give a Hugging Face directory or a Megatron checkpoint"),
-        (tmp_path / "empty", "empty is neither a run nor a Megatron checkpoint"),
+        (tmp_path / "empty", "empty is neither a Hugging Face directory (config.json) nor a Megatron checkpoint"),
     ]:
         assert generate_main.main([f"path={path}", "prompt=x"]) == 2
         out, err = capsys.readouterr()

@@ -44,10 +44,11 @@ def test_run_resume_and_refusal(tmp_path):
     assert result(run_dir)["eval_loss"] == pytest.approx(math.log(64), rel=0.1)  # random tokens, untrained model
     log = (run_dir / "logs" / "rank_0.log").read_text()
     assert "step 2/2" in log and log in out
+    loss = result(run_dir)["eval_loss"]
 
     code, out, err = train(*command, cwd=tmp_path)
     assert (code, result(run_dir)["step"]) == (0, 2), err
-    assert "resuming at step 2" in out
+    assert out.splitlines()[0] == f"run {run_dir}: done at step 2 (eval loss {loss:.4f}); nothing left to do"
 
     before = snapshot(run_dir)
     code, out, err = train(*command, "eval_only=true", cwd=tmp_path)
@@ -61,9 +62,9 @@ def test_run_resume_and_refusal(tmp_path):
     assert (code, len(err.splitlines())) == (2, 1)
     assert "model.hidden_size 32 -> 64, model.num_layers 1 -> 2" in err
 
-    code, _, err = train(*TINY, "name=b", "init.path=missing", cwd=tmp_path)
-    assert code == 2
-    assert err.startswith("init.path: ") and str(tmp_path / "missing") in err.splitlines()[-1]
+    code, _, err = train(*TINY, "name=b", f"init.path={run_dir}", "model.num_layers=2", cwd=tmp_path)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert err.startswith("model.num_layers is 2 (there 1): not the model in ")
 
 
 def test_the_traceback_of_the_failed_rank_is_shown(tmp_path):

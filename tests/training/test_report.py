@@ -3,13 +3,10 @@
 import dataclasses
 import json
 import struct
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from bridge.errors import ConfigError
 from tests.distributed import run_distributed
 from tests.training.runs import config, train
 
@@ -124,23 +121,6 @@ def leveldb_records(data: bytes, *, header: int = 7, block: int = 32768) -> list
         if kind in (1, 4):  # whole, or the last part
             records.append(b"")
     return [record for record in records if record]
-
-
-@pytest.mark.parametrize(
-    ("log", "package", "message"),
-    [
-        ({"wandb": {"project": "p"}}, "wandb", "log.wandb.project: 'p' needs a package .*pip install wandb"),
-        ({"tensorboard": True}, "tensorboard", "log.tensorboard: True needs .*pip install tensorboard"),
-    ],
-)
-def test_a_missing_package_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: dict[str, Any], package: str, message: str
-) -> None:
-    from bridge.training import metrics
-
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=message):
-        metrics.check_packages(config(tmp_path, log=log))
 
 
 def test_a_loss_that_is_not_a_number_fails_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""What a command names and can be looked at before torch is imported: directories, packages, the machine."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from bridge import platform
+from bridge.config import modules, sections
+from bridge.config.run_config import RunConfig
+from bridge.errors import ConfigError
+from bridge.launch.run_dir import latest_step
+from bridge.weights import locate
+
+
+def check(config: RunConfig, *, in_queue: bool = False) -> None:
+    """Raise ConfigError for the first path, package or setting that would end the run once its workers are up.
+
+    in_queue: a Slurm job trains, elsewhere: its node may have GPUs, and a cache of its own. What it reads must be here
+    as there, as the run directory is, unless launch.check_paths is false.
+    """
+    if config.launch.check_paths:
+        if config.init.path is not None and (config.eval_only or latest_step(config.run_dir) is None):
+            locate.check_model(config.init.path, key="init.path")
+        _check_source(config)
+        if not in_queue:
+            _check_cache(config.data.get("cache_dir"))
+    _check_packages(config)
+    if not in_queue and not platform.may_have_gpu():
+        routed = config.routed()
+        platform.check(routed.transformer | routed.ddp | routed.optimizer, routed.origin)
+
+
+def _check_source(config: RunConfig) -> None:
+    module: Any = modules.load("data.source", config.data["source"], "data")
+    if hasattr(module, "check"):
+        module.check(sections.build(module.Config, config.data, "data"))
+
+
+def _check_cache(cache_dir: str | None) -> None:
+    if cache_dir is None:
+        return
+    path = Path(cache_dir).expanduser().absolute()
+    place = next(place for place in (path, *path.parents) if place.exists())
+    if not place.is_dir():
+        raise ConfigError(f"data.cache_dir: {place} is a file; set a directory you can write to")
+    if place != path and not os.access(place, os.W_OK):
+        raise ConfigError(f"data.cache_dir: cannot write {place}; set a directory you can write to")
+
+
+def _check_packages(config: RunConfig) -> None:
+    wandb = config.log.wandb.project
+    for key, value, package in (
+        ("log.tensorboard", "true" if config.log.tensorboard else None, "tensorboard"),
+        ("log.wandb.project", None if wandb is None else repr(wandb), "wandb"),
+    ):
+        if value is not None and find_spec(package) is None:
+            raise ConfigError(f"{key}: {value} needs a package that is missing; pip install {package}")
