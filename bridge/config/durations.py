@@ -17,6 +17,17 @@ def seconds(text: str) -> int:
     return sum(int(number or 0) * size for number, size in zip(found.groups(), UNITS.values(), strict=True))
 
 
+def text(length: float) -> str:
+    """So many seconds in the two largest units that count: 45s, 12m5s, 3h50m, 2d; `seconds` reads it back."""
+    rest, parts = max(0, round(length)), []
+    for unit, size in UNITS.items():
+        number, rest = divmod(rest, size)
+        parts.append((number, unit))
+    first = next((place for place, (number, _) in enumerate(parts) if number), len(parts) - 1)
+    shown = [f"{number}{unit}" for number, unit in parts[first : first + 2] if number]
+    return "".join(shown) or "0s"
+
+
 def check(key: str, value: Any) -> None:
     """ConfigError unless `value` is a length of time of a second or more, as text."""
     try:

@@ -99,6 +99,8 @@ class Wandb:
     project: str | None = None
     entity: str | None = None
     name: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
     mode: Literal["online", "offline", "disabled"] = "online"
 
 

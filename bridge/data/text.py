@@ -4,16 +4,19 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bridge.config import durations
 from bridge.data import tokenizer as bpe
 from bridge.data.source import Prepared, completed
 from bridge.weights.hf_files import ASSETS
 
 FORMAT = 1  # part of the cache key: raise it when the stored files change their meaning
-BATCH = 256  # documents tokenised between two progress lines' updates
+BATCH = 256  # documents tokenised at once
+INTERVAL = 10.0  # seconds between two lines on how far it is
 MANIFEST = "manifest.json"
 TOKENIZER_FILES = tuple(name for name in ASSETS if name not in ("config.json", "generation_config.json"))
 
@@ -102,6 +105,10 @@ def _store_tokenizer(tokenizer: bpe.TextTokenizer, directory: Path, *, source: P
 
 
 def _tokenised(documents: Sequence[str], tokenizer: bpe.TextTokenizer) -> Iterator[list[int]]:
+    began = told = time.monotonic()
     for start in range(0, len(documents), BATCH):
         yield from tokenizer.encode(documents[start : start + BATCH])
-        print(f"data: tokenised {min(start + BATCH, len(documents))} of {len(documents)} documents", flush=True)
+        done, now = min(start + BATCH, len(documents)), time.monotonic()
+        if now - told >= INTERVAL and done < len(documents):
+            told, left = now, (now - began) / done * (len(documents) - done)
+            print(f"data: tokenised {done} of {len(documents)} documents, {durations.text(left)} left", flush=True)

@@ -20,7 +20,6 @@ usage: python -m bridge.generate path=DIR prompt=TEXT [key=value ...]
 
 Keys and defaults:
 """
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")  # of any kind; whether they load AutoTokenizer knows
 
 
 def _key(meaning: str, default: Any = dataclasses.MISSING, *, smallest: float | None = None) -> Any:
@@ -84,7 +83,7 @@ def check_directory(path: str) -> None:
     directory = Path(path).expanduser().absolute()
     locate.check_model(directory, key="path")
     assets = assets_of(directory)
-    if not any(path for pattern in TOKENIZER_FILES for path in assets.glob(pattern)):
+    if not locate.has_tokenizer(assets):
         raise ConversionError(f"path: {assets} has no tokenizer files; put tokenizer.json there")
 
 

@@ -1,6 +1,7 @@
 """`python train.py`, `bridge-train`: compose, check, claim the run directory, run the workers, tell how it ended."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from bridge.launch.ranks import Prepared
 from bridge.launch.result import EXIT_CODES, Result, read_result, result_path
 from bridge.launch.run_dir import claimed, finished
 from bridge.launch.worker import leave
+from bridge.training.environment import COMMAND
 
 PATH_KEYS = frozenset({"runs_dir", "path", "paths", "tokenizer", "eval_output"})
 
@@ -22,6 +24,7 @@ PATH_KEYS = frozenset({"runs_dir", "path", "paths", "tokenizer", "eval_output"})
 def main() -> None:
     """Entry of train.py and bridge-train. Exit codes: 0 done, 1 failed, 2 wrong input, 75 stopped and resumable."""
     sys.path.append(os.getcwd())  # where a user's own modules (data.source=my_data.corpus) lie, as with python -m
+    os.environ[COMMAND] = shlex.join(sys.argv)
     ranks.adopt()
     if torchrun.active():
         leave(ranks.run(_composed_once))
@@ -122,7 +125,10 @@ def _train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> R
         (claim.path / "job.json").unlink(missing_ok=True)
         ranks.print_start(claim, num_processes=num_devices)
         fields, restarts = config.routed().transformer, config.launch.max_restarts
-        return spawn.run_workers(claim, num_devices=num_devices, fields=fields, max_restarts=restarts)
+        result = spawn.run_workers(claim, num_devices=num_devices, fields=fields, max_restarts=restarts)
+    if job.number is None:
+        ranks.print_next(config, result)
+    return result
 
 
 def _earlier(config: RunConfig, job: compose.Job) -> Result | None:

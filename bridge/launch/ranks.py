@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import NamedTuple
 
@@ -17,9 +18,10 @@ from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.launch import evaluation, torchrun
 from bridge.launch.result import Result, log_path, print_error
-from bridge.launch.run_dir import Claim, claimed
+from bridge.launch.run_dir import Claim, claimed, latest_step
 from bridge.launch.spawn import num_cores, worker_environment
 from bridge.launch.worker import execute, kept_output
+from bridge.weights.locate import HF_ASSETS, has_tokenizer
 
 PORTS = (10000, 20000)  # first and how many: below the ports that Linux gives to outgoing connections
 
@@ -77,6 +79,17 @@ def print_ending(result: Result) -> None:
         print("stopped without a save; the same command goes on from the latest checkpoint, if any", flush=True)
 
 
+def print_next(config: RunConfig, result: Result) -> None:
+    """After a run that is done the commands that make something of its checkpoint; none that would not work."""
+    if config.eval_only or result.status != "done" or latest_step(config.run_dir) is None:
+        return
+    print("next:")
+    print(f"  python convert.py mode=export megatron={config.run_dir} hf={config.run_dir}/export")
+    if has_tokenizer(config.run_dir / "checkpoints" / HF_ASSETS):
+        print(f"  python -m bridge.generate path={config.run_dir} prompt='def '")
+    sys.stdout.flush()
+
+
 def _lead(leader: torchrun.Leader | None, prepare: Callable[[], Prepared | None]) -> int:
     prepared = prepare()
     if prepared is None:
@@ -90,7 +103,10 @@ def _lead(leader: torchrun.Leader | None, prepare: Callable[[], Prepared | None]
         if leader is not None:
             leader.publish(dataclasses.asdict(prepared.config))
         print_start(claim, num_processes=torchrun.world_size())
-        return _work(prepared.config).exit_code
+        result = _work(prepared.config)
+        if prepared.swept is None:
+            print_next(prepared.config, result)
+        return result.exit_code
 
 
 def _work(config: RunConfig) -> Result:
@@ -104,8 +120,8 @@ def _work(config: RunConfig) -> Result:
 
 def _execute(config: RunConfig) -> Result:
     rank = torchrun.rank()
-    with kept_output(log_path(config.run_dir, rank=rank), on_console=rank == 0):
-        return execute(config, rank=rank)
+    with kept_output(log_path(config.run_dir, rank=rank), on_console=rank == 0) as console:
+        return execute(config, rank=rank, terminal=console)
 
 
 def _of_slurm(env: Mapping[str, str]) -> dict[str, str] | None:

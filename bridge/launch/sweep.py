@@ -50,10 +50,20 @@ def run_job(job: Job, train: Callable[[Job], Result]) -> Row:
 
 def placed(settings: dict[str, Any], job: Job) -> dict[str, Any]:
     """`settings` with name and runs_dir such that the run directory is job.directory, the same on every start."""
+    settings = _grouped(settings, group=job.directory.parent.name)
     relative = os.path.relpath(job.directory, settings["runs_dir"])
     if relative.startswith(os.pardir):  # hydra.sweep.dir points elsewhere
         return settings | {"runs_dir": str(job.directory.parent), "name": job.directory.name}
     return settings | {"name": relative}
+
+
+def _grouped(settings: dict[str, Any], *, group: str) -> dict[str, Any]:
+    """`settings` in which W&B, if it is asked for, shows the jobs of a sweep as a group."""
+    log = settings.get("log") or {}
+    wandb = log.get("wandb") or {}
+    if wandb.get("project") is None or wandb.get("group") is not None:
+        return settings
+    return settings | {"log": log | {"wandb": wandb | {"group": group}}}
 
 
 def check_suggestion(job: Job) -> None:

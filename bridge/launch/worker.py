@@ -1,13 +1,10 @@
 """One training process: `python -m bridge.launch.worker RUN_DIR`, started by the driver. Reads RUN_DIR/config.yaml."""
 
-import fcntl
 import os
 import stat
 import subprocess
 import sys
-import termios
 import time
-from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +12,10 @@ from pathlib import Path
 from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.errors import BridgeError, RunError, Stopped
-from bridge.launch import watchdog
+from bridge.launch import live_line, watchdog
 from bridge.launch.result import Result, log_path, unexpected, write_rank_error, write_result
 from bridge.platform.processes import die_with_parent
+from bridge.training.pulse import Pulse
 
 STARTED = "BRIDGE_STARTED"  # environment: the time.time() at which the run was started, before any restart
 
@@ -28,22 +26,25 @@ def main() -> None:
     die_with_parent()
     run_dir = Path(sys.argv[1])
     rank = int(os.environ.get("RANK", "0"))
-    with kept_output(log_path(run_dir, rank=rank), on_console=rank == 0):
-        result = execute(run_config.read(run_dir / "config.yaml"), rank=rank)
+    with kept_output(log_path(run_dir, rank=rank), on_console=rank == 0) as console:
+        result = execute(run_config.read(run_dir / "config.yaml"), rank=rank, terminal=console)
     # A save is told by result.json: torch elastic would take any exit code but 0 for a failure. Without one the other
     # ranks, if they have not been asked to stop, must not wait for this one.
     leave(0 if result.status == "stopped" and result.step is not None else result.exit_code)
 
 
 @contextmanager
-def kept_output(path: Path, *, on_console: bool) -> Iterator[None]:
-    """Append stdout and stderr, also of C code and child processes, to `path`; on_console: to the console too."""
+def kept_output(path: Path, *, on_console: bool) -> Iterator[int | None]:
+    """Append stdout and stderr, also of C code and child processes, to `path`; on_console: to the console too.
+
+    Gives then the file descriptor of the console.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     target = _open_tee(path) if on_console else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     console = [os.dup(1), os.dup(2)]
     _point_output(target, target)
     try:
-        yield
+        yield console[0] if on_console else None
     finally:
         _point_output(*console)
         if on_console:
@@ -65,10 +66,8 @@ def _open_tee(path: Path) -> int:
 
 def _drain(pipe: int, *, timeout: float = 5.0) -> None:
     """Wait until the pipe has been read. (Waiting for tee's end would not do: helper processes hold the pipe open.)"""
-    unread = array("i", [1])
     deadline = time.monotonic() + timeout
-    while unread[0] and time.monotonic() < deadline:
-        fcntl.ioctl(pipe, termios.FIONREAD, unread)
+    while live_line.unread(pipe) and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
@@ -79,19 +78,19 @@ def _point_output(stdout: int, stderr: int) -> None:
     os.dup2(stderr, 2)
 
 
-def execute(config: RunConfig, *, rank: int) -> Result:
+def execute(config: RunConfig, *, rank: int, terminal: int | None = None) -> Result:
     """Train as `config` says in this process. Rank 0 writes result.json, a failing rank logs/rank_N.error.
 
     A traceback goes into the log alone: of all ranks that fail in the end, the console is shown the first one's.
+    terminal: file descriptor on which to show where the run is, should it be a terminal's.
     """
     since = time.time() - float(os.environ.get(STARTED, time.time()))
     started = time.monotonic() - since
     try:
-        from bridge.training.pulse import Pulse
-        from bridge.training.run import run  # imports torch
-
         pulse = Pulse()
-        with watchdog.watching(pulse, config, rank=rank):
+        with live_line.following(pulse, config, terminal=terminal), watchdog.watching(pulse, config, rank=rank):
+            from bridge.training.run import run  # imports torch
+
             outcome = run(config, started=started, pulse=pulse)
         result = Result(outcome.status, outcome.step, outcome.eval_loss)
     except Stopped:

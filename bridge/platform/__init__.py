@@ -10,6 +10,7 @@ from bridge.platform.defaults import check, default_fields, honoured
 from bridge.platform.devices import (
     backend,
     device,
+    device_name,
     has_transformer_engine,
     mark,
     may_have_gpu,
@@ -27,6 +28,7 @@ __all__ = [
     "check",
     "default_fields",
     "device",
+    "device_name",
     "has_transformer_engine",
     "honoured",
     "mark",

@@ -42,13 +42,19 @@ UNHELPFUL = (
     "`load_state_dict` is deprecated",
     r"barrier\(\): using the device under current context",  # each process has one device, chosen by set_local_rank
     "Detected a Jax installation",  # Transformer Engine looks for its extension for every framework it finds
+    "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",  # of experts that are not divided
+    r"The \.grad attribute of a Tensor that is not a leaf Tensor",  # megatron-core's optimizer looks for main gradients
 )
+# What of torch is to change is nothing to a user where torch or megatron-core calls it.
+LIBRARIES = r"(torch|megatron)\."
 
 
 def ignore_warnings() -> None:
     """Leave out what these libraries say about themselves on every run."""
     for message in UNHELPFUL:
         warnings.filterwarnings("ignore", message=rf"\s*{message}")
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=LIBRARIES)
 
 
 # What megatron-core imports when it is installed, for features of its own that nothing here uses. 0.4 of the 2.7 s of

@@ -1,10 +1,13 @@
 """Which device this process computes on, and what it can tell. torch is imported by the functions, not here."""
 
 import functools
+import os
+import re
 import resource
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from platform import machine
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,6 +67,19 @@ def device() -> "torch.device":
     import torch
 
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else torch.device("cpu")
+
+
+def device_name() -> str:
+    """What `device()` is: the GPU's name, or the CPU's and how many cores this process may use."""
+    if on_cuda():
+        import torch
+
+        return torch.cuda.get_device_name()
+    try:
+        models = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+    except OSError:
+        models = []
+    return f"{models[0] if models else machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def backend() -> str:

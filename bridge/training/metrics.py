@@ -2,20 +2,27 @@
 
 metrics.jsonl has one JSON object per line. A training step's keys are TRAINING, an evaluation's step and eval_loss, and
 a finished save's step, saved_step and save_stall_seconds: how long rank 0 waited for the checkpoint of saved_step.
+Each ends with `time`, when it was written, in seconds since 1970.
 """
 
+import dataclasses
 import importlib
 import json
 import math
 import secrets
+import textwrap
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import yaml
+
 from bridge import platform
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError, RunError
+from bridge.training import environment
+from bridge.training.console import Console
 from bridge.training.loss_policy import LossPolicy, Verdict
 from bridge.training.step import StepResult, global_means
 
@@ -141,7 +148,7 @@ class JsonLines:
     def write(self, line: Values) -> None:
         # JSON has no NaN: a reader other than Python's would refuse the line.
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
-        self.file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self.file.write(json.dumps({**finite, "time": round(time.time(), 3)}, allow_nan=False) + "\n")
 
     def close(self) -> None:
         self.file.close()
@@ -159,36 +166,17 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     return lines
 
 
-class Console:
-    """One line per report: the last step's values, or the evaluation's."""
-
-    def __init__(self, *, steps: int, log_interval: int) -> None:
-        self.steps, self.log_interval = steps, log_interval
-
-    def write(self, line: Values) -> None:
-        if "eval_loss" in line:
-            print(f"step {line['step']}/{self.steps} | eval loss {line['eval_loss']:.4f}", flush=True)
-        elif "lr" in line and (line["step"] % self.log_interval == 0 or line["step"] == self.steps):
-            loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
-            norm = "skipped" if line["grad_norm"] is None else f"{line['grad_norm']:.3f}"
-            print(
-                f"step {line['step']}/{self.steps} | loss {loss} | grad norm {norm} | lr {line['lr']:.2e}"
-                f" | {line['tokens_per_second']:,.0f} tokens/s | {line['tflops_per_gpu']:.3g} TFLOP/s per device | "
-                f"{line['step_seconds']:.3g} s per step",
-                flush=True,
-            )
-
-    def close(self) -> None: ...
-
-
 class TensorBoard:
-    """RUN_DIR/tensorboard; events after the step a run resumes from are hidden."""
+    """RUN_DIR/tensorboard; events after the step a run resumes from are hidden. `texts` are shown by their names."""
 
-    def __init__(self, run_dir: Path, *, resumed_step: int) -> None:
+    def __init__(self, run_dir: Path, *, resumed_step: int, texts: Mapping[str, Any]) -> None:
         _require("tensorboard", key="log.tensorboard", value=True)
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+        for name, content in texts.items():
+            as_code = textwrap.indent(yaml.safe_dump(content, sort_keys=False), "    ")  # in Markdown
+            self.writer.add_text(name, as_code, resumed_step)
 
     def write(self, line: Values) -> None:
         for name, value in line.items():
@@ -202,7 +190,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """A W&B run whose id is kept in RUN_DIR/wandb_run_id, so that a resumed run continues it."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, *, environment: Mapping[str, Any]) -> None:
         options = config.log.wandb
         _require("wandb", key="log.wandb.project", value=options.project)
         import wandb
@@ -214,11 +202,13 @@ class WeightsAndBiases:
             project=options.project,
             entity=options.entity,
             name=options.name or config.name,
+            group=options.group,
+            tags=options.tags,
             mode=options.mode,
             id=kept.read_text().strip(),
             resume="allow",
             dir=str(config.run_dir),
-            config={"model": config.model, "optimizer": config.optimizer, "data": config.data, "name": config.name},
+            config={**dataclasses.asdict(config), "environment": dict(environment)},
         )
 
     def write(self, line: Values) -> None:
@@ -244,12 +234,17 @@ class Report:
         if not is_main:
             return
         config.run_dir.mkdir(parents=True, exist_ok=True)
+        started = environment.describe(step=resumed_step)
+        environment.record(started, config.run_dir)
         if config.log.tensorboard:
-            self.sinks.append(TensorBoard(config.run_dir, resumed_step=resumed_step))
+            texts = {"config": dataclasses.asdict(config), "environment": started}
+            self.sinks.append(TensorBoard(config.run_dir, resumed_step=resumed_step, texts=texts))
         if config.log.wandb.project is not None:
-            self.sinks.append(WeightsAndBiases(config))
+            self.sinks.append(WeightsAndBiases(config, environment=started))
         self.sinks.append(JsonLines(config.run_dir, resumed_step=resumed_step))
-        self.sinks.append(Console(steps=config.train.steps, log_interval=config.log.log_interval))
+        shows_flops = platform.device().type != "cpu"
+        train, log = config.train, config.log
+        self.sinks.append(Console(steps=train.steps, log_interval=log.log_interval, shows_flops=shows_flops))
 
     def write(self, line: Values) -> None:
         """Send one line everywhere. Raises RunError when the disk refuses it."""

@@ -4,7 +4,11 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-# In the order in which a step goes through them. A rank that waits for others is further than those it waits for.
+# In the order in which a run, and then a step, goes through them. A rank that waits for others is further than those it
+# waits for.
+IMPORTING = "importing torch and megatron-core"
+PREPARING = "preparing data"
+BUILDING = "building the model"
 STARTING = "starting"
 READING = "reading data"
 COMPUTING = "forward and backward"
@@ -13,7 +17,8 @@ EVALUATING = "evaluating"
 SAVING = "saving"
 REPORTING = "between two steps"
 WORK_BETWEEN_STEPS = (STARTING, EVALUATING, SAVING)
-PHASES = (STARTING, READING, COMPUTING, REDUCING, EVALUATING, SAVING, REPORTING)
+BEFORE_STEPS = (IMPORTING, PREPARING, BUILDING, STARTING)
+PHASES = (*BEFORE_STEPS, READING, COMPUTING, REDUCING, EVALUATING, SAVING, REPORTING)
 
 
 class Place(NamedTuple):
@@ -28,7 +33,7 @@ class Pulse:
     """The present place of this process. Written by the training thread, read by a watching one."""
 
     def __init__(self) -> None:
-        self.place = Place(0, STARTING, time.monotonic())
+        self.place = Place(0, IMPORTING, time.monotonic())
         self.finished_steps = 0  # by this process
         # Since when it has been in one step, or in one piece of work between two; None outside of the training loop.
         self.busy_since: float | None = None

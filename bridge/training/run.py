@@ -13,7 +13,7 @@ from bridge.data.source import Prepared
 from bridge.training import only_evaluate, setup
 from bridge.training.loop import Outcome, train
 from bridge.training.metrics import Report
-from bridge.training.pulse import Pulse
+from bridge.training.pulse import BUILDING, EVALUATING, PREPARING, Pulse
 from bridge.training.saves import Saves
 from bridge.training.stop import Stop
 
@@ -29,14 +29,21 @@ def run(config: RunConfig, *, started: float | None = None, pulse: Pulse | None 
     `bridge.training.loop.train` raises, RunError when a checkpoint could not be saved, Stopped when a signal asks to
     stop while data is prepared.
     """
+    pulse = pulse or Pulse()
     if config.eval_only:
-        return only_evaluate.run(config, setup.prepare_data(config))
+        pulse.enter(PREPARING)
+        data = setup.prepare_data(config)
+        pulse.enter(EVALUATING)
+        pulse.leave()  # a set of any size: nobody can say how long is too long
+        return only_evaluate.run(config, data)
     stop = Stop(config.train, started=time.monotonic() if started is None else started)
     with stop.listening():
+        pulse.enter(PREPARING)
         with stop.leaving_at_once():
             data = setup.prepare_data(config)
+        pulse.enter(BUILDING)
         setup.join(config)
-        outcome, saves = _train(config, data, stop, pulse or Pulse())
+        outcome, saves = _train(config, data, stop, pulse)
         # Not after a failure: the peers of a failed rank may never come to a teardown that waits for them.
         parallel.teardown()
         saves.end_exports(done=outcome.status == "done")
@@ -51,11 +58,11 @@ def _train(config: RunConfig, data: setup.Data, stop: Stop, pulse: Pulse) -> tup
         outcome = train(job, stop=stop, report=report, pulse=pulse, saves=saves)
     report.close()
     if parallel.is_main():
-        _say_what_next(config, outcome, data.prepared)
+        _say_how_it_ended(outcome, data.prepared)
     return outcome, saves
 
 
-def _say_what_next(config: RunConfig, outcome: Outcome, prepared: Prepared) -> None:
+def _say_how_it_ended(outcome: Outcome, prepared: Prepared) -> None:
     if outcome.status == "stopped":
         going_on = "resumes" if outcome.step else "begins again"
         print(f"stopped at step {outcome.step} ({outcome.reason}); the same command {going_on}", flush=True)
@@ -64,9 +71,3 @@ def _say_what_next(config: RunConfig, outcome: Outcome, prepared: Prepared) -> N
         print(f"final eval loss: {outcome.eval_loss:.4f} nats per token", flush=True)
     if prepared.unigram_entropy is not None:
         print(f"unigram entropy of the held-out part: {prepared.unigram_entropy:.4f} nats per token", flush=True)
-    print(
-        "next:\n"
-        f"  python convert.py mode=export megatron={config.run_dir} hf={config.run_dir}/export\n"
-        f"  python -m bridge.generate path={config.run_dir} prompt='def '",
-        flush=True,
-    )

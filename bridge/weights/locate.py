@@ -20,6 +20,7 @@ from bridge.errors import ConfigError
 LATEST = "latest_checkpointed_iteration.txt"
 MODEL_YAML = "model.yaml"
 HF_ASSETS = "hf"
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")  # of any kind; whether they load AutoTokenizer knows
 RELEASE = "release"
 TORCH_DIST = "torch_dist"
 
@@ -40,6 +41,11 @@ def iteration_directory(root: str | Path, *, iteration: int) -> Path:
 def is_hf(path: str | Path) -> bool:
     """Whether a directory looks like a Hugging Face model: a config.json and not Megatron's tracker file beside it."""
     return (Path(path) / "config.json").is_file() and not (Path(path) / LATEST).is_file()
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a Hugging Face directory, or ROOT/hf, holds files of a tokenizer."""
+    return any(True for pattern in TOKENIZER_FILES for _ in directory.glob(pattern))
 
 
 def is_megatron(path: str | Path) -> bool:

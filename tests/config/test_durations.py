@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bridge.config.durations import seconds
+from bridge.config.durations import seconds, text
 from bridge.errors import ConfigError
 from tests.training.runs import config
 
@@ -15,6 +15,14 @@ from tests.training.runs import config
 )
 def test_texts(text: str, expected: int) -> None:
     assert seconds(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(0.2, "0s"), (59.6, "1m"), (90, "1m30s"), (3600, "1h"), (13805, "3h50m"), (93784, "1d2h"), (86402, "1d")],
+)
+def test_lengths_in_two_units(length: float, expected: str) -> None:
+    assert text(length) == expected
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from bridge.launch.result import Result
-from tests.launch.commands import TINY, is_the_crash, start, train, wait_for, write_user_source
+from tests.launch.commands import ROOT, TINY, is_the_crash, start, train, wait_for, write_user_source
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
@@ -45,6 +46,10 @@ def test_run_resume_and_refusal(tmp_path):
     log = (run_dir / "logs" / "rank_0.log").read_text()
     assert "step 2/2" in log and log in out
     loss = result(run_dir)["eval_loss"]
+    export = f"python convert.py mode=export megatron={run_dir} hf={run_dir}/export"
+    assert out.endswith(f"next:\n  {export}\n")  # and nothing about generating: random tokens have no tokenizer
+    (started,) = [json.loads(line) for line in (run_dir / "environment.jsonl").read_text().splitlines()]
+    assert shlex.split(started["command"]) == [str(ROOT / "train.py"), *command]
 
     code, out, err = train(*command, cwd=tmp_path)
     assert (code, result(run_dir)["step"]) == (0, 2), err
@@ -151,6 +156,7 @@ def test_a_failing_job_does_not_hide_the_others(tmp_path):
     assert [row["overrides"] for row in rows] == [["+data.crash_on_rank=0"], ["+data.crash_on_rank=null"]]
     assert rows[1]["eval_loss"] == result(sweep_dir / "1")["eval_loss"] > 0
     assert "the disk is full" in err and f"written to {sweep_dir / 'sweep.json'}" in out
+    assert "mode=export" not in out  # what can be done next is said of single runs
     assert sorted(path.name for path in sweep_dir.iterdir()) == ["0", "1", "multirun.yaml", "sweep.json"]
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -179,3 +180,20 @@ def test_generators_that_graphs_draw_from_are_kept_as_plain_states():
         set_random_state(state)
         assert get_cuda_rng_tracker().get_states()["model-parallel-rng"] is generator
         assert torch.equal(torch.rand(3, generator=generator), first)
+
+
+@pytest.mark.parametrize(
+    ("message", "category", "module", "shown"),
+    [
+        ("`torch.distributed.all_gather_into_tensor` is deprecated.", FutureWarning, "torch.distributed.x", False),
+        ("`torch.distributed.all_gather_into_tensor` is deprecated.", FutureWarning, "my_corpus", True),
+        ("the disk is slow", UserWarning, "torch.utils.data", True),
+        ("Apex is not installed", UserWarning, "megatron.core.optimizer", False),
+    ],
+)
+def test_only_what_a_user_cannot_act_on_is_left_out(message: str, category: type[Warning], module: str, shown: bool):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.resetwarnings()
+        adapt.ignore_warnings()
+        warnings.warn_explicit(message, category, "file.py", 1, module=module)
+    assert bool(seen) == shown

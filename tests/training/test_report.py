@@ -2,14 +2,23 @@
 
 import dataclasses
 import json
+import os
 import struct
+import subprocess
+import textwrap
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
 
+from bridge.config import run_config
 from tests.distributed import run_distributed
 from tests.training.runs import config, train
 
+ROOT = Path(__file__).resolve().parents[2]
 TRAINING = {
     "step",
     "loss",
@@ -24,19 +33,23 @@ TRAINING = {
     "nonfinite",
     "spikes",
     "peak_memory_bytes",
+    "time",
 }
 
 
 def test_metrics_have_exactly_these_keys(tmp_path: Path) -> None:
+    began = time.time()
     lines = run_distributed(train, 1, config(tmp_path, log={"log_interval": 7}))[0].lines
     steps = [line for line in lines if "eval_loss" not in line]
     assert [set(line) for line in steps] == [TRAINING] * 20
     assert [line["step"] for line in steps] == list(range(1, 21))
     assert [line["consumed_samples"] for line in steps] == list(range(4, 84, 4))
     assert [(set(line), line["step"]) for line in lines if "eval_loss" in line] == [
-        ({"step", "eval_loss"}, 10),
-        ({"step", "eval_loss"}, 20),
+        ({"step", "eval_loss", "time"}, 10),
+        ({"step", "eval_loss", "time"}, 20),
     ]
+    times = [line["time"] for line in lines]
+    assert times == sorted(times) and began < times[0] and times[-1] < time.time()
 
 
 def test_lines_after_the_resumed_step_are_cut(tmp_path: Path) -> None:
@@ -47,7 +60,9 @@ def test_lines_after_the_resumed_step_are_cut(tmp_path: Path) -> None:
     sink = metrics.JsonLines(tmp_path, resumed_step=2)
     sink.write({"step": 3, "loss": 0.5})
     sink.close()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[-1].pop("time") == pytest.approx(time.time(), abs=60)
+    assert lines == [
         {"step": 1},
         {"step": 2},
         {"step": 2, "eval_loss": 1.0},
@@ -77,7 +92,10 @@ def test_model_flops_of_a_llama_3_2_1b() -> None:
 
 
 def test_tensorboard_and_offline_wandb_go_on_after_a_resume(tmp_path: Path) -> None:
-    log = {"tensorboard": True, "wandb": {"project": "bridge-tests", "mode": "offline"}}
+    log = {
+        "tensorboard": True,
+        "wandb": {"project": "bridge-tests", "mode": "offline", "group": "together", "tags": ["a", "b"]},
+    }
     run_distributed(train, 1, config(tmp_path, log=log, train={"exit_interval": 10}))
     run_id = (tmp_path / "run" / "wandb_run_id").read_text()
     run = config(tmp_path, log=log)
@@ -86,26 +104,48 @@ def test_tensorboard_and_offline_wandb_go_on_after_a_resume(tmp_path: Path) -> N
     assert (run.run_dir / "wandb_run_id").read_text() == run_id
     offline = sorted((run.run_dir / "wandb").glob(f"offline-run-*-{run_id}"))
     assert sum(len(list(folder.glob("*.wandb"))) for folder in offline) >= 1
-    assert wandb_steps(run.run_dir / "wandb") == list(range(1, 21))
+    records = wandb_records(run.run_dir / "wandb")
+    assert steps_with_a_loss(records) == list(range(1, 21))
+    started = next(record.run for record in records if record.HasField("run"))
+    assert (started.run_group, list(started.tags)) == ("together", ["a", "b"])
+    kept = {item.key: json.loads(item.value_json) for item in started.config.update}
+    environment = kept.pop("environment")
+    kept.pop("_wandb")  # its own
+    assert kept == {**json.loads(json.dumps(dataclasses.asdict(run))), "train": kept["train"]}
+    assert kept["train"]["global_batch_size"] == 4
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run.run_dir / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 21))
     assert [event.step for event in events.Scalars("eval_loss")] == [10, 20]
+    (text,) = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("config/text_summary")][-1:]
+    shown = yaml.safe_load(textwrap.dedent(text))
+    assert run_config.from_dict(shown) == run
+
+    starts = [json.loads(line) for line in (run.run_dir / "environment.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 10]
+    assert environment == starts[0]
+    assert starts[1]["versions"]["torch"] == torch.__version__ and starts[1]["host"] == os.uname().nodename
+    assert starts[1]["versions"]["megatron-core"] == "0.16.1" and starts[1]["processes"] == 1
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert (starts[1]["bridge_commit"] or "").removesuffix("-dirty") == head
 
 
-def wandb_steps(folder: Path) -> list[int]:
-    """Steps with a loss in the offline files of all sessions, in order."""
+def wandb_records(folder: Path) -> list[Any]:
+    """What the offline files of all sessions hold, in order."""
     from wandb.proto import wandb_internal_pb2
 
-    steps = []
-    for path in sorted(folder.glob("offline-run-*/*.wandb")):
-        for content in leveldb_records(path.read_bytes()[7:]):
-            record = wandb_internal_pb2.Record.FromString(content)
-            if "loss" in {item.key or "/".join(item.nested_key) for item in record.history.item}:
-                steps.append(record.history.step.num)
-    return steps
+    files = [path.read_bytes()[7:] for path in sorted(folder.glob("offline-run-*/*.wandb"))]
+    return [wandb_internal_pb2.Record.FromString(content) for data in files for content in leveldb_records(data)]
+
+
+def steps_with_a_loss(records: list[Any]) -> list[int]:
+    return [
+        record.history.step.num
+        for record in records
+        if "loss" in {item.key or "/".join(item.nested_key) for item in record.history.item}
+    ]
 
 
 def leveldb_records(data: bytes, *, header: int = 7, block: int = 32768) -> list[bytes]:
