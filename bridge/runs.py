@@ -58,7 +58,7 @@ def find(directory: Path) -> list[Run]:
             found[folder] = read(folder, name=_relative(folder, directory))
             below[:] = [name for name in below if name not in OWN_DIRECTORIES]
         for row in sweep_rows(folder) if "sweep.json" in files else ():
-            job = folder / Path(str(row.get("run_dir") or row.get("job"))).name
+            job = folder / str(row.get("directory") or Path(str(row.get("run_dir") or row.get("job"))).name)
             announced[job] = _announced(row, job, name=_relative(job, directory))
     return sorted(_asked_slurm((announced | found).values()), key=lambda run: natural(run.name))
 

@@ -8,7 +8,7 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn, JobStatus
 
 from bridge.errors import ConfigError
-from bridge.launch import compose, ranks, slurm
+from bridge.launch import compose, hydra_keys, ranks, slurm
 
 
 class SlurmLauncher(BasicLauncher):
@@ -27,7 +27,7 @@ class SlurmLauncher(BasicLauncher):
         jobs = [job for _, job in queued]
         assert self.config is not None
         sweeper = self.config.hydra.sweeper._target_
-        if any(job.config.launch.detach for job in jobs) and not sweeper.endswith(".BasicSweeper"):
+        if any(job.config.launch.detach for job in jobs) and not hydra_keys.is_grid(self.config.hydra.sweeper):
             raise ConfigError(
                 f"launch.detach: true, and {sweeper.split('.')[-1]} chooses jobs by the results of earlier ones; leave "
                 f"one of the two out"
@@ -35,7 +35,7 @@ class SlurmLauncher(BasicLauncher):
         slurm.run(jobs, ended=ranks.print_ending)
         for each, job in queued:
             each.return_value = job.result.objective
-            if each.return_value is None and "max_failure_rate" in self.config.hydra.sweeper:
+            if each.return_value is None and compose.counts_failures(self.config.hydra):
                 each.return_value, each.status = compose.FailedTrial(job.result.error), JobStatus.FAILED
             elif each.return_value is None:
                 each.return_value = math.inf

@@ -14,6 +14,9 @@ from bridge.config.routing import Routed
 from bridge.config.schema import Checkpoint, ConvertConfig, Init, Launch, Log, Rerun, Scheduler, Train
 from bridge.errors import ConfigError
 
+# A name becomes a directory, part of commands and an argument of Slurm. `=` and `,` come from override_dirname.
+NAME_CHARACTERS = "letters, digits, '_', '-', '.', '=', ',', '+', '@', ':', '~' and, between parts of up to 255, '/'"
+
 _CONVERT_NEEDS = {
     "import": ("hf", "megatron"),
     "export": ("hf", "megatron"),
@@ -147,10 +150,15 @@ def _check_named(config: Mapping[str, Any], section: str, selector: str, *, pack
     modules.check_options(section, selector, values, package=package)
 
 
+def is_name(name: str) -> bool:
+    """Whether `name` can be a run's: a directory or several, of NAME_CHARACTERS."""
+    parts = name.split("/")
+    return all(re.fullmatch(r"[\w.\-+=,@:~]{1,255}", part) and part not in (".", "..") for part in parts)
+
+
 def _check_name(name: str) -> None:
-    # A name becomes a directory and a Hydra override: `=`, spaces and `..` break one or the other.
-    if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)*", name) or ".." in name.split("/"):
-        raise ConfigError(f"name: {name!r} cannot name a directory; use letters, digits, '_', '-', '.' and '/'")
+    if not is_name(name):
+        raise ConfigError(f"name: {name!r} cannot name a directory; use {NAME_CHARACTERS}")
 
 
 def _check_precision(routed: Routed) -> None:

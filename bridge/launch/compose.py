@@ -8,15 +8,17 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeperConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -25,9 +27,10 @@ from omegaconf.errors import OmegaConfBaseException
 import bridge
 from bridge.command_line import FULL_ERROR
 from bridge.errors import BridgeError, ConfigError
-from bridge.launch import arguments, group_options, optuna, repeated, slurm, slurm_job
+from bridge.launch import arguments, group_options, hydra_keys, optuna, repeated, slurm, slurm_job
 from bridge.launch.hydra_errors import of_the_users, one_line
 
+GRID_SWEEPER = "hydra_plugins.bridge_grid.GridSweeper"
 # Sections that accept fields no YAML file lists: megatron-core's dataclasses, data sources and adapters check those.
 OPEN_SECTIONS = ("model", "parallelism", "optimizer", "precision", "peft", "data")
 
@@ -40,12 +43,27 @@ class Job(NamedTuple):
     number: int | None = None  # place in the sweep; None in a single run
     swept: tuple[str, ...] = ()  # the overrides that the sweep varies
     directory: Path = Path()  # in a sweep: this job's own, hydra.sweep.dir/hydra.sweep.subdir
+    sweep_directory: Path = Path()  # hydra.sweep.dir, as this job's settings have it
+    launcher: str = ""  # its class
     slurm: dict[str, Any] | None = None  # with hydra/launcher=slurm: its options
     suggested: bool = False  # by a sweeper that learns from the jobs before, such as Optuna's; not one of a grid
 
 
+class Point(NamedTuple):
+    """One job of a grid before it is launched, or why it cannot be composed."""
+
+    number: int
+    swept: tuple[str, ...]
+    job: Job | None = None
+    error: ConfigError | None = None
+
+
 class FailedTrial(Exception):
-    """Raised by a job of a sweep that has nothing to minimise."""
+    """Raised by a job that has nothing to minimise: Hydra's callbacks are told that it failed."""
+
+
+class _Refused(BaseException):
+    """Carries a ConfigError out of a callback: Hydra makes a warning of every Exception there."""
 
 
 class SweepStart(NamedTuple):
@@ -58,28 +76,49 @@ class SweepStart(NamedTuple):
 class NoteSweep(Callback):
     """Set as a callback in conf/train.yaml: with a launcher that runs jobs elsewhere no job tells the driver.
 
-    The last that sees the command line as typed, before a sweeper does.
+    The last that sees the command line as typed, before a sweeper does; refuses settings of Hydra's own before Hydra
+    makes a directory.
     """
 
     started: SweepStart | None = None
 
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _refusing(hydra_keys.check_run, config)
+
+    def on_run_end(self, config: DictConfig, job_return: JobReturn | None = None, **kwargs: Any) -> None:
+        """The callback that comes first is the last to be told of an end: keep Hydra from a report of its own."""
+        if job_return is not None:
+            job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        NoteSweep.started = SweepStart(Path(str(config.hydra.sweep.dir)).absolute(), time.time())
+        _refusing(hydra_keys.check_sweep, config)
+        NoteSweep.started = SweepStart(Path(os.path.abspath(str(config.hydra.sweep.dir))), time.time())
         repeated.take_from_sweeper(config)
 
 
-def run(config_name: str, job: Callable[[Job], Any]) -> None:
+def _refusing(check: Callable[[DictConfig], None], config: DictConfig) -> None:
+    try:
+        check(config)
+    except Exception as error:
+        raise _Refused(as_config_error(error)) from error
+
+
+def run(
+    config_name: str,
+    job: Callable[[Job], Any],
+    *,
+    check_points: Callable[[list[Point]], bool] | None = None,
+) -> None:
     """Compose sys.argv on conf/<config_name>.yaml and call `job` once, or with -m once per combination.
 
     `job` returns the objective that Hydra's sweepers minimise (a launcher may ask for something else), or raises
-    FailedTrial: a sweeper that has failed trials (its option max_failure_rate tells) then counts one, another gets
-    infinity. What else it raises is raised here, after every job of a sweep was tried; what is wrong with the command
-    line is a ConfigError. --help and its kin leave by SystemExit(0). submitit's launchers call a copy of `job` in
-    processes of their own.
+    FailedTrial: a sweeper that knows no failed trials then gets infinity. What else it raises is raised here, after
+    every job of a sweep was tried; what is wrong with the command line is a ConfigError. --help and its kin leave by
+    SystemExit(0). submitit's launchers call a copy of `job` in processes of their own.
+
+    check_points: called once with all jobs of a grid before the first is launched; false: launch none.
     """
-    _declare_open_sections()
-    group_options.share_repository()
-    optuna.set_defaults()
+    _prepare_hydra()
     driver = slurm_job.this_process()
     NoteSweep.started = None
     failures: list[Exception] = []
@@ -89,9 +128,9 @@ def run(config_name: str, job: Callable[[Job], Any]) -> None:
     def task(composed: DictConfig) -> Any:
         try:
             with _full_errors(usual):
-                return job(_checked_job(composed, typed))
+                return job(job_of(composed, typed))
         except FailedTrial:
-            if "max_failure_rate" in HydraConfig.get().sweeper:
+            if counts_failures(HydraConfig.get()):
                 raise
             return math.inf
         except Exception as error:  # raised later: here Hydra would print a report of its own
@@ -99,18 +138,28 @@ def run(config_name: str, job: Callable[[Job], Any]) -> None:
             if slurm_job.this_process() != driver:
                 print(error, file=sys.stderr, flush=True)
                 slurm_job.end_with(1)
+            elif HydraConfig.get().mode == RunMode.RUN and "note_sweep" in HydraConfig.get().callbacks:
+                raise
             return math.inf
 
+    def check(points: list[Point]) -> bool:
+        try:
+            return check_points is None or check_points(points)
+        except Exception as error:
+            failures.append(error)
+            raise
+
+    task.check_points = check  # type: ignore[attr-defined]
     try:
         repeated.check(arguments.overrides_in(typed))
         with _full_errors("1"):  # Hydra then raises instead of printing and leaving with exit code 1
             hydra.main(version_base="1.3", config_path=_conf_directory(), config_name=config_name)(task)()
-    except (BridgeError, FailedTrial):
-        raise
+    except _Refused as refused:
+        raise refused.args[0] from None
     except Exception as error:
-        if not of_the_users(error):
+        if isinstance(error, BridgeError | FailedTrial) or error in failures:
             raise
-        raise ConfigError(one_line(error, arguments=typed)) from error
+        raise as_config_error(error) from error
     if failures:
         raise failures[0]
 
@@ -132,6 +181,20 @@ def _set_environment(name: str, value: str | None) -> None:
         os.environ[name] = value
 
 
+def as_config_error(error: Exception) -> ConfigError:
+    """What went wrong while Hydra composed, as one line of the user's; raises `error` itself when it is none of his."""
+    if isinstance(error, ConfigError):
+        return error
+    if not of_the_users(error):
+        raise error
+    return ConfigError(one_line(error, arguments=sys.argv[1:]))
+
+
+def counts_failures(hydra: Any) -> bool:
+    """Whether a job may tell Hydra that it failed: its sweeper then goes on, or there is none."""
+    return hydra.mode == RunMode.RUN or "max_failure_rate" in hydra.sweeper or hydra.sweeper._target_ == GRID_SWEEPER
+
+
 def add_option(group: str, name: str, values: Mapping[str, Any]) -> None:
     """Make `group=name` choose `values`, as a file conf/GROUP/NAME.yaml would."""
     ConfigStore.instance().store(group=group, name=name, node=OmegaConf.create(dict(values)))
@@ -149,6 +212,15 @@ def absolute(settings: Mapping[str, Any], *, names: frozenset[str]) -> dict[str,
         return os.path.abspath(os.path.expanduser(value)) if is_path else value
 
     return {key: convert(key, value) for key, value in settings.items()}
+
+
+def _prepare_hydra() -> None:
+    _declare_open_sections()
+    group_options.share_repository()
+    optuna.set_defaults()  # imports Hydra's plugins, which store their options anew
+    ConfigStore.instance().store(
+        group="hydra/sweeper", name="basic", node=BasicSweeperConf(_target_=GRID_SWEEPER), provider="bridge"
+    )
 
 
 def _declare_open_sections() -> None:
@@ -179,7 +251,7 @@ def _mode_by_launcher(*, _root_: DictConfig) -> str | None:
     if launcher is None or launcher.endswith(".BasicLauncher"):
         return None
     sweeper = OmegaConf.select(_root_, "hydra.sweeper")
-    if launcher != slurm.TARGET or "--multirun" in sys.argv[1:] or not _is_basic(sweeper):
+    if launcher != slurm.TARGET or "--multirun" in sys.argv[1:] or not hydra_keys.is_grid(sweeper):
         return str(RunMode.MULTIRUN.name)
     values = arguments.overrides_in(sys.argv[1:])
     values += [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
@@ -187,16 +259,13 @@ def _mode_by_launcher(*, _root_: DictConfig) -> str | None:
     return str((RunMode.MULTIRUN if swept else RunMode.RUN).name)
 
 
-def _is_basic(sweeper: DictConfig) -> bool:
-    return str(sweeper.get("_target_")).endswith(".BasicSweeper")
-
-
 # At import: submitit's launchers compose again in their jobs, where only what a pickle needs is imported.
 OmegaConf.register_new_resolver("choice", _choice, replace=True)
 OmegaConf.register_new_resolver("mode_by_launcher", _mode_by_launcher, replace=True)
 
 
-def _checked_job(composed: DictConfig, typed: list[str]) -> Job:
+def job_of(composed: DictConfig, typed: list[str]) -> Job:
+    """The job of a composed configuration without `hydra`, which HydraConfig holds. typed: the driver's arguments."""
     try:
         return _job(composed, typed)
     except ConfigError:
@@ -210,22 +279,30 @@ def _job(composed: DictConfig, typed: list[str]) -> Job:
     overrides = OmegaConf.to_container(settings.overrides.task, resolve=False)  # as typed: with ${...}
     assert isinstance(overrides, list)
     launcher = _resolve(settings.launcher)
-    of_slurm = launcher if launcher.pop("_target_") == slurm.TARGET else None
+    target = launcher.pop("_target_")
+    of_slurm = launcher if target == slurm.TARGET else None
     if settings.mode != RunMode.MULTIRUN:
-        return Job(_resolve(composed), overrides, slurm=of_slurm)
-    fixed = single_valued(typed)
+        return Job(_resolve(composed), overrides, slurm=of_slurm, launcher=target)
     return Job(
         settings=_resolve(composed),
         overrides=overrides,
         number=int(settings.job.num),
-        swept=tuple(override for override in overrides if override not in fixed),
+        swept=swept_among(overrides, typed),
         directory=Path(settings.runtime.output_dir),
         slurm=of_slurm,
-        suggested=not _is_basic(settings.sweeper),
+        sweep_directory=Path(os.path.abspath(os.path.join(settings.runtime.cwd, str(settings.sweep.dir)))),
+        launcher=target,
+        suggested=not hydra_keys.is_grid(settings.sweeper),
     )
 
 
-def single_valued(typed: list[str]) -> set[str]:
+def swept_among(overrides: Sequence[str], typed: list[str]) -> tuple[str, ...]:
+    """Those of a job's overrides that are not typed with one value."""
+    fixed = _single_valued(typed)
+    return tuple(override for override in overrides if override not in fixed)
+
+
+def _single_valued(typed: list[str]) -> set[str]:
     """The overrides among `typed` that give one value, as typed and as sweepers write them: lr=1e-3, lr=0.001."""
     overrides = OverridesParser.create().parse_overrides(arguments.overrides_in(typed))
     single = [override for override in overrides if not override.is_sweep_override()]

@@ -11,10 +11,22 @@ from bridge.command_line import guarded
 from bridge.config import layout, run_config
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
-from bridge.launch import compose, evaluation, inputs, optuna, ranks, slurm, slurm_job, spawn, sweep, torchrun
+from bridge.launch import (
+    compose,
+    evaluation,
+    hydra_keys,
+    inputs,
+    optuna,
+    ranks,
+    slurm,
+    slurm_job,
+    spawn,
+    sweep,
+    torchrun,
+)
 from bridge.launch.ranks import Prepared
 from bridge.launch.result import EXIT_CODES, Result, read_result, result_path
-from bridge.launch.run_dir import claimed, finished
+from bridge.launch.run_dir import check_resumable, claimed, finished
 from bridge.launch.worker import leave
 from bridge.training.environment import COMMAND
 
@@ -36,6 +48,7 @@ def _command() -> int:
     results: list[Result] = []
     rows: list[sweep.Row] = []
     queued: dict[int, slurm.Queued] = {}
+    grid: list[compose.Job] = []
     driver = slurm_job.this_process()
 
     def job(composed: compose.Job) -> Any:
@@ -43,8 +56,10 @@ def _command() -> int:
             return _inside_job(composed)
         if composed.number is None:
             results.append(_train(composed))
-            return 0.0
-        _check_suggestion(composed)
+            if results[0].exit_code:
+                raise compose.FailedTrial(results[0].error or results[0].status)
+            return results[0].objective
+        _check_place(composed)
         rows.append(sweep.run_job(composed, lambda job: _train(job, queued)))
         result = rows[-1].result
         if result.status == "stopped":  # a signal stops the whole sweep; Hydra lets a SystemExit through
@@ -55,10 +70,15 @@ def _command() -> int:
             raise compose.FailedTrial(result.error or "the evaluation loss is not finite")
         return result.objective
 
+    def check_points(points: list[compose.Point]) -> bool:
+        sweep.check_points(points, _check_point)
+        grid.extend(point.job for point in points if point.job is not None)
+        return not _shown(grid)
+
     try:
-        compose.run("train", job)
+        compose.run("train", job, check_points=check_points)
     except compose.FailedTrial:
-        pass  # hydra.sweeper.max_failure_rate ended the sweep; the table tells
+        pass  # of a single run; or hydra.sweeper.max_failure_rate ended the sweep, whose table tells
     except ConfigError as error:
         if not (rows and str(error).startswith(optuna.NO_TRIAL)):  # which the table tells better
             raise
@@ -66,11 +86,14 @@ def _command() -> int:
         rows = [row._replace(result=queued[row.number].result) if row.number in queued else row for row in rows]
         started = compose.NoteSweep.started
         if started is not None and not rows:
-            rows = sweep.collected(started.directory, since=started.time)
-        if rows:
-            sweep.summarize(rows)
+            rows = sweep.collected(started.directory, since=started.time, jobs=grid)
+        if rows and started is not None:
+            rows += sweep.not_started(grid, rows)
+            sweep.summarize(rows, started.directory)
     if rows:
         return sweep.exit_code(rows)
+    if grid and _is_dry(grid[0]):
+        return EXIT_CODES["done"]
     if started is not None:
         print(f"no job of {started.directory} reported how it ended; see .submitit there", file=sys.stderr, flush=True)
         return EXIT_CODES["failed"]
@@ -80,10 +103,26 @@ def _command() -> int:
     return results[0].exit_code
 
 
-def _check_suggestion(job: compose.Job) -> None:
+def _is_dry(job: compose.Job) -> bool:
+    return bool(job.settings["dry_run"] or job.settings["plan"])
+
+
+def _shown(grid: list[compose.Job]) -> bool:
+    """Print what dry_run and plan say of every job, if one of them is set; nothing is written then."""
+    dry = _is_dry(grid[0])
+    for job in grid if dry else ():
+        sweep.announce(job)
+        _train(job)
+    return dry
+
+
+def _check_place(job: compose.Job) -> None:
     """End the sweep when it goes another way than the one whose jobs are there: what follows would rest on others."""
+    started = compose.NoteSweep.started
     try:
         sweep.check_suggestion(job)
+        if started is not None:
+            sweep.check_directory(job, expected=started.directory)
     except ConfigError as error:
         print(error, file=sys.stderr, flush=True)
         sys.exit(EXIT_CODES["invalid"])
@@ -94,12 +133,10 @@ def _train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> R
 
     A sweep's Slurm job is only prepared, in `queued`: the launcher submits all of them.
     """
-    config = _config(job)
-    num_devices = _processes_per_node(config, job)
+    config, num_devices = _checked(job)
     world_size = num_devices * config.train.num_nodes
     if config.plan:
         return _plan(config, world_size=world_size)
-    _check_layout(config, world_size=world_size)
     if config.dry_run:
         return _dry_run(config, world_size=world_size)
     if config.eval_only:
@@ -107,10 +144,9 @@ def _train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> R
     earlier = _earlier(config, job)
     if earlier is not None:
         return earlier
+    _check_start(config, job)
     swept = None if job.number is None else job.swept
     if job.slurm is not None:
-        _check_restarts(config, starter="Slurm", instead="let Slurm requeue the job (launch.max_restarts=0)")
-        inputs.check(config, in_queue=True)
         slurm.check_free(config.run_dir)
         with claimed(config, overrides=job.overrides, swept=swept):
             pass  # the job claims it again when it starts
@@ -120,7 +156,6 @@ def _train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> R
         else:
             slurm.run([prepared])
         return prepared.result
-    _check_local(config)
     with claimed(config, overrides=job.overrides, swept=swept) as claim:
         (claim.path / "job.json").unlink(missing_ok=True)
         ranks.print_start(claim, num_processes=num_devices)
@@ -129,6 +164,35 @@ def _train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> R
     if job.number is None:
         ranks.print_next(config, result)
     return result
+
+
+def _checked(job: compose.Job) -> tuple[RunConfig, int]:
+    """A job's configuration, found legal, and its processes per machine."""
+    config = _config(job)
+    num_devices = _processes_per_node(config, job)
+    if not config.plan:
+        _check_layout(config, world_size=num_devices * config.train.num_nodes)
+    return config, num_devices
+
+
+def _check_start(config: RunConfig, job: compose.Job) -> None:
+    """ConfigError for what would end the run, though its configuration is legal."""
+    if job.slurm is None:
+        _check_local(config)
+        return
+    _check_restarts(config, starter="Slurm", instead="let Slurm requeue the job (launch.max_restarts=0)")
+    inputs.check(config, in_queue=True)
+
+
+def _check_point(job: compose.Job) -> None:
+    """What can be said here of a job that a launcher will start. submitit's set how many processes it has."""
+    elsewhere = job.launcher.startswith(hydra_keys.SUBMITIT)
+    config = _config(job) if elsewhere else _checked(job)[0]
+    if config.plan or config.dry_run or config.eval_only or sweep.earlier_result(config, job) is not None:
+        return
+    check_resumable(config, overrides=job.overrides, swept=job.swept)
+    if not elsewhere:
+        _check_start(config, job)
 
 
 def _earlier(config: RunConfig, job: compose.Job) -> Result | None:

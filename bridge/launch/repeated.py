@@ -9,7 +9,7 @@ from itertools import combinations
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, QuotedString
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bridge.errors import ConfigError
 
@@ -30,12 +30,14 @@ def take_from_sweeper(config: DictConfig) -> None:
     `config` is the master configuration of a sweep. Hydra applies its `hydra.overrides.hydra` to every job first.
     """
     overrides = config.hydra.overrides
-    parsed = OverridesParser.create().parse_overrides(list(overrides.task))
+    lines = OmegaConf.to_container(overrides.task, resolve=False)  # ${...} is each job's own to fill in
+    assert isinstance(lines, list)
+    parsed = OverridesParser.create().parse_overrides([str(line) for line in lines])
     pairs = [pair for pair in combinations(parsed, 2) if _share_a_key(*pair)]
     shared = [override for override in parsed if any(override in pair for pair in pairs)]
     taken = [str(override.input_line) for override in shared if not override.is_sweep_override()]
     overrides.hydra.extend(taken)
-    overrides.task = [line for line in overrides.task if line not in taken]
+    overrides.task = [line for line in lines if line not in taken]
     params = config.hydra.sweeper.get("params")
     if params:
         with open_dict(params):

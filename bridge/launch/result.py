@@ -13,9 +13,9 @@ from pathlib import Path
 from bridge.command_line import FULL_ERROR
 from bridge.errors import BridgeError
 
-EXIT_CODES = {"done": 0, "submitted": 0, "failed": 1, "invalid": 2, "stopped": 75}
+EXIT_CODES = {"done": 0, "submitted": 0, "failed": 1, "invalid": 2, "stopped": 75, "pending": 75}
 """done: all steps taken; submitted: left to Slurm, unfinished; failed: our or the machine's fault; invalid: wrong
-input; stopped: saved, resume later."""
+input; stopped: saved, resume later; pending: not begun when its sweep was stopped."""
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,7 @@ def claimed(config: RunConfig, *, overrides: list[str], swept: Sequence[str] | N
         (path / "logs").mkdir(parents=True, exist_ok=True)
         lock_fd = _lock(path, name=config.name)
     try:
-        step = latest_step(path)
-        if step is not None:
-            _check_unchanged(config, path)
-            _check_steps(config, path, done=step)
-            if swept is not None:
-                _check_same_job(overrides, swept, path)
+        step = check_resumable(config, overrides=overrides, swept=swept)
         with _writing(path):
             result.forget(path)
             run_config.write(config, path / "config.yaml")
@@ -71,6 +66,18 @@ def claimed(config: RunConfig, *, overrides: list[str], swept: Sequence[str] | N
         yield Claim(path, lock_fd, step)
     finally:
         os.close(lock_fd)
+
+
+def check_resumable(config: RunConfig, *, overrides: Sequence[str], swept: Sequence[str] | None = None) -> int | None:
+    """The step of the latest checkpoint in config.run_dir, None without. ConfigError when `claimed` would refuse it."""
+    path = config.run_dir
+    step = latest_step(path)
+    if step is not None:
+        _check_unchanged(config, path)
+        _check_steps(config, path, done=step)
+        if swept is not None:
+            _check_same_job(overrides, swept, path)
+    return step
 
 
 @contextmanager

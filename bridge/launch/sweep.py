@@ -1,6 +1,7 @@
 """`python train.py -m ...`: each job a process tree and run directory of its own; a table and sweep.json at the end."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.errors import BridgeError, ConfigError
-from bridge.launch.compose import Job, single_valued
+from bridge.launch.compose import Job, Point, swept_among
 from bridge.launch.result import (
     EXIT_CODES,
     Result,
@@ -37,7 +39,7 @@ class Row(NamedTuple):
 def run_job(job: Job, train: Callable[[Job], Result]) -> Row:
     """Run one job; whatever goes wrong in it becomes its result, so that the other jobs still run."""
     assert job.number is not None
-    print(f"--- job {job.number}: {' '.join(job.swept) or 'nothing varied'}", flush=True)
+    announce(job)
     try:
         result = train(job)
     except BridgeError as error:
@@ -48,9 +50,65 @@ def run_job(job: Job, train: Callable[[Job], Result]) -> Row:
     return Row(job.number, job.swept, job.directory, result)
 
 
+def announce(job: Job) -> None:
+    print(f"--- job {job.number}: {' '.join(job.swept) or 'nothing varied'}", flush=True)
+
+
+def check_points(points: Sequence[Point], check: Callable[[Job], object]) -> None:
+    """Call `check` with every job of a grid, before the first is run. Prints a line for each that is wrong, but the
+    last, which becomes a ConfigError."""
+    wrong: list[str] = []
+    last: ConfigError | None = None
+    for point in points:
+        try:
+            if point.error is not None:
+                raise point.error
+            assert point.job is not None
+            check(point.job)
+        except ConfigError as error:
+            place = f"job {point.number} ({' '.join(point.swept)}): " if point.swept else ""
+            wrong.append(f"{place}{' '.join(str(error).splitlines())}")
+            last = error
+    for line in wrong[:-1]:
+        print(line, file=sys.stderr, flush=True)
+    if wrong:
+        raise ConfigError(wrong[-1]) from last
+    _check_directories([point.job for point in points if point.job is not None])
+
+
+def _check_directories(jobs: Sequence[Job]) -> None:
+    first, taken = jobs[0], dict[Path, Job]()
+    for job in jobs:
+        check_directory(job, expected=first.sweep_directory)
+        other = taken.setdefault(job.directory, job)
+        if other is not job:
+            raise ConfigError(
+                f"hydra.sweep.subdir: {job.directory.name!r} would be the directory of job {other.number} and of job "
+                f"{job.number}; add ${{hydra.job.num}} or what is swept"
+            )
+
+
+def check_directory(job: Job, *, expected: Path) -> None:
+    """ConfigError when the directory of the whole sweep depends on what is swept: its summary has one place."""
+    if job.sweep_directory == expected:
+        return
+    key = "name" if job.sweep_directory.name != expected.name else "hydra.sweep.dir"
+    raise ConfigError(
+        f"{key}: the jobs of a sweep share one directory, which would be {expected} and, for "
+        f"'{' '.join(job.swept)}', {job.sweep_directory}; set name= and runs_dir= that do not depend on what is "
+        f"swept, each job has its own directory below"
+    )
+
+
 def placed(settings: dict[str, Any], job: Job) -> dict[str, Any]:
     """`settings` with name and runs_dir such that the run directory is job.directory, the same on every start."""
-    settings = _grouped(settings, group=job.directory.parent.name)
+    below = os.path.relpath(job.directory, job.sweep_directory)
+    if not run_config.is_name(below):
+        raise ConfigError(
+            f"hydra.sweep.subdir: {below!r} cannot name a directory; use {run_config.NAME_CHARACTERS}, as in "
+            f"'hydra.sweep.subdir=lr${{optimizer.lr}}'"
+        )
+    settings = _grouped(settings, group=job.sweep_directory.name)
     relative = os.path.relpath(job.directory, settings["runs_dir"])
     if relative.startswith(os.pardir):  # hydra.sweep.dir points elsewhere
         return settings | {"runs_dir": str(job.directory.parent), "name": job.directory.name}
@@ -99,35 +157,59 @@ def earlier_result(config: RunConfig, job: Job) -> Result | None:
     return result if is_of(config, job.directory) else None
 
 
-def collected(directory: Path, *, since: float) -> list[Row]:
-    """The jobs in a sweep's directory that ended after `since`, a time.time(), by what they wrote themselves."""
-    rows, fixed = [], single_valued(sys.argv[1:])
-    for folder in sorted((path for path in directory.glob("[0-9]*") if path.name.isdigit()), key=lambda p: int(p.name)):
+def collected(directory: Path, *, since: float, jobs: Sequence[Job]) -> list[Row]:
+    """The jobs in a sweep's directory that ended after `since`, a time.time(), by what they wrote themselves.
+
+    jobs: those of a grid; a sweeper that suggests jobs tells nobody where they are.
+    """
+    numbers = {job.directory: job.number for job in jobs}
+    files = sorted(directory.rglob(result_path(Path()).name))
+    recent = [file.parent for file in files if file.stat().st_mtime >= since]
+    rows = []
+    for place, folder in enumerate(recent):
         result = read_result(folder)
-        if result is not None and result_path(folder).stat().st_mtime >= since:
+        if result is not None:
             overrides = yaml.safe_load((folder / "overrides.yaml").read_text(encoding="utf-8"))
-            swept = tuple(override for override in overrides if override not in fixed)
-            rows.append(Row(int(folder.name), swept, folder, first_rank_error(folder) or result))
-    return rows
+            number = numbers.get(folder)
+            if number is None:
+                number = int(folder.name) if folder.name.isdigit() else place
+            swept = swept_among(overrides, sys.argv[1:])
+            rows.append(Row(number, swept, folder, first_rank_error(folder) or result))
+    return sorted(rows, key=lambda row: row.number)
+
+
+def not_started(jobs: Sequence[Job], rows: Sequence[Row]) -> list[Row]:
+    """Rows of those jobs of a grid that a stopped sweep never came to."""
+    known = {row.number for row in rows}
+    return [
+        Row(job.number, job.swept, job.directory, Result("pending"))
+        for job in jobs
+        if job.number is not None and job.number not in known
+    ]
 
 
 def exit_code(rows: Sequence[Row]) -> int:
-    """0 when every job is done (or left to Slurm), 75 when some were stopped and none failed, else 1."""
+    """0 when every job is done (or left to Slurm), 75 when some were stopped and none failed, 2 when all are invalid,
+    else 1."""
     codes = {row.result.exit_code for row in rows}
+    if codes == {EXIT_CODES["invalid"]}:
+        return EXIT_CODES["invalid"]
     return max(codes) if codes <= {0, EXIT_CODES["stopped"]} else EXIT_CODES["failed"]
 
 
-def summarize(rows: Sequence[Row]) -> None:
-    """Print one line per job and write sweep.json beside the jobs' directories."""
-    path = rows[0].run_dir.parent / "sweep.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json([_record(row) for row in rows], path)
+def summarize(rows: Sequence[Row], directory: Path) -> None:
+    """Print one line per job and write `directory`/sweep.json."""
+    path = directory / "sweep.json"
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json([_record(row, directory) for row in rows], path)
     header = ("job", "status", "step", "eval loss", "overrides", "error")
     table = [header, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in table) for column in range(len(header))]
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     print(f"written to {path}", flush=True)
+    if any(row.result.step for row in rows):
+        print(f"next: python -m bridge.sweep_report {shlex.quote(str(directory))}", flush=True)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -137,12 +219,13 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (str(row.number), result.status, step, loss, " ".join(row.overrides) or "-", result.error or "")
 
 
-def _record(row: Row) -> dict[str, Any]:
+def _record(row: Row, directory: Path) -> dict[str, Any]:
     result = row.result
     return {
         "job": row.number,
         "overrides": list(row.overrides),
         "run_dir": str(row.run_dir),
+        "directory": os.path.relpath(row.run_dir, directory),
         "status": result.status,
         "step": result.step,
         "eval_loss": result.eval_loss,

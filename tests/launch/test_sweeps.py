@@ -3,14 +3,17 @@ end at once."""
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
 from hydra.errors import MissingConfigException
+from hydra.experimental.callback import Callback
 
-from bridge import status, sweep_report
+from bridge import runs, status, sweep_report
 from bridge.launch import compose, driver, hydra_errors, spawn
 from bridge.launch.result import Result, read_result, write_result
 from tests.launch.commands import TINY, train, write_user_source
@@ -26,6 +29,7 @@ class Swept:
         self.directory = folder / "runs" / "sweeps" / "s"
         self.trained: list[int] = []  # numbers of the jobs that were not skipped
         self.failing_below = 0.0
+        self.stopping_at: int | None = None
         self.capsys = capsys
         self.monkeypatch = monkeypatch
         monkeypatch.chdir(folder)
@@ -33,17 +37,21 @@ class Swept:
 
     def run_workers(self, claim, **_) -> Result:
         lr = yaml.safe_load((claim.path / "config.yaml").read_text())["optimizer"]["lr"]
-        self.trained.append(int(claim.path.name))
-        if lr < self.failing_below:
+        name = claim.path.name
+        self.trained.append(int(name) if name.isdigit() else len(self.trained))
+        if self.stopping_at in self.trained:
+            result = Result("stopped", 1)
+        elif lr < self.failing_below:
             result = Result("failed", 1, error=f"FloatingPointError: lr {lr}")
         else:
             result = Result("done", 2, math.nan if lr > 3.5e-3 else (math.log(lr) + 6) ** 2)
         write_result(result, claim.path)
         return read_result(claim.path)
 
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+    def __call__(self, *arguments: str, multirun: bool = True) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
-        command = ["train.py", "-m", *TINY, "train.steps=2", "optimizer.min_lr=0", "name=s", *arguments]
+        flags = ["-m"] if multirun else []
+        command = ["train.py", *flags, *TINY, "train.steps=2", "optimizer.min_lr=0", "name=s", *arguments]
         self.monkeypatch.setattr(sys, "argv", command)
         self.trained = []
         with pytest.raises(SystemExit) as leaving:
@@ -171,7 +179,8 @@ def test_the_table_tells_that_all_trials_failed(sweep, storage):
     sweep.failing_below = 1.0
     code, out, _ = sweep(*OPTUNA, f"hydra.sweeper.storage={storage}", "hydra.sweeper.n_trials=2")
     assert code == 1 and sweep.trained == [0, 1]
-    assert "sweep.json" in out.splitlines()[-1]
+    assert out.splitlines()[-2].endswith("sweep.json")
+    assert out.splitlines()[-1] == f"next: python -m bridge.sweep_report {sweep.directory}"
 
 
 def test_optuna_that_is_missing():
@@ -206,3 +215,126 @@ def test_a_real_sweep_its_status_and_report(tmp_path, capsys):
     assert sweep_report.main([str(directory)]) == 0
     page = (directory / "report.html").read_text()
     assert '"keys":["data.crash_on_rank"]' in page and f'"eval_loss":{done["eval_loss"]}' in page
+
+
+def test_all_points_of_a_grid_are_checked_before_the_first_is_trained(sweep):
+    code, out, err = sweep("optimizer.lr=1e-3,bad", "parallelism.tensor_model_parallel_size=1,3")
+    lines = err.splitlines()
+    assert (code, out, sweep.trained) == (2, "", [])
+    assert [line.partition(": ")[0] for line in lines] == [
+        "job 1 (optimizer.lr=0.001 parallelism.tensor_model_parallel_size=3)",
+        "job 2 (optimizer.lr=bad parallelism.tensor_model_parallel_size=1)",
+        "job 3 (optimizer.lr=bad parallelism.tensor_model_parallel_size=3)",
+    ]
+    assert "): parallelism.tensor_model_parallel_size: " in lines[0] and "): optimizer.lr: 'bad'" in lines[1]
+    done = sweep.directory / "1" / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert sweep("optimizer.lr=1e-3,2e-3")[0] == 0
+    done.parent.mkdir()
+    done.write_text("2")
+    code, _, err = sweep("optimizer.lr=1e-3,2e-3", "train.steps=1")
+    assert (code, sweep.trained, len(err.splitlines())) == (2, [], 1)
+    assert err.startswith("job 1 (optimizer.lr=0.002): train.steps: 1, and ")
+    shutil.rmtree(sweep.directory)
+    code, _, err = sweep("model=tiny,no_such")
+    assert code == 2 and "job 1 (model=no_such): model: no option 'no_such'" in err
+    code, _, err = sweep("optimizer.lr=")
+    assert (code, len(err.splitlines())) == (2, 1) and err.startswith("optimizer.lr: ")
+    assert not sweep.directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start"),
+    [
+        (("optimizer.lr=1e-3,2e-3", "name=n_${optimizer.lr}"), "name: the jobs of a sweep share one directory"),
+        (("model=tiny,gpt2", "name=${choice:model}"), "name: the jobs of a sweep share one directory"),
+        (("optimizer.lr=1e-3,2e-3", "runs_dir=r/${optimizer.lr}"), "hydra.sweep.dir: the jobs of a sweep share one"),
+        (("optimizer.lr=1e-3,2e-3", "hydra.sweep.subdir=x"), "hydra.sweep.subdir: 'x' would be the directory of job 0"),
+        (("optimizer.lr=1e-3,2e-3", "hydra.sweep.subdir='${hydra.job.num} x'"), "job 0 (optimizer.lr=0.001): hydra."),
+    ],
+)
+def test_directories_that_a_sweep_cannot_have(sweep, arguments, start, tmp_path):
+    code, out, err = sweep(*arguments)
+    assert (code, out, sweep.trained) == (2, "", []) and err.startswith(start), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_job_directories_named_after_their_overrides(sweep, tmp_path):
+    """Hydra's documented example, with its documented way to leave keys out."""
+    keys = {word.partition("=")[0] for word in TINY} - {"scheduler.lr_warmup_steps"}
+    keys |= {"name", "train.steps", "optimizer.min_lr"}
+    exclude = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(keys))}]"
+    grid = ("optimizer.lr=1e-3,2e-3", "hydra.sweep.subdir=${hydra.job.override_dirname}", exclude)
+    assert sweep(*grid)[0] == 0
+    first, second = (Path(row["run_dir"]).name for row in sweep.rows())
+    assert "optimizer.lr=0.001,scheduler.lr_warmup_steps=0" in first and "optimizer.lr=0.002" in second
+    found = {run.path.name: run.state for run in runs.find(tmp_path / "runs")}
+    assert found == {first: "done", second: "done"}
+    assert sweep(*grid)[0] == 0 and sweep.trained == []
+    (elsewhere := tmp_path / "moved").mkdir()
+    moved = sweep.directory.rename(elsewhere / "s")
+    assert {run.path for run in runs.find(elsewhere)} == {moved / first, moved / second}
+
+
+def test_a_dry_run_of_a_sweep_writes_nothing(sweep, monkeypatch, tmp_path):
+    shown = []
+    monkeypatch.setattr(driver, "_dry_run", lambda config, **_: shown.append(config.optimizer["lr"]) or Result("done"))
+    code, out, _ = sweep("optimizer.lr=1e-3,2e-3", "dry_run=true")
+    assert (code, shown, sweep.trained) == (0, [1e-3, 2e-3], [])
+    assert out.splitlines() == ["--- job 0: optimizer.lr=0.001", "--- job 1: optimizer.lr=0.002"]
+    code, _, err = sweep(*OPTUNA, "dry_run=true")
+    assert code == 2 and err.startswith("dry_run: true, and OptunaSweeper chooses jobs by the results of earlier ones")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_jobs_that_a_stopped_sweep_did_not_start(sweep):
+    sweep.stopping_at = 1
+    code, out, _ = sweep("optimizer.lr=1e-3,2e-3,3e-3")
+    assert (code, sweep.trained) == (75, [0, 1])
+    assert [row["status"] for row in sweep.rows()] == ["done", "stopped", "pending"]
+    assert [line.split()[:2] for line in out.splitlines() if line.startswith("2 ")] == [["2", "pending"]]
+
+
+class Told(Callback):
+    """A callback of a user's own."""
+
+    ends: ClassVar[list[tuple[str, object]]] = []
+
+    def on_job_end(self, config, job_return, **_) -> None:
+        told = job_return._return_value
+        Told.ends.append((job_return.status.name, told if job_return.status.name == "COMPLETED" else str(told)))
+
+
+def test_hydras_callbacks_are_told_how_a_job_ended(sweep):
+    Told.ends.clear()
+    callback = f"+hydra.callbacks.told._target_={__name__}.Told"
+    assert sweep(callback, "optimizer.lr=2e-3", multirun=False)[0] == 0
+    loss = (math.log(2e-3) + 6) ** 2
+    sweep.failing_below = 1e-3
+    code, _, err = sweep(callback, "optimizer.lr=1e-4", "name=t", multirun=False)
+    assert (code, err) == (1, "FloatingPointError: lr 0.0001\n")
+    code, _, err = sweep(callback, "train.steps=none_at_all", multirun=False)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert sweep(callback, "optimizer.lr=1e-4,2e-3")[0] == 1 and sweep.trained == [0, 1]
+    assert [status for status, _ in Told.ends] == ["COMPLETED", "FAILED", "FAILED", "FAILED", "COMPLETED"]
+    assert Told.ends[0] == Told.ends[4] == ("COMPLETED", loss)
+    assert Told.ends[1][1] == "FloatingPointError: lr 0.0001" and str(Told.ends[2][1]).startswith("train.steps: ")
+
+
+@pytest.mark.parametrize("multirun", [False, True])
+@pytest.mark.parametrize("launcher", ["slurm", "submitit_slurm"])
+def test_a_launcher_of_slurm_where_there_is_none(sweep, monkeypatch, launcher, multirun, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, out, err = sweep(f"hydra/launcher={launcher}", multirun=multirun)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert err.startswith(f"hydra/launcher: {launcher}, and there is no srun on the path")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_for_hydra_that_would_stay_empty(sweep, tmp_path):
+    away = f"hydra.run.dir={tmp_path / 'away'}"
+    code, _, err = sweep(away, multirun=False)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert err.startswith(f"hydra.run.dir: {tmp_path / 'away'} would stay empty") and "set runs_dir and name" in err
+    assert list(tmp_path.iterdir()) == []
+    assert sweep(away, "hydra.job.chdir=true", multirun=False)[0] == 0
+    assert [run.path for run in runs.find(tmp_path)] == [tmp_path / "away" / "runs" / "s"]
