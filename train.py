@@ -1,6 +1,6 @@
 """Train: `python train.py --help`."""
 
-from bridge.launch.driver import main
+from bridge.launch.start import main
 
 if __name__ == "__main__":
     main()

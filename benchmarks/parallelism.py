@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.layouts import LAYOUTS  # noqa: E402
 from bridge import estimate, platform  # noqa: E402
 from bridge.config import run_config  # noqa: E402
-from bridge.launch.spawn import worker_environment  # noqa: E402
+from bridge.launch.environment import worker_environment  # noqa: E402
 
 # 0.6 B parameters at the width of Llama-3.2-1B. With micro-batches of two sequences a CPU that takes 6 to 7 ms to issue
 # the kernels of a layer is no faster than one H200 that runs them: two GPUs that share the layer wait half the time.

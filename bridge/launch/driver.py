@@ -24,6 +24,7 @@ from bridge.launch import (
     sweep,
     torchrun,
 )
+from bridge.launch.environment import python_path
 from bridge.launch.ranks import Prepared
 from bridge.launch.result import EXIT_CODES, Result, read_result, result_path
 from bridge.launch.run_dir import check_resumable, claimed, finished
@@ -40,7 +41,7 @@ def main() -> None:
     ranks.adopt()
     if torchrun.active():
         leave(ranks.run(_composed_once))
-    os.environ["PYTHONPATH"] = spawn.python_path()  # for the jobs of a launcher
+    os.environ["PYTHONPATH"] = python_path()  # for the jobs of a launcher
     sys.exit(guarded(_command))
 
 

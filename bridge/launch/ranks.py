@@ -17,9 +17,9 @@ from bridge.command_line import guarded
 from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.launch import evaluation, torchrun
+from bridge.launch.environment import num_cores, worker_environment
 from bridge.launch.result import Result, log_path, print_error
 from bridge.launch.run_dir import Claim, claimed, latest_step
-from bridge.launch.spawn import num_cores, worker_environment
 from bridge.launch.worker import execute, kept_output
 from bridge.weights.locate import HF_ASSETS, has_tokenizer
 

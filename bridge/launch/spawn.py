@@ -1,9 +1,7 @@
 """The worker processes of one run: their environment, their signals, and what became of them."""
 
-import os
 import re
 import signal
-import site
 import subprocess
 import sys
 import time
@@ -16,13 +14,15 @@ from typing import Any
 
 import psutil
 
-import bridge
+from bridge.launch import early
+from bridge.launch.early import WORKER
+from bridge.launch.environment import worker_environment
 from bridge.launch.result import Result, first_rank_error, forget, killed, read_result, write_result
 from bridge.launch.run_dir import Claim, latest_step
 from bridge.launch.worker import STARTED
 from bridge.platform.processes import die_with_parent
 
-WORKER, ELASTIC = "bridge.launch.worker", "bridge.launch.elastic"
+ELASTIC = "bridge.launch.elastic"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 MOST_FRUITLESS = 2  # restarts in a row without a newer checkpoint
 
@@ -93,35 +93,12 @@ def _tell(claim: Claim, line: str) -> None:
         log.write(f"{line}\n")
 
 
-def worker_environment(*, num_devices: int, fields: Mapping[str, Any]) -> dict[str, str]:
-    """The environment of the workers. What the user has set already stays."""
-    defaults = {"OMP_NUM_THREADS": str(max(1, num_cores() // num_devices)), "PYTHONUNBUFFERED": "1"}
-    if any((fields.get(size) or 1) > 1 for size in ("tensor_model_parallel_size", "context_parallel_size")):
-        # With one hardware queue, kernels start in the order they were issued, which mcore's overlap of TP and CP
-        # communication with computation relies on. It is read when a process first touches the GPU: set it before.
-        defaults["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    environment = defaults | dict(os.environ)
-    return environment | {"PYTHONPATH": python_path()}
-
-
-def python_path() -> str:
-    """PYTHONPATH with which other processes find the package, too: `python DIR/train.py` finds it beside the script."""
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    checkout = str(Path(bridge.__file__).parents[1])
-    if checkout not in (*paths, *site.getsitepackages()):
-        paths.insert(0, checkout)
-    return os.pathsep.join(paths)
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _watch(command: list[str], environment: dict[str, str], claim: Claim, *, stderr: Any) -> tuple[int, bool]:
     """Run `command` to its end, passing stop signals on. Returns its exit code, and whether it was asked to stop."""
+    if ELASTIC in command:
+        early.end()
     with _forwarded_signals() as stop:
-        process = subprocess.Popen(
+        process = early.told(claim, environment) or subprocess.Popen(
             command,
             env=environment,
             stderr=stderr,

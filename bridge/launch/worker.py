@@ -1,4 +1,7 @@
-"""One training process: `python -m bridge.launch.worker RUN_DIR`, started by the driver. Reads RUN_DIR/config.yaml."""
+"""One training process: `python -m bridge.launch.worker [RUN_DIR]`, started by the driver. Reads RUN_DIR/config.yaml.
+
+Without RUN_DIR the driver tells it later (bridge.launch.early).
+"""
 
 import os
 import stat
@@ -12,7 +15,7 @@ from pathlib import Path
 from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.errors import BridgeError, RunError, Stopped
-from bridge.launch import live_line, watchdog
+from bridge.launch import early, live_line, watchdog
 from bridge.launch.result import Result, log_path, unexpected, write_rank_error, write_result
 from bridge.platform.processes import die_with_parent
 from bridge.training.pulse import Pulse
@@ -24,7 +27,7 @@ def main() -> None:
     """Entry of a process that the driver or torch elastic started."""
     # No run outlives its driver unseen. SIGKILL: saves are crash safe, and it also ends one that hangs in a collective.
     die_with_parent()
-    run_dir = Path(sys.argv[1])
+    run_dir = Path(sys.argv[1]) if len(sys.argv) > 1 else early.run_dir()
     rank = int(os.environ.get("RANK", "0"))
     with kept_output(log_path(run_dir, rank=rank), on_console=rank == 0) as console:
         result = execute(run_config.read(run_dir / "config.yaml"), rank=rank, terminal=console)
