@@ -64,11 +64,11 @@ def results(open_task: Open, *, num_tasks: int, num_workers: int) -> Iterator[tu
         for worker in workers:
             worker.start()
         for _ in range(num_tasks + num_workers):
-            index, result, error = messages.get()
+            finished, result, error = messages.get()
             if error is not None:
                 raise error
-            if index is not None:
-                yield index, result
+            if finished is not None:
+                yield finished, result
     finally:
         stop.set()
         for worker in workers:

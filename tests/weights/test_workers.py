@@ -70,8 +70,8 @@ def failing(error, asked):
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_an_error_is_raised_as_it_is_and_ends_the_others(num_workers):
     asked = []
+    open_task = failing(ConversionError("file: tensor x is damaged"), asked)
     with pytest.raises(ConversionError, match="^file: tensor x is damaged$") as caught:
-        open_task = failing(ConversionError("file: tensor x is damaged"), asked)
         list(results(open_task, num_tasks=1000, num_workers=num_workers))
     assert caught.traceback[-1].name == "task"
     assert len(asked) < 1000
