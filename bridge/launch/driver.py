@@ -203,6 +203,7 @@ def _earlier(config: RunConfig, job: compose.Job) -> Result | None:
         if result is not None:
             loss = "" if result.eval_loss is None else f" (eval loss {result.eval_loss:.4f})"
             print(f"run {config.run_dir}: done at step {result.step}{loss}; nothing left to do", flush=True)
+            ranks.print_next(config, result)
         return result
     result = sweep.earlier_result(config, job)
     if result is not None:
