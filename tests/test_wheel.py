@@ -26,7 +26,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_console_scripts(site: Path):
     (entry_points,) = site.glob("*.dist-info/entry_points.txt")
     lines = entry_points.read_text().splitlines()
-    assert "bridge-train = bridge.launch.driver:main" in lines
+    assert "bridge-train = bridge.launch.start:main" in lines
     assert "bridge-convert = bridge.launch.convert:main" in lines
 
 
