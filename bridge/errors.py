@@ -1,7 +1,7 @@
 """Errors a user can cause, and the nearest-name hint they carry. Imports nothing but the standard library."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class BridgeError(Exception):
@@ -30,5 +30,10 @@ class Stopped(BaseException):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest of `known`, or an empty string when none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    return which_of(difflib.get_close_matches(name, list(known), n=1, cutoff=0.6))
+
+
+def which_of(names: Sequence[str]) -> str:
+    """`; did you mean 'x', 'y' or 'z'?`, or an empty string without any."""
+    *first, last = (f"'{name}'" for name in names or [""])
+    return f"; did you mean {', '.join(first)}{' or ' if first else ''}{last}?" if names else ""

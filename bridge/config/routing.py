@@ -7,7 +7,7 @@ import ast
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from bridge.config import annotation, mcore_fields, modules, own_fields, sections
+from bridge.config import annotation, mcore_fields, modules, other_names, own_fields, sections
 from bridge.config.mcore_fields import Field
 from bridge.errors import ConfigError, did_you_mean
 
@@ -124,6 +124,11 @@ def route(config: Mapping[str, Mapping[str, Any]]) -> Routed:
     return Routed(**parts, family=family, origin=origin)
 
 
+def settable(name: str, field: Field) -> bool:
+    """Whether a configuration may set this field at all."""
+    return name not in _REFUSED and (name in _RETYPED or mcore_fields.expressible(field))
+
+
 def _entries(config: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, Any]]:
     for section in SECTIONS:
         values = config.get(section, {})
@@ -133,6 +138,11 @@ def _entries(config: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str
             )
         for name, value in values.items():
             yield section, str(name), value
+
+
+def own() -> dict[str, str]:
+    """Full key -> type, of the keys that megatron-core does not have."""
+    return {f"{_own_section(name)}.{name}": text for name, text in _OWN_KEYS.items()}
 
 
 def _own_section(name: str) -> str:
@@ -167,15 +177,11 @@ def _unknown(key: str, name: str, value: Any, targets: Mapping[str, Mapping[str,
     own = [other for other in _OWN_KEYS if key.startswith(f"{_own_section(other)}.")]
     known = [
         *own,
-        *(
-            field
-            for fields in targets.values()
-            for field, declared in fields.items()
-            if field not in _REFUSED and (field in _RETYPED or mcore_fields.expressible(declared))
-        ),
+        *(field for fields in targets.values() for field, declared in fields.items() if settable(field, declared)),
     ]
     hint = (
-        did_you_mean(name, known)
+        other_names.instead(key, value)
+        or did_you_mean(name, known)
         or "; set a field of megatron-core's TransformerConfig, OptimizerConfig or DistributedDataParallelConfig"
     )
     return ConfigError(f"{key}: unknown key (value {value!r}){hint}")

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from bridge.config import annotation, durations
+from bridge.config import annotation, durations, other_names
 from bridge.errors import ConfigError, did_you_mean
 
 Section = TypeVar("Section")
@@ -12,9 +12,9 @@ Section = TypeVar("Section")
 
 def unknown_key(key: str, value: Any, names: Any) -> ConfigError:
     """The error for a key that is none of `names`. `key` is the full key."""
-    return ConfigError(
-        f"{key}: unknown key (value {value!r}){did_you_mean(key.rpartition('.')[2], names) or _listed(names)}"
-    )
+    names = list(names)
+    meant = other_names.instead(key, value) or did_you_mean(key.rpartition(".")[2], names) or _listed(names)
+    return ConfigError(f"{key}: unknown key (value {value!r}){meant}")
 
 
 def build(kind: type[Section], values: Any, path: str) -> Section:
@@ -57,5 +57,4 @@ def _value(field: "dataclasses.Field[Any]", value: Any, key: str) -> Any:
 
 
 def _listed(names: Any) -> str:
-    shown = list(names)
-    return f"; known here: {', '.join(shown)}" if shown else "; nothing can be set here"
+    return f"; known here: {', '.join(names)}" if names else "; nothing can be set here"

@@ -12,16 +12,26 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, Sweep, ValueType
 from hydra.errors import HydraException
 
+from bridge.config import known_keys
 from bridge.errors import ConfigError
+from bridge.launch import hints
 
-GIVEN_ONCE = ("--config-dir", "--config-path", "--config-name")
+GIVEN_ONCE = ("--config-dir", "--config-path", "--config-name", "hydra.searchpath")  # Hydra takes one and is silent
 SLOTS = ("recipe", "experiment")  # groups of the defaults list without an option: '+' may stand before their names
 _PARAMS = "hydra.sweeper.params"
 
 
-def normalised(arguments: Sequence[str]) -> list[str]:
-    """`arguments` as Hydra understands them, of the same meaning. Raises ConfigError for what is no flag of Hydra's."""
-    flags, overrides = _split(arguments)
+def normalised(arguments: Sequence[str], primary: str) -> list[str]:
+    """`arguments` as Hydra understands them, of the same meaning.
+
+    Raises ConfigError for what is no flag of Hydra's, and for no value where conf/<primary>.yaml needs one.
+    """
+    flags, overrides = _split(arguments, primary)
+    for argument in overrides:
+        key = argument.removesuffix("=").lstrip("+")
+        kind = known_keys.of_command(primary).get(key) if argument.endswith("=") else None
+        if kind is not None and not known_keys.is_text(kind):
+            raise ConfigError(f"{key}: has no value; write {key}=VALUE")
     params = [argument for argument in overrides if argument.lstrip("+").startswith(_PARAMS)]
     others = [_without_plus(argument) for argument in overrides if argument not in params]
     return [*flags, *(override for argument in params for override in _swept(argument)), *others]
@@ -32,12 +42,11 @@ def overrides_in(arguments: Sequence[str]) -> list[str]:
     return [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def _split(arguments: Sequence[str], primary: str) -> tuple[list[str], list[str]]:
     """Flags with their values, and the rest."""
-    for flag in GIVEN_ONCE:
-        if sum(argument.partition("=")[0] == flag for argument in arguments) > 1:
-            more = "; for further directories write 'hydra.searchpath=[DIR]'" if flag == "--config-dir" else ""
-            raise ConfigError(f"{flag}: is given twice; give it once{more}")
+    for name in GIVEN_ONCE:
+        if sum(argument.partition("=")[0] == name for argument in arguments) > 1:
+            raise ConfigError(f"{name}: is given twice; give it once (further directories: 'hydra.searchpath=[A,B]')")
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     for argument in arguments:
@@ -47,7 +56,9 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     overrides = values.overrides
     unknown = [argument for argument in [*rest, *overrides] if argument.startswith("-")]
     if unknown:
-        raise ConfigError(_unknown_flag(unknown[0], arguments))
+        name = unknown[0].partition("=")[0]
+        value = _value_of(unknown[0], arguments)
+        raise ConfigError(f"{name}: no such flag{hints.of_flag(name, value, known_keys.of_command(primary))}")
     return _written(vars(values)), overrides
 
 
@@ -77,12 +88,6 @@ def _refuse_config_file(flag: str, arguments: Sequence[str]) -> NoReturn:
         f"--config: no such flag; write --config-dir {file.parent} --config-name {file.stem}, with `defaults: [train, "
         f"_self_]` as the first line of the file"
     )
-
-
-def _unknown_flag(flag: str, arguments: Sequence[str]) -> str:
-    name = flag.partition("=")[0]
-    key = name.lstrip("-").replace("-", "_")
-    return f"{name}: no such flag; write {key}={_value_of(flag, arguments) or 'VALUE'}"
 
 
 def _without_plus(argument: str) -> str:

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 import bridge
 from bridge.command_line import FULL_ERROR
 from bridge.errors import BridgeError, ConfigError
-from bridge.launch import arguments, group_options, hydra_keys, optuna, repeated, slurm, slurm_job
+from bridge.launch import arguments, group_options, hydra_keys, option_files, optuna, repeated, slurm, slurm_job
 from bridge.launch.hydra_errors import of_the_users, one_line
 
 GRID_SWEEPER = "hydra_plugins.bridge_grid.GridSweeper"
@@ -122,7 +122,8 @@ def run(
     driver = slurm_job.this_process()
     NoteSweep.started = None
     failures: list[Exception] = []
-    sys.argv[1:] = typed = arguments.normalised(sys.argv[1:])  # a launcher may run the task in another process
+    typed = arguments.normalised(sys.argv[1:], config_name)  # a launcher may run the task in another process
+    sys.argv[1:] = typed
     usual = os.environ.get(FULL_ERROR)
 
     def task(composed: DictConfig) -> Any:
@@ -159,7 +160,7 @@ def run(
     except Exception as error:
         if isinstance(error, BridgeError | FailedTrial) or error in failures:
             raise
-        raise as_config_error(error) from error
+        raise as_config_error(error, primary=config_name) from error
     if failures:
         raise failures[0]
 
@@ -181,13 +182,13 @@ def _set_environment(name: str, value: str | None) -> None:
         os.environ[name] = value
 
 
-def as_config_error(error: Exception) -> ConfigError:
+def as_config_error(error: Exception, *, primary: str = "train") -> ConfigError:
     """What went wrong while Hydra composed, as one line of the user's; raises `error` itself when it is none of his."""
     if isinstance(error, ConfigError):
         return error
     if not of_the_users(error):
         raise error
-    return ConfigError(one_line(error, arguments=sys.argv[1:]))
+    return ConfigError(one_line(error, typed=sys.argv[1:], primary=primary))
 
 
 def counts_failures(hydra: Any) -> bool:
@@ -217,6 +218,7 @@ def absolute(settings: Mapping[str, Any], *, names: frozenset[str]) -> dict[str,
 def _prepare_hydra() -> None:
     _declare_open_sections()
     group_options.share_repository()
+    option_files.check_all()
     optuna.set_defaults()  # imports Hydra's plugins, which store their options anew
     ConfigStore.instance().store(
         group="hydra/sweeper", name="basic", node=BasicSweeperConf(_target_=GRID_SWEEPER), provider="bridge"
@@ -239,7 +241,7 @@ def _choice(group: str, *, _root_: DictConfig) -> str:
     Hydra's own `${hydra:runtime.choices.model}` has no value yet when the directory of a sweep is named.
     """
     settings = _root_.get("hydra") or HydraConfig.get()
-    return str(settings.runtime.choices[group])
+    return str(settings.runtime.choices.get(group))  # None after ~model
 
 
 def _mode_by_launcher(*, _root_: DictConfig) -> str | None:
@@ -271,11 +273,15 @@ def job_of(composed: DictConfig, typed: list[str]) -> Job:
     except ConfigError:
         raise
     except Exception as error:  # Hydra's own settings are whatever the user made of them
-        raise ConfigError(one_line(error, arguments=typed)) from error
+        raise ConfigError(one_line(error, typed=typed)) from error
 
 
 def _job(composed: DictConfig, typed: list[str]) -> Job:
     settings = HydraConfig.get()
+    for slot in arguments.SLOTS:
+        if slot in composed:
+            file = f"{slot}/{settings.runtime.choices.get(slot)}.yaml"
+            raise ConfigError(f"{slot}: {file} sets keys of '{slot}'; make its first line '# @package _global_'")
     overrides = OmegaConf.to_container(settings.overrides.task, resolve=False)  # as typed: with ${...}
     assert isinstance(overrides, list)
     launcher = _resolve(settings.launcher)

@@ -5,19 +5,23 @@ Hydra's own texts span lines and advise '+key', which would only move the mistak
 
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import pairwise
 
+from hydra.core.override_parser.types import Override
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
     MissingConfigException,
     OverrideParseException,
 )
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from bridge.config import known_keys
 from bridge.errors import did_you_mean
+from bridge.launch import arguments, hints
 
 _COMPOSING = ("config_loader_impl.py", "defaults_list.py", "config_repository.py")
 
@@ -31,30 +35,37 @@ def of_the_users(error: Exception) -> bool:
     return composing or not any(frame.name == "launch" for frame in frames)
 
 
-def one_line(error: Exception, *, arguments: Iterable[str] = ()) -> str:
-    """One line for `error`, raised while Hydra composed the command line `arguments`."""
+def one_line(error: Exception, *, typed: Sequence[str] = (), primary: str = "train") -> str:
+    """One line for `error`, raised while Hydra composed conf/<primary>.yaml and the command line `typed`."""
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not a valid override, {_first_line(error.message)}; write key=value or group=option"
+        return hints.of_unparsed(error.override, _first_line(error.message), known_keys.of_command(primary))
     if isinstance(error, MissingConfigException):
-        return _missing_file(error)
+        return _missing_file(error, typed, primary)
     if isinstance(error, ConfigCompositionException):
-        return _composition(error, list(arguments))
+        return _composition(error, typed, primary)
     if isinstance(error, OmegaConfBaseException):
         return _omegaconf(error)
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{mark.name}: line {mark.line + 1} is not valid YAML, {error.problem}"
+    if isinstance(error, UserWarning):
+        return f"hydra.searchpath: no directory '{str(error).partition('path=')[2].removesuffix(' is not available.')}'"
+    if str(error).startswith("Config group override must be"):
+        return _no_name(typed)
     if not isinstance(error, HydraException | ValueError):  # Hydra and OmegaConf fail on some values without a word
         said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or ""
-        return f"{_override_at(error)}: cannot be composed ({type(error).__name__}: {_first_line(said)})"
+        applied = _applied(error)
+        key = applied[0].input_line if applied else "configuration"
+        return f"{key}: cannot be composed ({type(error).__name__}: {_first_line(said)})"
     return _first_line(str(error))
 
 
-def _override_at(error: Exception) -> str:
-    """The override that was being applied when `error` was raised."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    applied = [frame.f_locals["override"] for frame in frames if frame.f_code.co_name == "_apply_overrides_to_config"]
-    return applied[-1].input_line if applied else "configuration"
+def _applied(error: BaseException) -> tuple[Override, DictConfig] | None:
+    """The override that was being applied when `error` was raised, and the configuration it was applied to."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "_apply_overrides_to_config":
+            return frame.f_locals["override"], frame.f_locals["cfg"]
+    return None
 
 
 def _first_line(text: str) -> str:
@@ -63,55 +74,97 @@ def _first_line(text: str) -> str:
     return (useful or lines or ["unknown error"])[0]
 
 
-def _missing_file(error: MissingConfigException) -> str:
+def _missing_file(error: MissingConfigException, typed: Sequence[str], primary: str) -> str:
     missing = error.missing_cfg_file
     if missing is None:
         return _first_line(str(error))
+    if missing.endswith((".yaml", ".yml")):
+        group, _, file = missing.partition("/")
+        return f"{group}: '{file}' is a file, not an option{hints.of_file(group, file)}"
     group, _, option = str(missing).rpartition("/")
     if not group:
+        flags = dict(pairwise(typed))
+        if "--config-path" in flags:
+            directory, name = flags["--config-path"], flags.get("--config-name", primary)
+            return (
+                f"--config-path: {directory} takes the place of the shipped files and has no {option}.yaml; write "
+                f"--config-dir {directory} --config-name {name}"
+            )
         return f"{option}: no such configuration file; see --config-dir and --config-name"
-    if (group, option) == ("hydra/sweeper", "optuna"):
-        return f"{group}: '{option}' needs a package that is missing; pip install 'bridge[sweep]'"
-    known = [str(name) for name in error.options or []]
-    choices = f"; the options are {', '.join(sorted(known))}" if known else ""
-    return f"{group}: no option '{option}'{did_you_mean(option, known) or choices}"
+    known = sorted(str(name) for name in error.options or [])
+    return f"{group}: no option '{option}'{hints.of_option(group, option, known)}"
 
 
-def _composition(error: ConfigCompositionException, arguments: list[str]) -> str:
+def _composition(error: ConfigCompositionException, typed: Sequence[str], primary: str) -> str:
     text, cause = str(error), error.__cause__
     quoted = re.search(r"'([^']*)'", text)
     name = quoted.group(1) if quoted else ""
     if text.startswith("Could not override"):
-        return _unknown_key(name, cause, arguments)
+        return _unknown_key(name, cause, typed, primary)
     if text.startswith(("Ambiguous value for argument", "Sweep parameters")):
-        key, _, value = name.partition("=")
-        return f"{key}: '{value}' gives one run several values; write [a,b] for a list, or add -m to run them all"
+        key, _, value = text.partition("'")[2].rpartition("'")[0].partition("\n")[0].rstrip("'").partition("=")
+        value = value.removesuffix("' requires --multirun")
+        if text.startswith("Sweep"):
+            return f"{key}: '{value}' gives one run several values; add -m to run them all"
+        ways = hints.of_values(key, value, known_keys.of_command(primary))
+        return f"{key}: '{value}' gives one run several values{ways}"
     if text.startswith("Could not append to config"):
-        argument = next((a for a in arguments if a.startswith(f"+{name}=")), f"+{name}=...")
+        argument = next((a for a in typed if a.startswith(f"+{name}=")), f"+{name}=...")
         return f"{name}: is already set, so '{argument}' adds nothing; write it without the '+'"
     twice = re.match(r"Multiple values for (\S+?)\. |(\S+) appears more than once", text)
     if twice:
         group = twice.group(1) or twice.group(2)
         return f"{group}: is chosen twice; write {group}=option without a '+'"
-    if text.startswith("Could not delete from config"):
-        return f"{name}: cannot be deleted, it does not exist"
+    if text.startswith("Could not delete"):
+        return _undeleted(name, error)
     if isinstance(cause, OmegaConfBaseException):
         return _omegaconf(cause)
     return _first_line(text)
 
 
-def _unknown_key(name: str, cause: BaseException | None, arguments: list[str]) -> str:
-    parent, *_ = name.rpartition(".")
-    known: list[str] = []
+def _no_name(typed: Sequence[str]) -> str:
+    """For an option of a group that reads as a number."""
+    choices = [argument.partition("=") for argument in typed if "." not in argument.partition("=")[0]]
+    for group, _, option in choices:
+        if re.fullmatch(r"[\d.e+-]+|true|false|null", option, re.IGNORECASE):
+            return f"{group}={option}: no option of a group{hints.of_option(group, option, []) or '; write its name'}"
+    return "a group: its option is no name; write group=option"
+
+
+def _undeleted(name: str, error: Exception) -> str:
+    applied = _applied(error)
+    if applied is None:  # a group
+        group = name.partition("=")[0]
+        return f"{group}: another option than in '~{name}' is chosen, or none; write {group}=OPTION for another"
+    override, config = applied
+    section, _, last = name.rpartition(".")
+    node = OmegaConf.select(config, section) if section else config
+    if not isinstance(node, DictConfig) or last not in node:
+        beside = [str(key) for key in node] if isinstance(node, DictConfig) else []
+        hint = hints.of_key(name, None, beside=beside, keys={})
+        return f"{name}: cannot be deleted, it does not exist{hint}"
+    if node[last] is None:
+        return f"{name}: is null already; leave '{override.input_line}' out"
+    return f"{name}: is {node[last]}, so that '{override.input_line}' deletes nothing; write '~{name}'"
+
+
+def _unknown_key(name: str, cause: BaseException | None, typed: Sequence[str], primary: str) -> str:
+    parent, beside = name.rpartition(".")[0], list[str]()
     if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
         node = cause.parent_node
         parent = str(node._get_full_key(None) or "")
-        known = [str(key) for key in node]
+        beside = [str(key) for key in node]
+    argument = next((a for a in typed if a.split("=")[0] == name), name)
+    value = argument.partition("=")[2] or None
+    if name in arguments.SLOTS:
+        file = value if value and re.fullmatch(r"[\w-]+", value) else "NAME"
+        return f"{name}: no option '{value}'; put {name}/{file}.yaml into the directory of --config-dir DIR"
     rest = name.removeprefix(f"{parent}.") if parent else name
-    hint = did_you_mean(rest.split(".")[0], known)
-    if hint and parent:
-        hint = hint.replace("'", f"'{parent}.", 1)
-    argument = next((a for a in arguments if a.split("=")[0] == name), name)
+    known = known_keys.of_command(primary)
+    # a key below one that does not exist: what is near it may be a section
+    hint = hints.of_key(name, value, beside=[] if "." in rest else beside, keys=known)
+    if not hint and "." in rest:
+        hint = did_you_mean(rest.split(".")[0], beside)
     kind = "group or key" if "." not in name else "key"
     return f"{name}: no such {kind} ({argument}){hint}"
 

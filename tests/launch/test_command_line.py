@@ -70,13 +70,34 @@ def test_help_lists_groups_and_main_keys(monkeypatch, capsys):
         ("+model=tiny", "model: is chosen twice; write model=option without a '+'"),
         (
             "train.steps=1,2",
-            "train.steps: '1,2' gives one run several values; write [a,b] for a list, or add -m to run",
+            "train.steps: '1,2' gives one run several values; add -m to run them all",
         ),
         ("train.steps=[1", "train.steps=[1: not a valid override"),
-        ("train.steps", "train.steps: not a valid override"),
+        ("train.steps", "train.steps: has no value; write train.steps=VALUE, without spaces around the '='"),
+        (
+            "init.path=/a/x=1",
+            "init.path: '/a/x=1' has characters that Hydra reads as its own; write 'init.path=\"/a/x=1\"'",
+        ),
+        ("data.split=90,10", "data.split: '90,10' gives one run several values; write 'data.split=\"90,10\"' for one "),
+        ("name=3", "name: 3 does not fit; set a string, in quotes: 'name=\"3\"'"),
+        ("lr=1e-3", "lr: no such group or key (lr=1e-3); write optimizer.lr=1e-3"),
+        ("+lr=1e-3", "lr: unknown key (value 0.001); write optimizer.lr=0.001"),
+        ("optimizer.learning_rate=1", "optimizer.learning_rate: unknown key (value 1); write optimizer.lr=1"),
+        ("optimizer.lr=", "optimizer.lr: has no value; write optimizer.lr=VALUE"),
+        ("precision=16", "precision=16: no option of a group; precision=fp16 trains in float16"),
+        ("model=/a/model/x.yaml", "model: '/a/model/x.yaml' is a file, not an option; write --config-dir /a model=x"),
+        (
+            "experiment=one",
+            "experiment: no option 'one'; put experiment/one.yaml into the directory of --config-dir DIR",
+        ),
         ("train.steps=many", "train.steps: 'many'"),
         ("train=3", "train: 3 is not a section"),
         ("~train.nothing", "train.nothing: cannot be deleted, it does not exist"),
+        ("~train.stps", "train.stps: cannot be deleted, it does not exist; did you mean 'train.steps'?"),
+        ("~checkpoint.keep_last", "checkpoint.keep_last: is null already; leave '~checkpoint.keep_last' out"),
+        ("~train.steps=5", "train.steps: is 300, so that '~train.steps=5' deletes nothing; write '~train.steps'"),
+        ("~model=gpt2", "model: another option than in '~model=gpt2' is chosen, or none; write model=OPTION for an"),
+        ("~model", "model.family: is missing; choose a model"),
         ("name=${nothing}", "name: Interpolation key 'nothing' not found"),
         ("name=???", "name: has no value; set name=..."),
         ("name=../elsewhere", "name: '../elsewhere'"),
@@ -98,7 +119,12 @@ def test_mistakes_are_one_line_and_exit_code_2(argument, message, monkeypatch, c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train.steps=2", "--lr", "1e-3"], "--lr: no such flag; write "),
+        (["train.steps=2", "--lr", "1e-3"], "--lr: no such flag; write optimizer.lr=1e-3"),
+        (["-m", "optimizer.lr="], "optimizer.lr: has no value; write optimizer.lr=VALUE"),
+        (
+            ["--config-path", "{dir}", "--config-name", "mine"],
+            "--config-path: {dir} takes the place of the shipped files and has no train.yaml; write --config-dir {dir}",
+        ),
         (["--config", "a/x.yaml"], "--config: no such flag; write --config-dir a --config-name x, "),
         (["--cfg"], "--cfg/-c: expected one argument; --hydra-help lists all flags"),
         (["--config-dir", "a", "x=1", "--config-dir=b"], "--config-dir: is given twice; "),
@@ -118,9 +144,11 @@ def test_mistakes_are_one_line_and_exit_code_2(argument, message, monkeypatch, c
 )
 def test_mistakes_with_flags_and_sweeps_are_one_line(arguments, message, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\n")
+    arguments = [argument.replace("{dir}", str(tmp_path)) for argument in arguments]
     code, _, err = run_in_process(driver.main, arguments, monkeypatch, capsys)
     assert (code, len(err.splitlines())) == (2, 1), err
-    assert err.startswith(message)
+    assert err.startswith(message.replace("{dir}", str(tmp_path)))
 
 
 def test_full_errors_are_tracebacks_when_asked_for(monkeypatch, capsys, tmp_path):
@@ -245,14 +273,12 @@ def test_cfg_may_stand_last(monkeypatch, capsys):
         ["train.steps=3", "train={global_batch_size: 4}", "train.steps=2"],
     ],
 )
-@pytest.mark.parametrize("sweeper", [[], ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2"]])
-def test_a_key_given_twice_means_in_a_sweep_what_it_means_in_a_run(overrides, sweeper, monkeypatch, tmp_path):
+def test_a_key_given_twice_means_in_a_sweep_what_it_means_in_a_run(overrides, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (single,) = composed(overrides, monkeypatch)
     assert chosen(single) == (2, 4, 1e-3)
-    jobs = composed([*overrides, "-m", *sweeper, "optimizer.lr=0.1,0.1"], monkeypatch)
-    assert [chosen(job) for job in jobs] == [(2, 4, 0.1)] * 2
-    assert all(job.swept == ("optimizer.lr=0.1",) for job in jobs)
+    (job,) = composed([*overrides, "-m", "optimizer.lr=choice(0.1)"], monkeypatch)
+    assert (chosen(job), job.swept) == ((2, 4, 0.1), ("optimizer.lr=0.1",))
 
 
 @pytest.mark.parametrize("sweeper", [[], ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=1"]])
@@ -302,3 +328,26 @@ def test_hydra_knows_the_job_by_the_name_of_the_command(monkeypatch, tmp_path):
     (job,) = composed(["hydra/job_logging=default", "name=a_${hydra:job.name}"], monkeypatch)
     assert job.settings["name"] == "a_train"
     assert [path.name for path in tmp_path.iterdir()] == ["train.log"]
+
+
+@pytest.mark.parametrize("override", ["experiment=one", "+experiment=one", "experiment=[one]"])
+def test_an_experiment_of_the_users_own_goes_on_top_of_a_recipe(override, monkeypatch, tmp_path):
+    for file, text in {
+        "recipe/night.yaml": "defaults:\n  - override /precision: bf16\ntrain: {steps: 5, global_batch_size: 64}\n",
+        "experiment/one.yaml": "train: {steps: 6}\noptimizer: {lr: 2}\n",
+    }.items():
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text(f"# @package _global_\n{text}")
+    (job,) = composed([override, "recipe=night", f"--config-dir={tmp_path}", "optimizer.lr=3"], monkeypatch)
+    assert chosen(job) == (6, 64, 3)
+    assert job.settings["precision"]["bf16"] is True
+    assert "experiment" not in job.settings
+
+
+@pytest.mark.parametrize("slot", ["experiment", "recipe"])
+def test_an_experiment_without_its_first_line(slot, monkeypatch, capsys, tmp_path):
+    (tmp_path / slot).mkdir()
+    (tmp_path / slot / "one.yaml").write_text("train: {steps: 6}\n")
+    code, _, err = run_in_process(driver.main, [f"{slot}=one", "--config-dir", str(tmp_path)], monkeypatch, capsys)
+    assert code == 2
+    assert err == f"{slot}: {slot}/one.yaml sets keys of '{slot}'; make its first line '# @package _global_'\n"

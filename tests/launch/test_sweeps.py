@@ -185,7 +185,7 @@ def test_the_table_tells_that_all_trials_failed(sweep, storage):
 
 def test_optuna_that_is_missing():
     missing = MissingConfigException("", missing_cfg_file="hydra/sweeper/optuna", options=["basic"])
-    message = "hydra/sweeper: 'optuna' needs a package that is missing; pip install 'bridge[sweep]'"
+    message = "hydra/sweeper: no option 'optuna'; it needs a package that is missing: pip install 'bridge[sweep]'"
     assert hydra_errors.one_line(missing) == message
 
 

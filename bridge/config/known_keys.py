@@ -1,0 +1,70 @@
+"""Every key that a command line can set and the text of its type, from the declarations alone: for hints."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bridge.config import mcore_fields, modules, routing
+from bridge.config.annotation import of_dataclass_field
+from bridge.config.run_config import RunConfig
+from bridge.config.schema import ConvertConfig
+
+_NAMED = {"data": "data", "peft": "peft"}  # section -> package of modules that declare its keys
+# Fields that stand in another section than that of their class or their neighbours in it, by the start of their names.
+_ELSEWHERE = {
+    "precision": (
+        *("bf16", "fp16", "fp8", "fp4", "params_dtype", "pipeline_dtype", "autocast_dtype", "grad_reduce_in_fp32"),
+        *("initial_loss_scale", "min_loss_scale", "loss_scale", "hysteresis"),
+    ),
+    "parallelism": ("recompute_",),
+}
+
+
+def of_command(primary: str) -> dict[str, str]:
+    """Full key -> annotation, of conf/<primary>.yaml: train or convert."""
+    if primary == "convert":
+        return dict(_declared(ConvertConfig))
+    keys = dict(_declared(RunConfig))
+    for section, package in _NAMED.items():
+        for name in modules.known(package):
+            for key, text in _declared(modules.load(section, name, package).Config, f"{section}."):
+                keys.setdefault(key, text)
+    return keys | _of_megatron()
+
+
+def _declared(kind: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    for field in dataclasses.fields(kind):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            yield from _declared(field.type, f"{path}{field.name}.")
+        elif "dict" not in of_dataclass_field(field.type):
+            yield f"{path}{field.name}", of_dataclass_field(field.type)
+
+
+def _of_megatron() -> dict[str, str]:
+    keys = routing.own()
+    for part, fields in mcore_fields.targets().items():
+        for name, field in fields.items():
+            if routing.settable(name, field):
+                keys[f"{_section(part, name)}.{name}"] = mcore_fields.checked_annotation(field)
+    return keys
+
+
+def _section(part: str, name: str) -> str:
+    """Where the shipped files and documents have a field; it may stand in another."""
+    for section, starts in _ELSEWHERE.items():
+        if name.startswith(starts):
+            return section
+    if part == "transformer":
+        return "parallelism" if name in mcore_fields.model_parallel() else "model"
+    return {"ddp": "parallelism", "gpt": "model"}.get(part, part)
+
+
+def is_text(annotation: str) -> bool:
+    """Whether a key of this type takes any text."""
+    return "str" in annotation.replace("[", " ").replace("]", " ").split() and "list" not in annotation.lower()
+
+
+def with_last_part(key: str, keys: Mapping[str, str]) -> list[str]:
+    """Those of `keys` that end as `key` does, from its first dot on or with its last part."""
+    whole = [known for known in keys if known.endswith(f".{key}")]
+    return whole or [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
