@@ -92,7 +92,9 @@ class AutoBridge:
     def from_hf_config(cls, config: Any) -> "AutoBridge":
         """From a transformers config or a dict of one, without weights. Raises ConversionError as `supports` says."""
         fields = _fields(config)
-        return cls(hf_config.to_mcore(fields), hf_config=fields)
+        bridge = cls(hf_config.to_mcore(fields), hf_config=fields)
+        hf_config.tell_unread(fields)
+        return bridge
 
     @classmethod
     def from_hf_pretrained(
@@ -105,7 +107,9 @@ class AutoBridge:
         source.refuse("from_hf_pretrained", unsupported)
         fields = hf_config.read(source.directory(path, key="path", weights=False))
         dtype = None if torch_dtype in (None, "auto") else parse_dtype(torch_dtype)
-        return cls(hf_config.to_mcore(fields), path=path, hf_config=fields, dtype=dtype)
+        bridge = cls(hf_config.to_mcore(fields), path=path, hf_config=fields, dtype=dtype)
+        hf_config.tell_unread(fields)
+        return bridge
 
     @classmethod
     def from_auto_config(cls, megatron_path: str | Path, hf_model_id: str | Path, **unsupported: Any) -> "AutoBridge":

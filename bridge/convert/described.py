@@ -59,7 +59,9 @@ def model_of(
         reference = Path(reference).expanduser()
         if not locate.is_hf(reference):
             raise ConfigError(f"reference: {reference} has no config.json; give a Hugging Face directory")
-        section = hf_config.to_mcore(hf_config.read(reference))
+        config = hf_config.read(reference)
+        section = hf_config.to_mcore(config)
+        hf_config.tell_unread(config)
         check(section, dist, source="reference")
         return Described(section, "reference", reference)
     told, args = _own_facts(dist)

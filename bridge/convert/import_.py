@@ -51,7 +51,9 @@ def import_hf(
     config is not understood, a tensor is missing, left over or damaged, or the output exists: then nothing was written.
     """
     with new_directory(megatron, overwrite=overwrite, key="megatron") as root:
-        section = hf_config.to_mcore(hf_config.read(hf), family=family)
+        config = hf_config.read(hf)
+        section = hf_config.to_mcore(config, family=family)
+        hf_config.tell_unread(config, family=family)
         if make_vocab_size_divisible_by is not None:
             section["make_vocab_size_divisible_by"] = make_vocab_size_divisible_by
         files = open_source(hf, dtype=dtype)

@@ -64,7 +64,10 @@ def read_section(path: Path, *, key: str) -> dict[str, Any]:
     if locate.is_megatron(path):
         found = locate.locate(path, key=key)
         return model_of(found, key=key, ask=f"write its `model` section to {found.root / locate.MODEL_YAML}").section
-    return hf_config.to_mcore(hf_config.read(path))
+    config = hf_config.read(path)
+    section = hf_config.to_mcore(config)
+    hf_config.tell_unread(config)
+    return section
 
 
 def check_same_model(section: Mapping[str, Any], routed: Routed, *, path: Path) -> None:

@@ -16,6 +16,8 @@ def run(config: ConvertConfig) -> int:
 
 def model_yaml(hf: str | Path, *, family: str | None = None) -> str:
     """Text of a conf/model YAML file with the architecture of directory `hf`. Raises ConversionError."""
-    section = hf_config.to_mcore(hf_config.read(hf), family=family)
+    config = hf_config.read(hf)
+    section = hf_config.to_mcore(config, family=family)
+    hf_config.tell_unread(config, family=family)
     name = Path(hf).resolve().name
     return f"# The architecture of {name}: save as conf/model/NAME.yaml.\n" + yaml.safe_dump(section, sort_keys=False)

@@ -1,38 +1,39 @@
 """A Hugging Face config.json and the `model` section of a run, each from the other, with every field accounted for."""
 
 import json
+import sys
 from collections.abc import Collection, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bridge import parallel
 from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.errors import ConversionError
+from bridge.models import hf_reads
 from bridge.models.family import Family, by_name, complete, known_names, mcore_defaults, name_of_hf_config
 from bridge.models.hf_fields import Part
 from bridge.weights import quantized
 from bridge.weights.hf_files import INDEX, open_hf
 
-# Fields that cannot change the logits of a decoder: bookkeeping, tokens, generation, what forward() returns.
+# Fields that transformers reads and that cannot change the logits of a decoder: bookkeeping, tokens, what forward()
+# returns, heads of other tasks.
 IRRELEVANT_NAMES = """
-_attn_implementation _attn_implementation_autoset _commit_hash _model_name_or_path _name_or_path architectures
-attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
-decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
-exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label is_decoder
-keys_to_ignore_at_inference label2id length_penalty max_length max_new_tokens min_length model_type n_ctx
-no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions output_hidden_states
-output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values
-repetition_penalty return_dict return_dict_in_generate sep_token_id summary_activation summary_first_dropout
-summary_proj_to_labels summary_type summary_use_proj suppress_tokens task_specific_params temperature
-tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p unk_token_id
-unsloth_fixed unsloth_version use_bfloat16 use_cache
+_attn_implementation _commit_hash _name_or_path architectures attn_implementation auto_map bos_token_id
+chunk_size_feed_forward dtype eos_token_id id2label label2id max_length model_type num_labels output_attentions
+output_hidden_states output_router_logits output_scores pad_token_id pretraining_tp problem_type return_dict
+sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj torch_dtype
+transformers_version use_cache
 """
 IRRELEVANT = frozenset(IRRELEVANT_NAMES.split())
-# Fields every config may have, with the only value that changes nothing.
-NEUTRAL: dict[str, Any] = {
-    "add_cross_attention": False,
-    "cross_attention_hidden_size": None,
-    "is_encoder_decoder": False,
-    "pruned_heads": {},
+# Fields that transformers never reads for these families, and vLLM does: name -> the values that do nothing there.
+READ_BY_VLLM: dict[str, tuple[Any, ...]] = {
+    "bias": (False, None),
+    "compression_config": (None,),
+    "dual_chunk_attention_config": (None,),
+    "interleaved_sliding_window": (None,),
+    "is_causal": (True,),
+    "logit_scale": (1.0,),
 }
 QUANTIZATION = "quantization_config"  # how the files store the weights: no architecture, and no part of an export
 
@@ -72,7 +73,8 @@ def to_mcore(hf: Mapping[str, Any], *, family: str | None = None) -> dict[str, A
     """The complete `model` section for a Hugging Face config, in hub form or that of transformers 5.
 
     `family` is found by model_type unless given (a dotted module for a family outside this package). Raises
-    ConversionError naming the first field that may change the logits and is not understood, or whose value is not.
+    ConversionError naming all fields that may change the logits and are not understood, or the first whose value is
+    not.
     """
     name = family or name_of_hf_config(hf)
     facts = by_name(name)
@@ -84,25 +86,70 @@ def to_mcore(hf: Mapping[str, Any], *, family: str | None = None) -> dict[str, A
     return model
 
 
+def unread(hf: Mapping[str, Any], *, family: str | None = None) -> list[str]:
+    """What to tell of the fields of a config that `to_mcore` accepts because nothing in transformers reads them."""
+    facts = by_name(family or name_of_hf_config(hf))
+    reads = hf_reads.of_model_type(facts.class_of or facts.model_type)
+    names = [name for name in _unlisted(hf, facts) if reads and name not in reads]
+    lines = []
+    if names:
+        kept = f"transformers never reads {', '.join(names)}: without effect here, kept for an export"
+        lines.append(f"config.json: {kept}")
+        code = sorted({str(place).partition(".")[0] + ".py" for place in _own_code(hf)})
+        if code:
+            lines.append(f"config.json: auto_map: {', '.join(code)}, never run here, may read them")
+    others = [name for name in names if name in READ_BY_VLLM and hf[name] not in READ_BY_VLLM[name]]
+    if others:
+        lines.append(f"config.json: vLLM reads {', '.join(others)}: its logits may differ from those of transformers")
+    return lines
+
+
+def tell_unread(hf: Mapping[str, Any], *, family: str | None = None) -> None:
+    """Print `unread` on the main process, each line once; to stderr, as stdout may be a YAML file."""
+    for line in unread(hf, family=family) if parallel.is_main() else ():
+        _tell(line)
+
+
+@cache
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _own_code(hf: Mapping[str, Any]) -> list[Any]:
+    """What `auto_map` names for models, as module.Class; configuration and tokenizer compute no logits."""
+    auto_map = hf.get("auto_map")
+    places = auto_map.items() if isinstance(auto_map, dict) else ()
+    return [place for name, place in places if name.startswith("AutoModel")]
+
+
+def _unlisted(hf: Mapping[str, Any], facts: Family) -> list[str]:
+    """The fields for which neither this family nor IRRELEVANT has a word."""
+    listed = {name for part in facts.parts for name in part.hf_names} | IRRELEVANT | {QUANTIZATION}
+    return [name for name in hf if name not in listed]
+
+
 def _account_for(hf: Mapping[str, Any], facts: Family) -> None:
-    understood = {name for part in facts.parts for name in part.hf_names} | IRRELEVANT
-    for name, value in hf.items():
-        if name == QUANTIZATION:
-            quantized.check_config(value)
-        elif name in NEUTRAL:
-            if value not in (NEUTRAL[name], None):
-                raise ConversionError(f"config.json: {name}: {value!r} is not supported")
-        elif name not in understood:
-            raise ConversionError(
-                f"config.json: {name}: {value!r} is not a field of a {facts.model_type} model that is understood here; "
-                "remove it if it has no effect"
-            )
+    if QUANTIZATION in hf:
+        quantized.check_config(hf[QUANTIZATION])
+    if unlisted := _unlisted(hf, facts):
+        _check_no_effect({name: hf[name] for name in unlisted}, facts)
     names = hf.get("architectures") or [facts.architecture]
     if len(names) != 1 or names[0] not in (facts.architecture, *facts.aliases):
         raise ConversionError(f"config.json: architectures: {names!r} is not supported; only {facts.architecture} is")
     missing = [name for part in facts.parts for name in part.hf_names if name in REQUIRED and name not in hf]
     if missing:
         raise ConversionError(f"config.json: {missing[0]}: missing")
+
+
+def _check_no_effect(fields: Mapping[str, Any], facts: Family) -> None:
+    """Raise ConversionError naming those of `fields` that transformers reads and that are not as good as absent."""
+    reads = hf_reads.of_model_type(facts.class_of or facts.model_type)
+    wrong = [name for name, value in fields.items() if reads is None or reads.has_effect(name, value)]
+    if not wrong:
+        return
+    why = f"transformers reads for a {facts.model_type}" if reads else f"{facts.architecture}'s own code may read"
+    given = ", ".join(f"{name}: {json.dumps(fields[name])}" for name in wrong)
+    raise ConversionError(f"config.json: {given}: {why} and that is not understood here; remove what has no effect")
 
 
 # Sizes no config leaves to a default on purpose: a file without them is not a model's config.json.

@@ -33,7 +33,5 @@ REFUSED = {
     "resid_pdrop": 0.2,
     "embd_pdrop": 0.2,
     "rope_scaling": {"type": "linear", "factor": 2.0},
-    "attention_bias": True,
-    "full_attn_mod": 2,
 }
 SIZES = {"phi3_mini_4k": 3_821_079_552, "phi4_mini": 3_836_021_760, "phi4": 14_659_507_200}

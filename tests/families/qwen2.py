@@ -3,6 +3,8 @@
 from tests.rope_variants import rope
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}
+BASE = {"use_mrope": True, "dual_chunk_attention_config": {"chunk_size": 2, "local_size": 1}}
+UNREAD = list(BASE)
 VARIANTS = {
     "qwen2": {},
     "qwen2_tied": {"tie_word_embeddings": True},

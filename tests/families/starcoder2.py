@@ -1,6 +1,17 @@
 """StarCoder2."""
 
-BASE = {"norm_epsilon": 5e-3, "sliding_window": 5, "tie_word_embeddings": True}
+# Published files have these, of the code that trained them; here with values that would change the logits.
+EXTRA = {
+    "activation_function": "relu",
+    "attention_softmax_in_fp32": False,
+    "layer_norm_epsilon": 0.5,
+    "mlp_type": "gated",
+    "norm_type": "rms_norm",
+    "scale_attention_softmax_in_fp32": False,
+    "scale_attn_weights": False,
+}
+BASE = {"norm_epsilon": 5e-3, "sliding_window": 5, "tie_word_embeddings": True, **EXTRA}
+UNREAD = list(EXTRA)
 VARIANTS = {
     "starcoder2": {},
     "starcoder2_untied": {"tie_word_embeddings": False},

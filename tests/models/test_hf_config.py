@@ -57,7 +57,8 @@ def test_a_file_from_the_hub_is_the_shipped_model():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"logit_scale": 0.5}, "logit_scale: 0.5 is not a field of a llama model that is understood here"),
+        ({"sliding_window": 7}, "sliding_window: 7: transformers reads for a llama and that is not understood here"),
+        ({"sliding_window": 7, "x": 1, "per_layer_config": {"0": {"mlp_bias": True}}}, "sliding_window: 7, per_layer"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_act": "mish"}, "hidden_act: 'mish' cannot be converted; known are silu"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures.*only LlamaForCausalLM is"),
@@ -66,7 +67,7 @@ def test_a_file_from_the_hub_is_the_shipped_model():
         ({"rope_scaling": {"rope_type": "su", "factor": 2.0}}, "rope_parameters.rope_type: 'su'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "rope_parameters.beta"),
         ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "not one per full_attention"),
-        ({"is_encoder_decoder": True}, "is_encoder_decoder: True"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder: true"),
     ],
 )
 def test_a_field_that_is_not_understood_is_named(changes: dict[str, Any], message: str):

@@ -12,7 +12,7 @@ from bridge.models import moe_rows
 from bridge.models.decoder_rows import Model, attention, embedding, final, norms
 from bridge.models.families import ernie4_5
 from bridge.models.family import Family
-from bridge.models.hf_fields import Part, Values, attention_shape, only, refused, same, unread
+from bridge.models.hf_fields import Part, Values, attention_shape, only, refused, same
 from bridge.models.hf_moe import aux_loss, experts, layers_between, shared_experts
 from bridge.models.hf_prediction import MTP_NAMES, multi_token_prediction
 from bridge.weights.ops import Flat
@@ -102,7 +102,6 @@ FAMILY = Family(
         same("moe_norm_min", "moe_norm_min", float),
         aux_loss(),
         predictions(),
-        unread("moe_capacity", "moe_gate", "moe_use_aux_free"),  # of Baidu's own code
     ),
     constants={
         **ernie4_5.FAMILY.constants,

@@ -38,7 +38,7 @@ def table(model: Model) -> Table:
 PARTS = (
     *gemma.PARTS,
     activation("hidden_activation"),
-    unread("hidden_act", "sliding_window_size"),
+    unread("hidden_act"),
     query_scale(),
     optional("final_logit_softcapping", "final_logit_softcapping"),
 )

@@ -5,7 +5,7 @@ from typing import Any
 from bridge.models.decoder_rows import BOTH, HF, MCORE, Model, Rows, attention, embedding, final, linear, norms
 from bridge.models.families.llama import CONSTANTS, DECODER, HF_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import Part, Values, attention_shape, only, same, unread, window_by_pattern
+from bridge.models.hf_fields import Part, Values, attention_shape, only, same, window_by_pattern
 from bridge.models.hf_moe import aux_loss, experts, width_of_experts
 from bridge.models.hf_rope import rope
 from bridge.models.moe_rows import EXPERTS, mlp_norms
@@ -96,7 +96,6 @@ FAMILY = Family(
         same("swiglu_limit", "activation_func_clamp_value", float),
         only("swiglu_alpha", 1.702),
         only("hidden_act", "silu"),
-        unread("initial_context_length"),
         aux_loss(),
     ),
     constants={

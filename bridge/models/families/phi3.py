@@ -6,7 +6,7 @@ from typing import Any
 from bridge.models.decoder_rows import Model, attention, embedding, final, mlp, norms
 from bridge.models.families.llama import CONSTANTS, DECODER, HF_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import Part, Values, attention_shape, dropout, only, refused, window_everywhere
+from bridge.models.hf_fields import Part, Values, attention_shape, dropout, refused, window_everywhere
 from bridge.models.hf_rope import HF_NAMES, MODEL_KEYS, TRAINED, rope
 from bridge.weights.table import Table
 
@@ -59,12 +59,6 @@ FAMILY = Family(
         attention_shape(has_head_dim=False),
         dropout("resid_pdrop", "embd_pdrop"),
         window_everywhere(),
-        # Files have these, transformers does not read them.
-        only("attention_bias", False),
-        only("mlp_bias", False),
-        only("lm_head_bias", False),
-        only("full_attn_mod", 1),
-        only("interpolate_factor", 1),
     ),
     constants={
         **{key: value for key, value in CONSTANTS.items() if key != "hidden_dropout"},

@@ -3,7 +3,7 @@
 from bridge.models.decoder_rows import Model, attention, embedding, final, mlp, norms
 from bridge.models.families.llama import COMMON
 from bridge.models.family import Family
-from bridge.models.hf_fields import activation, attention_shape, dropout, only, same, window_everywhere
+from bridge.models.hf_fields import activation, attention_shape, dropout, same, window_everywhere
 from bridge.models.hf_rope import rope
 from bridge.weights.table import Table
 
@@ -38,8 +38,6 @@ FAMILY = Family(
         same("use_bias", "add_bias_linear", bool),
         dropout("residual_dropout", "embedding_dropout"),
         window_everywhere(),
-        only("norm_type", "layer_norm"),
-        only("mlp_type", "default"),
     ),
     constants={"normalization": "LayerNorm", "gated_linear_unit": False, "add_qkv_bias": False},
     rows=rows,
