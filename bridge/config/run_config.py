@@ -194,9 +194,11 @@ def _check_schedule(run: RunConfig, routed: Routed) -> None:
 
 
 def _check_vocabulary(run: RunConfig, routed: Routed) -> None:
-    """A source that says how many token ids it makes must fit the model; a tokenizer given by path is counted later."""
+    """A source that says how many token ids it makes must fit the model; a tokenizer given by path, or brought by
+    init.path, is counted later."""
     made, room = run.data.get("vocab_size", 0), routed.gpt["vocab_size"]
-    if made > room and run.data.get("tokenizer") is None:
+    tokenizer = run.data.get("tokenizer") or ("tokenizer" in run.data and run.init.path)
+    if made > room and not tokenizer:
         raise ConfigError(
             f"data.vocab_size: data.vocab_size <= model.vocab_size must hold, but {made} > {room}; "
             f"set data.vocab_size to {room} or less, or model.vocab_size to {made}"

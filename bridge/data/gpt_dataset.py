@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -45,20 +44,8 @@ class _TokenizerFacts:
 
 def num_train_documents(num_documents: int, *, split: str) -> int:
     """How many of the first documents megatron-core's BlendedMegatronDatasetBuilder gives to the training split."""
-    training = convert_split_vector_to_split_matrix(_weights(split))[0]
+    training = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))[0]
     return 0 if training is None else round(training[1] * float(num_documents))
-
-
-def _weights(split: str) -> list[float]:
-    try:
-        weights = [float(part) for part in split.split(",")]
-    except ValueError:
-        weights = []
-    if not 1 <= len(weights) <= 3 or min(weights) < 0 or not math.isfinite(sum(weights)):
-        raise ConfigError(f"data.split: {split!r} is not a list of up to three weights; set for example '95,5'")
-    if weights[0] == 0:
-        raise ConfigError(f"data.split: {split!r} leaves nothing to train on; set for example '95,5'")
-    return parse_and_normalize_split(split)
 
 
 def write(directory: Path, documents: Iterable[list[int]], *, vocab_size: int, num_train: int) -> Counts:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bridge.data.source import Datasets, Prepared, SourceConfig
+from bridge.data.source import Datasets, Prepared, SourceConfig, at_least
 
 
 @dataclass(frozen=True)
@@ -12,8 +12,8 @@ class Config(SourceConfig):
     """Uniform random token ids below vocab_size."""
 
     source: str = "mock"
-    vocab_size: int = 2048
-    num_samples: int = 100_000
+    vocab_size: int = at_least(1, 2048)
+    num_samples: int = at_least(1, 100_000)
 
 
 def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:

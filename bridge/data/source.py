@@ -15,21 +15,30 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge.errors import ConfigError
 
 
+def at_least(smallest: int, default: int) -> Any:
+    """A field of a Config whose values begin at `smallest`."""
+    return field(default=default, metadata={"min": smallest})
+
+
 @dataclass(frozen=True)
 class SourceConfig:
-    """The keys every data source has, because the training loop reads them."""
+    """The keys every data source has, because the training loop reads them.
+
+    A field's metadata may have `min`, its smallest legal value; what else is wrong with the values alone is a
+    ConfigError in __post_init__. Both are found before a run is started.
+    """
 
     source: str
-    sequence_length: int = 128
+    sequence_length: int = at_least(1, 128)
     cache_dir: str | None = None
-    num_workers: int = 0
+    num_workers: int = at_least(0, 0)
 
 
 class Prepared(NamedTuple):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from bridge.data.source import Datasets, Prepared, SourceConfig
+from bridge.data.source import Datasets, Prepared, SourceConfig, at_least
+from bridge.data.split import check_split
 from bridge.errors import ConfigError
 
 # Packages installed by the user, test suites, and modules that are tables of characters or prose rather than code.
@@ -24,6 +25,7 @@ EXCLUDED = frozenset(
         "lib2to3",
     }
 )
+SMALLEST_VOCABULARY = 257  # all bytes and the end of a document
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,16 @@ class Config(SourceConfig):
     """Text of the standard library, tokenised with a byte-level BPE trained on the training part of it."""
 
     source: str = "stdlib"
-    vocab_size: int = 2048
+    vocab_size: int = at_least(1, 2048)
     split: str = "95,5"
     tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        check_split(self.split)
+        if self.tokenizer is None and self.vocab_size < SMALLEST_VOCABULARY:
+            raise ConfigError(
+                f"data.vocab_size: {self.vocab_size} is too few for all bytes; set {SMALLEST_VOCABULARY} or more"
+            )
 
 
 class Document(NamedTuple):

@@ -87,11 +87,10 @@ def _fill(directory: Path, documents: Sequence[str], *, title: str, options: Opt
         **dataclasses.asdict(counts),
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    print(
-        f"data: {counts.train_tokens:,} training and {counts.heldout_tokens:,} held-out tokens; "
-        f"unigram entropy of the held-out part {counts.unigram_entropy:.3f} nats per token",
-        flush=True,
-    )
+    entropy = ""
+    if counts.unigram_entropy is not None:
+        entropy = f"; unigram entropy of the held-out part {counts.unigram_entropy:.3f} nats per token"
+    print(f"data: {counts.train_tokens:,} training and {counts.heldout_tokens:,} held-out tokens{entropy}", flush=True)
 
 
 def _store_tokenizer(tokenizer: bpe.TextTokenizer, directory: Path, *, source: Path | None) -> None:

@@ -35,8 +35,6 @@ def train(documents: Iterable[str], *, vocab_size: int) -> TextTokenizer:
     The same documents in the same order give the same tokenizer.
     """
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(alphabet) + 1:
-        raise ConfigError(f"data.vocab_size: {vocab_size} is too few for all bytes; set {len(alphabet) + 1} or more")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

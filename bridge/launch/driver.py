@@ -22,6 +22,7 @@ from bridge.launch import (
     slurm_job,
     spawn,
     sweep,
+    tokenizer,
     torchrun,
 )
 from bridge.launch.environment import python_path
@@ -217,7 +218,7 @@ def _config(job: compose.Job) -> RunConfig:
     config = run_config.from_dict(settings if job.number is None else sweep.placed(settings, job))
     if config.eval_only:
         config = evaluation.subject(config, run_dir=Path(settings["runs_dir"]) / settings["name"])
-    return config
+    return tokenizer.settled(config)
 
 
 def _processes_per_node(config: RunConfig, job: compose.Job) -> int:

@@ -33,18 +33,12 @@ def describe(root: Path, config: RunConfig, *, tokenizer: Path | None) -> None:
         return
     assets = root / locate.HF_ASSETS
     assets.mkdir(parents=True, exist_ok=True)
-    if config.init.path is not None:
-        copy_assets(_assets_of(Path(config.init.path).expanduser()), assets)
-    if tokenizer is not None:
+    brought = None if config.init.path is None else locate.assets(config.init.path, key="init.path")
+    if brought is not None:
+        copy_assets(brought, assets)
+    if tokenizer is not None and config.data.get("tokenizer") != str(brought):
         for name in TOKENIZER_FILES:
             (assets / name).unlink(missing_ok=True)
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, assets / name)
     locate.write_model_section(root, config.model)
-
-
-def _assets_of(path: Path) -> Path:
-    """The directory with config and tokenizer files of a model directory of either kind."""
-    if locate.is_megatron(path):
-        return locate.locate(path, key="init.path").root / locate.HF_ASSETS
-    return path

@@ -63,13 +63,23 @@ def prepare_data(config: RunConfig) -> Data:
     options = sections.build(module.Config, config.data, "data")
     cache = source.cache_root(options.cache_dir)
     prepared = module.prepare(options, cache=cache, seed=config.train.seed)
-    vocab_size = config.model["vocab_size"]
-    if prepared.vocab_size > vocab_size:
-        raise ConfigError(
-            f"model.vocab_size: {vocab_size} is smaller than the {prepared.vocab_size} token ids of the data; "
-            f"set model.vocab_size={prepared.vocab_size} or more"
-        )
+    _check_vocabulary(prepared.vocab_size, config)
     return Data(module, options, prepared)
+
+
+def _check_vocabulary(made: int, config: RunConfig) -> None:
+    known, tokenizer = config.model["vocab_size"], config.data.get("tokenizer")
+    if made <= known:
+        return
+    if tokenizer is not None:
+        raise ConfigError(
+            f"data.tokenizer: {tokenizer} has {made} token ids, more than model.vocab_size={known}; set the model's "
+            f"own tokenizer, or for a new model model.vocab_size={made}"
+        )
+    raise ConfigError(
+        f"model.vocab_size: {known} is smaller than the {made} token ids of the data; "
+        f"set model.vocab_size={made} or more"
+    )
 
 
 def join(config: RunConfig) -> None:
@@ -107,6 +117,8 @@ def build(config: RunConfig, data: Data) -> Job:
     settings.check(routed, model=model, optimizer=optimizer)
     state = Trainable(model, optimizer, scheduler)
     datasets = data.build(seed=config.train.seed)
+    if datasets.valid is None and parallel.is_main():
+        print("evaluation: none, as the data holds nothing out (data.split)", flush=True)
     progress = Progress(data=data.prepared.identity)
     if resuming:
 

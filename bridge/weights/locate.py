@@ -92,6 +92,12 @@ def locate(path: str | Path, *, key: str = "megatron") -> CheckpointPath:
     return CheckpointPath(root, _iteration(path) or 0, path)
 
 
+def assets(path: str | Path, *, key: str = "megatron") -> Path:
+    """The directory with config and tokenizer files of a model directory of either kind. Raises as `locate`."""
+    path = Path(path).expanduser()
+    return locate(path, key=key).root / HF_ASSETS if is_megatron(path) else path
+
+
 def read_model_section(root: str | Path) -> dict[str, Any]:
     """The `model` section in ROOT/model.yaml. Raises ConfigError when the file is missing or not a mapping."""
     file = Path(root) / MODEL_YAML

@@ -30,6 +30,9 @@ CONFIG: dict[str, Any] = {
 }
 
 
+TEXT = {"data": {"source": "stdlib"}}
+
+
 def changed(changes: dict[str, Any]) -> dict[str, Any]:
     """CONFIG with values set by full key; `...` deletes."""
     config = copy.deepcopy(CONFIG)
@@ -96,6 +99,16 @@ WRONG = [
     ),
     ({"data.sequence_lenght": 3}, "data.sequence_lenght: unknown key (value 3); did you mean 'sequence_length'?"),
     ({"data.vocab_size": 5000}, "data.vocab_size: data.vocab_size <= model.vocab_size must hold, but 5000 > 4096"),
+    ({"data.sequence_length": 0}, "data.sequence_length: 0 is too small; set 1 or more"),
+    ({"data.num_samples": 0}, "data.num_samples: 0 is too small; set 1 or more"),
+    ({"data.num_workers": -1}, "data.num_workers: -1 is too small; set 0 or more"),
+    (TEXT | {"data.vocab_size": 100}, "data.vocab_size: 100 is too few for all bytes; set 257 or more"),
+    (TEXT | {"data.split": "0,1"}, "data.split: '0,1' leaves nothing to train on; set for example '95,5'"),
+    (TEXT | {"data.split": "abc"}, "data.split: 'abc' is not a list of up to three weights; set for example"),
+    (TEXT | {"data.split": "-1,2"}, "data.split: '-1,2' is not a list of up to three weights"),
+    (TEXT | {"data.split": "1e2,5"}, "data.split: '1e2,5' is not a list of up to three weights"),
+    (TEXT | {"data.split": "1,2,3,4"}, "data.split: '1,2,3,4' is not a list of up to three weights"),
+    ({"eval_only": True, "dry_run": True}, "eval_only: true evaluates, and dry_run=true is about training; set one"),
     ({"data": ...}, "data: None is not a section; set data.source"),
     (
         {"peft.method": "nne"},

@@ -84,9 +84,6 @@ def test_a_given_tokenizer_is_used_and_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocab_size": 100}, "data.vocab_size: 100 is too few"),
-        ({"split": "0,1"}, "data.split: '0,1' leaves nothing"),
-        ({"split": "words"}, "data.split: 'words' is not a list"),
         ({"sequence_length": 10**6}, "data.sequence_length: 1000000 is longer"),
         ({"tokenizer": Path("/nowhere")}, "data.tokenizer: /nowhere has no tokenizer.json"),
     ],
@@ -94,6 +91,15 @@ def test_a_given_tokenizer_is_used_and_kept(tmp_path: Path) -> None:
 def test_wrong_settings_are_one_line(tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         prepare(tmp_path, **changes)
+
+
+def test_nothing_need_be_held_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from bridge.data import gpt_dataset
+
+    prepared = prepare(tmp_path, split="100,0")
+    data = gpt_dataset.build(prepared, sequence_length=32, split="100,0", seed=1)
+    assert data.valid is None and len(data.train) > 0 and prepared.unigram_entropy is None
+    assert "0 held-out tokens\n" in capsys.readouterr().out
 
 
 def test_an_unwritable_cache_is_one_line(tmp_path: Path) -> None:

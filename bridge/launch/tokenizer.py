@@ -1,0 +1,48 @@
+"""data.tokenizer of a run: unless it is set, the one that init.path brings; never a fresh one for a trained model."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+from bridge.config import modules, run_config
+from bridge.config.run_config import RunConfig
+from bridge.errors import ConfigError
+from bridge.launch.run_dir import latest_step
+from bridge.weights import locate
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """`config` with data.tokenizer set where init.path has one, which is said aloud, or a run had one before.
+
+    Raises ConfigError when the weights in init.path would be trained on the ids of a vocabulary that is not theirs.
+    """
+    source = modules.load("data.source", config.data["source"], "data")
+    if "tokenizer" not in {field.name for field in fields(source.Config)}:
+        return config
+    given = config.data.get("tokenizer")
+    if given is None and not config.eval_only and latest_step(config.run_dir) is not None:
+        return _with(config, _of_run(config.run_dir))  # whatever is in init.path by now
+    path = None if config.init.path is None else Path(config.init.path)
+    if given is not None or path is None or not (locate.is_hf(path) or locate.is_megatron(path)):
+        return config
+    assets = locate.assets(path, key="init.path")
+    if (assets / "tokenizer.json").is_file():
+        print(f"data.tokenizer: {assets}, which init.path brings", flush=True)
+        return _with(config, str(assets))
+    made, known = config.data.get("vocab_size", getattr(source.Config, "vocab_size", None)), config.model["vocab_size"]
+    if made != known:
+        raise ConfigError(
+            f"data.tokenizer: is not set, and {assets} has no tokenizer.json; a new vocabulary of {made} tokens would "
+            f"have nothing to do with the {known} of the weights in init.path; set data.tokenizer=DIR to theirs"
+        )
+    return config
+
+
+def _with(config: RunConfig, tokenizer: str | None) -> RunConfig:
+    return config if tokenizer is None else replace(config, data={**config.data, "tokenizer": tokenizer})
+
+
+def _of_run(run_dir: Path) -> str | None:
+    """data.tokenizer in the configuration of a run that has a checkpoint; without a configuration it is refused."""
+    saved = run_dir / "config.yaml"
+    tokenizer: str | None = run_config.read(saved).data.get("tokenizer") if saved.is_file() else None
+    return tokenizer
