@@ -85,7 +85,7 @@ def test_a_given_tokenizer_is_used_and_kept(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"sequence_length": 10**6}, "data.sequence_length: 1000000 is longer"),
-        ({"tokenizer": Path("/nowhere")}, "data.tokenizer: /nowhere has no tokenizer.json"),
+        ({"tokenizer": Path("/nowhere")}, "data.tokenizer: /nowhere does not exist"),
     ],
 )
 def test_wrong_settings_are_one_line(tmp_path: Path, changes: dict, message: str) -> None:
