@@ -40,6 +40,9 @@ _TARGETS: dict[str, str] = {
         "eval_steps eval_every eval_freq eval_step val_check_interval val_interval evaluation_interval"
     ),
     "train.eval_samples": "max_eval_samples num_eval_samples",
+    "train.eval_samples counts samples, so that the loss does not depend on the batch size": (
+        "eval_iters eval_iterations eval_batches max_eval_batches limit_val_batches max_eval_steps"
+    ),
     "train.seed": "seed random_seed manual_seed",
     "train.num_devices": (
         "gpus num_gpus n_gpus ngpus devices gpus_per_node nproc nproc_per_node num_processes world_size n_devices"

@@ -11,7 +11,7 @@ from bridge.weights import locate
 
 
 def settled(config: RunConfig) -> RunConfig:
-    """`config` with data.tokenizer set where init.path has one, which is said aloud, or a run had one before.
+    """`config` with data.tokenizer set where init.path has one, or a run had one before.
 
     Raises ConfigError when the weights in init.path would be trained on the ids of a vocabulary that is not theirs.
     """
@@ -26,7 +26,6 @@ def settled(config: RunConfig) -> RunConfig:
         return config
     assets = locate.assets(path, key="init.path")
     if (assets / "tokenizer.json").is_file():
-        print(f"data.tokenizer: {assets}, which init.path brings", flush=True)
         return _with(config, str(assets))
     made, known = config.data.get("vocab_size", getattr(source.Config, "vocab_size", None)), config.model["vocab_size"]
     if made != known:

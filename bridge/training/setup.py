@@ -95,9 +95,12 @@ def join(config: RunConfig) -> None:
 
 
 def build_model(config: RunConfig, *, routed: Routed) -> list[Any]:
-    """The model chunks of this rank with the weights of init.path, or random ones."""
+    """The model chunks of this rank with the weights of init.path, or random ones, and it is said which."""
     chunks: list[Any] = gpt.build(routed, wrap=True)
     initial.load(unwrap_model(chunks), routed=routed, path=config.init.path)
+    tokenizer = config.data.get("tokenizer")
+    if tokenizer is not None and parallel.is_main():
+        print(f"tokenizer: {tokenizer}", flush=True)
     return chunks
 
 

@@ -39,14 +39,13 @@ def run(folder: Path, *, path: Path | None, model: dict[str, Any] | None = None,
 
 
 @pytest.mark.parametrize("kind", ["hf", "run", "iteration"])
-def test_it_is_that_of_init_path(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture) -> None:
+def test_it_is_that_of_init_path(tmp_path: Path, kind: str) -> None:
     path = assets = tmp_path / "model"
     if kind != "hf":
         root = checkpoint(path / "checkpoints")
         assets, path = root / "hf", root / "iter_0000007" if kind == "iteration" else path
     files(assets, "theirs")
     assert tokenizer.settled(run(tmp_path, path=path)).data["tokenizer"] == str(assets)
-    assert capsys.readouterr().out == f"data.tokenizer: {assets}, which init.path brings\n"
 
 
 def test_one_that_is_set_wins(tmp_path: Path) -> None:
