@@ -57,12 +57,12 @@ def _command() -> int:
         if slurm_job.this_process() != driver:  # submitit's stock launchers run this function in the job
             return _inside_job(composed)
         if composed.number is None:
-            results.append(_train(composed))
+            results.append(train(composed))
             if results[0].exit_code:
                 raise compose.FailedTrial(results[0].error or results[0].status)
             return results[0].objective
         _check_place(composed)
-        rows.append(sweep.run_job(composed, lambda job: _train(job, queued)))
+        rows.append(sweep.run_job(composed, lambda job: train(job, queued)))
         result = rows[-1].result
         if result.status == "stopped":  # a signal stops the whole sweep; Hydra lets a SystemExit through
             sys.exit(result.exit_code)
@@ -114,7 +114,7 @@ def _shown(grid: list[compose.Job]) -> bool:
     dry = _is_dry(grid[0])
     for job in grid if dry else ():
         sweep.announce(job)
-        _train(job)
+        train(job)
     return dry
 
 
@@ -130,7 +130,7 @@ def _check_place(job: compose.Job) -> None:
         sys.exit(EXIT_CODES["invalid"])
 
 
-def _train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> Result:
+def train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> Result:
     """Check one job and train it in worker processes or in a Slurm job, or with dry_run print what it would take.
 
     A sweep's Slurm job is only prepared, in `queued`: the launcher submits all of them.
@@ -170,7 +170,7 @@ def _train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> R
 
 def _checked(job: compose.Job) -> tuple[RunConfig, int]:
     """A job's configuration, found legal, and its processes per machine."""
-    config = _config(job)
+    config = config_of(job)
     num_devices = _processes_per_node(config, job)
     if not config.plan:
         _check_layout(config, world_size=num_devices * config.train.num_nodes)
@@ -189,7 +189,7 @@ def _check_start(config: RunConfig, job: compose.Job) -> None:
 def _check_point(job: compose.Job) -> None:
     """What can be said here of a job that a launcher will start. submitit's set how many processes it has."""
     elsewhere = job.launcher.startswith(hydra_keys.SUBMITIT)
-    config = _config(job) if elsewhere else _checked(job)[0]
+    config = config_of(job) if elsewhere else _checked(job)[0]
     if config.plan or config.dry_run or config.eval_only or sweep.earlier_result(config, job) is not None:
         return
     check_resumable(config, overrides=job.overrides, swept=job.swept)
@@ -213,7 +213,7 @@ def _earlier(config: RunConfig, job: compose.Job) -> Result | None:
     return result
 
 
-def _config(job: compose.Job) -> RunConfig:
+def config_of(job: compose.Job) -> RunConfig:
     settings = compose.absolute(job.settings, names=PATH_KEYS)
     config = run_config.from_dict(settings if job.number is None else sweep.placed(settings, job))
     if config.eval_only:
@@ -303,7 +303,7 @@ def _composed_once() -> Prepared | None:
 
 def _of_ranks(job: compose.Job) -> Prepared | None:
     """Check a job against the processes that were started for it; None for a dry run, printed here."""
-    config = _config(job)
+    config = config_of(job)
     if config.plan:
         _plan(config, world_size=torchrun.world_size())
         return None
@@ -340,7 +340,7 @@ def _inside_job(composed: compose.Job) -> float | None:
     """The task function in a job of submitit's stock launchers: drive worker processes, or be one of several ranks."""
     ranks.adopt()
     with slurm_job.stopping_on_usr2() as requeue:
-        row = sweep.run_job(composed, _as_rank if torchrun.active() else _train)
+        row = sweep.run_job(composed, _as_rank if torchrun.active() else train)
         if row.result.status == "stopped":
             requeue()
     slurm_job.end_with(row.result.exit_code)
