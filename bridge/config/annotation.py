@@ -38,8 +38,7 @@ def check(key: str, value: Any, annotation: str, enums: Enums | None = None) -> 
         return
     if value == "???":
         raise ConfigError(f"{key}: is not set; set {_describe(kind)}")
-    quoted = f", in quotes: '{key}=\"{value}\"'" if type(value) in (int, float) and _fits("", kind) else ""
-    raise ConfigError(f"{key}: {value!r} does not fit; set {_describe(kind)}{quoted}{_nearest_choice(value, kind)}")
+    raise ConfigError(f"{key}: {value!r} does not fit; set {_describe(kind)}{_nearest_choice(value, kind)}")
 
 
 def expressible(annotation: str, enums: Enums) -> bool:

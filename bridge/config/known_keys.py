@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from bridge.config import mcore_fields, modules, routing
@@ -20,7 +21,8 @@ _ELSEWHERE = {
 }
 
 
-def of_command(primary: str) -> dict[str, str]:
+@cache
+def of_command(primary: str) -> Mapping[str, str]:
     """Full key -> annotation, of conf/<primary>.yaml: train or convert."""
     if primary == "convert":
         return dict(_declared(ConvertConfig))

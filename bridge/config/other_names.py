@@ -130,7 +130,7 @@ _FP32 = "precision=fp32 trains in 32 bits"
 _ADAM = "adam decouples weight decay: it is AdamW; write optimizer=adam"
 _PACKAGE = "it needs a package that is missing: pip install "
 
-# group -> option of another program, or of a package of Hydra's -> what to write instead
+# group -> option of another program in lower case, or of a package of Hydra's -> what to write instead
 OPTIONS: dict[str, dict[str, str]] = {
     "precision": {
         **dict.fromkeys(("bf16-mixed", "bf16-true", "bfloat16", "bf16_mixed", "amp_bf16", "mixed"), _BF16),
@@ -138,12 +138,12 @@ OPTIONS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("32", "32-true", "float32", "full", "fp32-true"), _FP32),
         "fp8": "write precision=bf16 precision.fp8=hybrid; it needs a GPU and Transformer Engine",
     },
-    "optimizer": dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "fused_adam", "AdamW", "Adam"), _ADAM),
+    "optimizer": dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "fused_adam"), _ADAM),
     "parallelism": dict.fromkeys(("fsdp", "fsdp2", "zero", "zero1", "zero2", "zero3", "ddp_sharded"), _SHARDED)
     | dict.fromkeys(("ddp", "none", "single"), "choose parallelism=dp"),
     "data": dict.fromkeys(
         ("jsonl", "json", "text", "txt", "csv", "parquet", "hf", "huggingface", "datasets", "custom", "megatron"),
-        "the sources are mock and stdlib, and data.source=my_package.corpus takes a module of your own",
+        "the options are {known}, and data.source=my_package.corpus takes a module of your own",
     ),
     "hydra/launcher": {
         "joblib": f"{_PACKAGE}hydra-joblib-launcher",

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, Sweep, ValueType
+from hydra.core.override_parser.types import ChoiceSweep, Override, OverrideType, Sweep, ValueType
 from hydra.errors import HydraException
 
 from bridge.config import known_keys
@@ -17,6 +17,7 @@ from bridge.errors import ConfigError
 from bridge.launch import hints
 
 GIVEN_ONCE = ("--config-dir", "--config-path", "--config-name", "hydra.searchpath")  # Hydra takes one and is silent
+_SHORT = {"-cd": "--config-dir", "-cp": "--config-path", "-cn": "--config-name"}
 SLOTS = ("recipe", "experiment")  # groups of the defaults list without an option: '+' may stand before their names
 _PARAMS = "hydra.sweeper.params"
 
@@ -28,13 +29,34 @@ def normalised(arguments: Sequence[str], primary: str) -> list[str]:
     """
     flags, overrides = _split(arguments, primary)
     for argument in overrides:
-        key = argument.removesuffix("=").lstrip("+")
-        kind = known_keys.of_command(primary).get(key) if argument.endswith("=") else None
-        if kind is not None and not known_keys.is_text(kind):
-            raise ConfigError(f"{key}: has no value; write {key}=VALUE")
+        _check_value(argument, primary)
     params = [argument for argument in overrides if argument.lstrip("+").startswith(_PARAMS)]
     others = [_without_plus(argument) for argument in overrides if argument not in params]
     return [*flags, *(override for argument in params for override in _swept(argument)), *others]
+
+
+def _check_value(argument: str, primary: str) -> None:
+    """ConfigError for no value, or for numbers where the key takes a text."""
+    key, equals, value = argument.partition("=")
+    key = key.lstrip("+")
+    if not equals or (value and value[0] not in "+-.0123456789"):
+        return
+    kind = known_keys.of_command(primary).get(key)
+    if kind is not None and not value and not known_keys.is_text(kind):
+        raise ConfigError(f"{key}: has no value; write {key}=VALUE")
+    if kind is not None and value and known_keys.is_text(kind) and _are_numbers(argument):
+        raise ConfigError(
+            f"{key}: '{value}' is read as a number or several; write {hints.quoted(key, value)} for a text"
+        )
+
+
+def _are_numbers(argument: str) -> bool:
+    try:
+        value = OverridesParser.create().parse_override(argument).value()
+    except HydraException:
+        return False
+    values = value.list if isinstance(value, ChoiceSweep) else [value]
+    return all(isinstance(item, int | float) for item in values)
 
 
 def overrides_in(arguments: Sequence[str]) -> list[str]:
@@ -44,8 +66,9 @@ def overrides_in(arguments: Sequence[str]) -> list[str]:
 
 def _split(arguments: Sequence[str], primary: str) -> tuple[list[str], list[str]]:
     """Flags with their values, and the rest."""
+    typed = [_SHORT.get(argument, argument.partition("=")[0]) for argument in arguments]
     for name in GIVEN_ONCE:
-        if sum(argument.partition("=")[0] == name for argument in arguments) > 1:
+        if typed.count(name) > 1:
             raise ConfigError(f"{name}: is given twice; give it once (further directories: 'hydra.searchpath=[A,B]')")
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]

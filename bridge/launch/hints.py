@@ -14,29 +14,30 @@ from bridge.config import known_keys, other_names
 from bridge.errors import did_you_mean, which_of
 
 _FLAGS = (
-    "--help",
-    "--hydra-help",
-    "--version",
-    "--cfg",
-    "--resolve",
-    "--package",
-    "--multirun",
-    "--config-name",
-    "--info",
+    *("--help", "--hydra-help", "--version", "--cfg", "--resolve"),
+    *("--package", "--multirun", "--config-name", "--info"),
 )
+# How ANTLR's own words begin, which name tokens of Hydra's grammar.
+_GRAMMAR = ("no viable ", "mismatched ", "extraneous ", "missing ", "LexerNoViable", "token recognition ")
+_FORMS = "write a list as [a,b], a mapping as {a: 1}, a text as '\"text\"'"
 _MOST = 12  # names in one line
 
 
 def of_key(key: str, value: str | None, *, beside: Sequence[str], keys: Mapping[str, str]) -> str:
     """For an unknown full key. `beside`: what there is in its section, `keys`: all there is, with its type."""
     section, _, name = key.rpartition(".")
-    found = other_names.instead(key, value)
+    found = other_names.instead(key, value) if _are_of_training(keys) else ""
     if found or section.split(".")[0] == "hydra":
         return found or _near_beside(section, name, beside)
     same = known_keys.with_last_part(key, keys)
     if same:
         return other_names.written(same[0], value) if len(same) == 1 else which_of(same[:_MOST])
     return _near_beside(section, name, beside) or _near_anywhere(name, keys)
+
+
+def _are_of_training(keys: Mapping[str, str]) -> bool:
+    """Whether these have sections; a conversion's have none, and other programs' names for them are not known."""
+    return any("." in key for key in keys)
 
 
 def _near_beside(section: str, name: str, beside: Sequence[str]) -> str:
@@ -63,11 +64,10 @@ def of_flag(flag: str, value: str, keys: Mapping[str, str]) -> str:
 def of_option(group: str, option: str, known: Sequence[str]) -> str:
     """For an unknown option of a group."""
     listed = other_names.OPTIONS.get(group, {})
-    if option in listed or option.lower() in listed:
-        return f"; {listed.get(option) or listed[option.lower()]}"
-    alike = [name for name in known if option and name.startswith(option)] or difflib.get_close_matches(
-        option, known, n=1, cutoff=0.8
-    )
+    if option.lower() in listed:
+        return f"; {listed[option.lower()].format(known=', '.join(known))}"
+    alike = [name for name in known if option and name.startswith(option)]
+    alike = alike or difflib.get_close_matches(option, known, n=1, cutoff=0.8)
     kind = difflib.get_close_matches(_letters(option), {_letters(name) for name in known}, n=1, cutoff=0.75)
     alike = alike or [name for name in known if _letters(name) in kind]
     listing = f"; the options are {', '.join(known)}" if known else ""
@@ -129,7 +129,7 @@ def of_unparsed(argument: str, said: str, keys: Mapping[str, str]) -> str:
             return f"{argument}: a file is no override{of_file('', argument)}"
         if key in keys:
             return f"{key}: has no value; write {key}=VALUE, without spaces around the '='"
-        return f"{argument}: not a valid override, {said}; write key=value or group=option"
+        return f"{argument}: is no override; write key=value or group=option"
     kind = keys.get(name)
     form = ""
     if value.strip().startswith("[") and value.strip().endswith("]") and not (kind and known_keys.is_text(kind)):
@@ -138,4 +138,5 @@ def of_unparsed(argument: str, said: str, keys: Mapping[str, str]) -> str:
         form = quoted(key, value)
     if form and not form.strip("'").startswith("="):
         return f"{name}: '{value}' has characters that Hydra reads as its own; write {form}"
-    return f"{argument}: not a valid override, {said}; write key=value or group=option"
+    reason = "" if said.startswith(_GRAMMAR) else f", {said}"
+    return f"{argument}: not a valid override{reason}; {_FORMS}"

@@ -100,10 +100,9 @@ def _composition(error: ConfigCompositionException, typed: Sequence[str], primar
     quoted = re.search(r"'([^']*)'", text)
     name = quoted.group(1) if quoted else ""
     if text.startswith("Could not override"):
-        return _unknown_key(name, cause, typed, primary)
+        return _unknown_key(name, error, primary)
     if text.startswith(("Ambiguous value for argument", "Sweep parameters")):
         key, _, value = text.partition("'")[2].rpartition("'")[0].partition("\n")[0].rstrip("'").partition("=")
-        value = value.removesuffix("' requires --multirun")
         if text.startswith("Sweep"):
             return f"{key}: '{value}' gives one run several values; add -m to run them all"
         ways = hints.of_values(key, value, known_keys.of_command(primary))
@@ -148,13 +147,14 @@ def _undeleted(name: str, error: Exception) -> str:
     return f"{name}: is {node[last]}, so that '{override.input_line}' deletes nothing; write '~{name}'"
 
 
-def _unknown_key(name: str, cause: BaseException | None, typed: Sequence[str], primary: str) -> str:
+def _unknown_key(name: str, error: Exception, primary: str) -> str:
+    cause, applied = error.__cause__, _applied(error)
     parent, beside = name.rpartition(".")[0], list[str]()
     if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
         node = cause.parent_node
         parent = str(node._get_full_key(None) or "")
         beside = [str(key) for key in node]
-    argument = next((a for a in typed if a.split("=")[0] == name), name)
+    argument = str(applied[0].input_line) if applied else name
     value = argument.partition("=")[2] or None
     if name in arguments.SLOTS:
         file = value if value and re.fullmatch(r"[\w-]+", value) else "NAME"

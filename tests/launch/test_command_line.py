@@ -72,14 +72,14 @@ def test_help_lists_groups_and_main_keys(monkeypatch, capsys):
             "train.steps=1,2",
             "train.steps: '1,2' gives one run several values; add -m to run them all",
         ),
-        ("train.steps=[1", "train.steps=[1: not a valid override"),
+        ("train.steps=[1", "train.steps=[1: not a valid override; write a list as"),
         ("train.steps", "train.steps: has no value; write train.steps=VALUE, without spaces around the '='"),
         (
             "init.path=/a/x=1",
             "init.path: '/a/x=1' has characters that Hydra reads as its own; write 'init.path=\"/a/x=1\"'",
         ),
-        ("data.split=90,10", "data.split: '90,10' gives one run several values; write 'data.split=\"90,10\"' for one "),
-        ("name=3", "name: 3 does not fit; set a string, in quotes: 'name=\"3\"'"),
+        ("data.split=90,10", "data.split: '90,10' is read as a number or several; write 'data.split=\"90,10\"' for "),
+        ("name=1e3", "name: '1e3' is read as a number or several; write 'name=\"1e3\"' for a text"),
         ("lr=1e-3", "lr: no such group or key (lr=1e-3); write optimizer.lr=1e-3"),
         ("+lr=1e-3", "lr: unknown key (value 0.001); write optimizer.lr=0.001"),
         ("optimizer.learning_rate=1", "optimizer.learning_rate: unknown key (value 1); write optimizer.lr=1"),
@@ -120,6 +120,14 @@ def test_mistakes_are_one_line_and_exit_code_2(argument, message, monkeypatch, c
     ("arguments", "message"),
     [
         (["train.steps=2", "--lr", "1e-3"], "--lr: no such flag; write optimizer.lr=1e-3"),
+        (
+            ["-m", "data.split=90,10"],
+            "data.split: '90,10' is read as a number or several; write 'data.split=\"90,10\"' for",
+        ),
+        (
+            ["-m", "experiment=choice(a)"],
+            "job 0 (experiment=a): experiment: no option 'a'; put experiment/a.yaml into the ",
+        ),
         (["-m", "optimizer.lr="], "optimizer.lr: has no value; write optimizer.lr=VALUE"),
         (
             ["--config-path", "{dir}", "--config-name", "mine"],

@@ -79,7 +79,7 @@ def test_keys(key, value, hint):
         ("precision", "bf16-mixed", "precision=bf16 trains in bfloat16"),
         ("precision", "BF16", "did you mean 'bf16'?"),
         ("optimizer", "adamw", "adam decouples weight decay: it is AdamW; write optimizer=adam"),
-        ("data", "jsonl", "the sources are mock and stdlib, and data.source="),
+        ("data", "jsonl", "the options are mock, stdlib, and data.source="),
         ("hydra/launcher", "joblib", "it needs a package that is missing: pip install hydra-joblib-launcher"),
         ("peft", "nothing_near", "the options are none"),
     ],
@@ -102,6 +102,12 @@ def test_options(group, option, hint):
 )
 def test_flags(flag, value, hint):
     assert hints.of_flag(flag, value, KEYS) == f"; {hint}"
+
+
+def test_names_of_a_training_are_none_of_a_conversion():
+    keys = known_keys.of_command("convert")
+    assert hints.of_key("hf_path", "x", beside=["mode", "hf"], keys=keys) == ""
+    assert hints.of_key("worker", "3", beside=["mode", "workers"], keys=keys) == "; did you mean 'workers'?"
 
 
 def refused(argument: str) -> str:
@@ -149,7 +155,9 @@ def test_a_list_of_such_values():
 @pytest.mark.parametrize(
     ("argument", "line"),
     [
-        ("train.steps=[1", "train.steps=[1: not a valid override, "),
+        ("train.steps=[1", "train.steps=[1: not a valid override; write a list as [a,b], "),
+        ("optimizer.lr=range(x)", "optimizer.lr=range(x): not a valid override, "),
+        ("import", "import: is no override; write key=value or group=option"),
         ("train.steps", "train.steps: has no value; write train.steps=VALUE, without spaces around the '='"),
         (
             "quick.yaml",
