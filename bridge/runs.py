@@ -46,6 +46,7 @@ class Run(NamedTuple):
     age: float | None  # seconds since the last line of metrics.jsonl
     error: str | None  # one line
     slurm_job: str | None = None
+    eta: float | None = None  # of a running one: seconds of the steps left, without evaluations and saves
 
 
 def find(directory: Path) -> list[Run]:
@@ -76,20 +77,21 @@ def read(path: Path, *, name: str) -> Run:
     error = ended.get("error") if not holder else None
     if state == "died":
         error = _last_words(path)
-    job = _json(path / "job.json")
+    job, steps, seconds = _json(path / "job.json"), _steps(path), _age(path / "metrics.jsonl")
     return Run(
         path=path,
         name=name,
         state=state,
         where=holder,
         step=step,
-        steps=_steps(path),
+        steps=steps,
         loss=number(last.get("loss")),
         eval_loss=number(last.get("eval_loss")),
         tokens_per_second=number(last.get("tokens_per_second")),
-        age=_age(path / "metrics.jsonl"),
+        age=seconds,
         error=None if error is None else one_line(str(error)),
         slurm_job=str(job["slurm_job_id"]) if job.get("slurm_job_id") else None,
+        eta=_left(last, step, steps, age=seconds or 0.0) if holder else None,
     )
 
 
@@ -227,6 +229,13 @@ def _tail(path: Path) -> str:
             return file.read().decode(errors="replace")
     except OSError:
         return ""
+
+
+def _left(last: Mapping[str, Any], step: int | None, steps: int | None, *, age: float) -> float | None:
+    per_step = number(last.get("step_seconds"))
+    if per_step is None or not math.isfinite(per_step) or step is None or steps is None:
+        return None
+    return max(0.0, per_step * (steps - step) - age)
 
 
 def _steps(path: Path) -> int | None:

@@ -1,9 +1,10 @@
 """`python -m bridge.status runs/`: a table of the runs and sweep jobs below one or several directories.
 
-With --watch again every few seconds, until Ctrl-C. Exit codes: 0, or 2 when there is nothing to show.
+With --watch again every few seconds, until Ctrl-C; with --json for programs. Exit codes: 0, or 2 when there is no run.
 """
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -12,16 +13,20 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from bridge import runs
 from bridge.command_line import DONE, Parser, guarded
-from bridge.errors import ConfigError
+from bridge.config import durations
+from bridge.errors import ConfigError, did_you_mean
 from bridge.runs import Run
 
-HEADER = ("run", "state", "step", "loss", "eval loss", "tokens/s", "last line", "by / error")
-RIGHT = frozenset({"step", "loss", "eval loss", "tokens/s", "last line"})
+HEADER = ("run", "state", "step", "loss", "eval loss", "tokens/s", "last line", "eta", "by / error")
+RIGHT = frozenset({"step", "loss", "eval loss", "tokens/s", "last line", "eta"})
 STATE_COLORS = {"running": "36", "done": "32", "failed": "31", "invalid": "31", "died": "31", "stopped": "33"}  # ANSI
 GAP = "  "
+STATES = ("running", "pending", *sorted(runs.ENDED))
+SORTABLE = ("name", "state", "step", "loss", "eval_loss", "tokens_per_second", "age", "eta")  # fields of Run
 AGE_UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))  # the first of which there are at least two, else s
 
 
@@ -30,14 +35,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(lambda: _command(arguments), only_prints=True)
 
 
+class View(NamedTuple):
+    """Which of the runs are shown, and in which order."""
+
+    directories: list[Path]
+    states: frozenset[str] = frozenset(STATES)
+    sort: str = "name"  # one of SORTABLE
+    reverse: bool = False
+
+    def collect(self) -> list[Run]:
+        """The runs to show. ConfigError when there is none at all in the directories."""
+        found = collect(self.directories)
+        shown = [run for run in found if run.state in self.states]
+        if self.sort == "name":  # as they come
+            return shown[::-1] if self.reverse else shown
+        known = [run for run in shown if _is_known(getattr(run, self.sort))]
+        unknown = [run for run in shown if not _is_known(getattr(run, self.sort))]
+        return sorted(known, key=lambda run: getattr(run, self.sort), reverse=self.reverse) + unknown
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
 def _command(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
-    directories = [Path(directory) for directory in options.directories]
+    view = View([Path(directory) for directory in options.directories], options.state, options.sort, options.reverse)
     if options.watch:
-        _watch(directories, interval=options.interval)
+        _watch(view, interval=options.interval)
+    elif options.json:
+        print(json.dumps([_plain(run) for run in view.collect()], indent=1))
     else:
-        print(table(collect(directories)))
+        print(table(view.collect()))
     return DONE
+
+
+def _plain(run: Run) -> dict[str, Any]:
+    """What --json prints of a run. JSON has no NaN and no infinity: null."""
+    values = run._asdict() | {"path": str(run.path)}
+    values["age_seconds"], values["eta_seconds"] = values.pop("age"), values.pop("eta")
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 def collect(directories: Sequence[Path]) -> list[Run]:
@@ -72,7 +109,7 @@ def table(found: Sequence[Run], *, width: int | None = None, color: bool = False
         ]
         lines.append(_painted(GAP.join(cells).rstrip()[:width], row[1], cells[0], color=color))
     states = Counter(run.state for run in found)
-    lines.append(", ".join(f"{count} {state}" for state, count in sorted(states.items())))
+    lines.append(", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "no run in such a state")
     return "\n".join(lines)
 
 
@@ -94,6 +131,7 @@ def _cells(run: Run) -> tuple[str, ...]:
         number(run.eval_loss),
         "-" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}",
         "-" if run.age is None else age(run.age),
+        "-" if run.eta is None else durations.text(run.eta),
         runs.one_line(run.error or run.where or ""),
     )
 
@@ -111,25 +149,25 @@ def age(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _watch(directories: Sequence[Path], *, interval: float) -> None:
+def _watch(view: View, *, interval: float) -> None:
     """Show the table again and again, in place on a terminal, below each other elsewhere."""
     on_terminal = sys.stdout.isatty()
     try:
         while True:
-            print(_screen(directories) if on_terminal else _page(directories), flush=True)
+            print(_screen(view) if on_terminal else _page(view), flush=True)
             time.sleep(interval)
     except KeyboardInterrupt:
         print()
 
 
-def _page(directories: Sequence[Path]) -> str:
-    return f"{time.strftime('%H:%M:%S')}\n{table(collect(directories))}\n"
+def _page(view: View) -> str:
+    return f"{time.strftime('%H:%M:%S')}\n{table(view.collect())}\n"
 
 
-def _screen(directories: Sequence[Path]) -> str:
+def _screen(view: View) -> str:
     """The table for a terminal: cleared before it, cut to its size, the newest trouble not lost below the edge."""
     columns, lines = shutil.get_terminal_size()
-    text = table(collect(directories), width=columns, color="NO_COLOR" not in os.environ).splitlines()
+    text = table(view.collect(), width=columns, color="NO_COLOR" not in os.environ).splitlines()
     room = lines - 3
     if len(text) > room:
         text = [*text[: room - 1], f"... {len(text) - room} more", text[-1]]
@@ -139,9 +177,24 @@ def _screen(directories: Sequence[Path]) -> str:
 def _parser() -> Parser:
     parser = Parser(prog="python -m bridge.status", description="A table of the runs and sweep jobs below directories.")
     parser.add_argument("directories", nargs="*", default=["runs"], help="where to look (runs)")
-    parser.add_argument("--watch", action="store_true", help="again every few seconds, until Ctrl-C")
+    states, keys = ",".join(STATES), ", ".join(SORTABLE)
+    parser.add_argument("--state", type=_states, default=frozenset(STATES), metavar="STATE,...", help=f"only {states}")
+    parser.add_argument("--sort", choices=SORTABLE, default="name", metavar="BY", help=f"{keys}; least first, -: last")
+    parser.add_argument("--reverse", action="store_true", help="greatest first")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="a list of objects instead of a table")
+    form.add_argument("--watch", action="store_true", help="again every few seconds, until Ctrl-C")
     parser.add_argument("--interval", type=_seconds, default=5.0, help="seconds between two looks with --watch (5)")
     return parser
+
+
+def _states(text: str) -> frozenset[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in STATES:
+            hint = did_you_mean(name, STATES) or f"; the states are {', '.join(STATES)}"
+            raise argparse.ArgumentTypeError(f"no state {name!r}{hint}")
+    return frozenset(names)
 
 
 def _seconds(text: str) -> float:

@@ -24,7 +24,14 @@ NAME = "report.html"
 MAX_POINTS = 800  # per curve: more than the pixels of a chart; longer runs show means of several steps
 UNIMPORTANT = frozenset({"name", "runs_dir"})  # overrides that tell where a job is, not what it is
 
-Point = tuple[int, float]
+
+class Point(NamedTuple):
+    """A place on a curve. tokens: consumed so far; seconds: of training steps so far; None and NaN: not known."""
+
+    step: int
+    loss: float  # may be NaN
+    tokens: int | None = None
+    seconds: float = math.nan
 
 
 class Job(NamedTuple):
@@ -32,18 +39,18 @@ class Job(NamedTuple):
 
     run: Run
     values: Mapping[str, str]  # key -> value
-    train: list[Point]  # (step, loss); a loss may be NaN
+    train: list[Point]
     eval: list[Point]
 
     @property
     def eval_loss(self) -> float | None:
         """Of the last evaluation, nats per token."""
-        return self.eval[-1][1] if self.eval else None
+        return self.eval[-1].loss if self.eval else None
 
     @property
     def is_sound(self) -> bool:
         """Whether the losses it ended with are finite, or there are none yet."""
-        return all(math.isfinite(curve[-1][1]) for curve in (self.train, self.eval) if curve)
+        return all(math.isfinite(curve[-1].loss) for curve in (self.train, self.eval) if curve)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +80,6 @@ def page(directory: Path) -> str:
     jobs = [_job(run, given[run.path] or announced.get(run.path.name, {})) for run in found]
     data = {
         "title": directory.resolve().name,
-        "directory": str(directory.resolve()),
         "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "keys": keys,
         "jobs": [_plain(job, keys) for job in sorted(jobs, key=_rank)],
@@ -93,20 +99,26 @@ def differing(jobs: Sequence[Mapping[str, str]], *, swept: Sequence[str] = ()) -
 
 
 def thinned(points: Sequence[Point], *, limit: int = MAX_POINTS) -> list[Point]:
-    """At most `limit` points: each the mean over equally many neighbours, at the last one's step. NaN stays NaN."""
+    """At most `limit` points: each the mean over equally many neighbours, at the last one's place. NaN stays NaN."""
     size = math.ceil(len(points) / limit) or 1
     groups = [points[begin : begin + size] for begin in range(0, len(points), size)]
-    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+    return [group[-1]._replace(loss=sum(point.loss for point in group) / len(group)) for group in groups]
 
 
 def _job(run: Run, values: Mapping[str, str]) -> Job:
     train: list[Point] = []
     evaluation: list[Point] = []
+    reached: dict[int, tuple[int | None, float]] = {}  # step -> tokens and seconds when it was done
+    seconds = 0.0
     for line in runs.metrics(run.path):
+        step, tokens = line["step"], line.get("consumed_tokens")
+        if "eval_loss" not in line and "saved_step" not in line:
+            seconds += runs.number(line.get("step_seconds")) or math.nan
+            reached[step] = tokens if isinstance(tokens, int) else None, seconds
         for name, curve in (("loss", train), ("eval_loss", evaluation)):
             value = runs.number(line.get(name))
             if value is not None:
-                curve.append((line["step"], value))
+                curve.append(Point(step, value, *reached.get(step, (None, math.nan))))
     return Job(run, values, train, evaluation)
 
 
@@ -129,7 +141,7 @@ def _rank(job: Job) -> tuple[int, float, list[tuple[int, int | str]]]:
 def _plain(job: Job, keys: Sequence[str]) -> dict[str, Any]:
     """What the page's script reads."""
     run = job.run
-    losses = [curve[-1][1] if curve else None for curve in (job.train, job.eval)]
+    losses = [curve[-1].loss if curve else None for curve in (job.train, job.eval)]
     return {
         "name": run.name,
         "state": run.state,
@@ -142,9 +154,14 @@ def _plain(job: Job, keys: Sequence[str]) -> dict[str, Any]:
         "values": [job.values.get(key) for key in keys],
         "error": run.error or _first_unsound(job),
         "where": run.where,
-        "train": [(step, _number(value)) for step, value in thinned(job.train)],
-        "eval": [(step, _number(value)) for step, value in thinned(job.eval)],
+        "train": [_embeddable(point) for point in thinned(job.train)],
+        "eval": [_embeddable(point) for point in thinned(job.eval)],
     }
+
+
+def _embeddable(point: Point) -> list[Any]:
+    seconds = None if math.isnan(point.seconds) else round(point.seconds, 3)
+    return [point.step, _number(point.loss), point.tokens, seconds]
 
 
 def _first_unsound(job: Job) -> str | None:
@@ -152,7 +169,10 @@ def _first_unsound(job: Job) -> str | None:
         return None
     curves = (("loss", job.train), ("eval loss", job.eval))
     return next(
-        f"step {step}: {name} is {value}" for name, curve in curves for step, value in curve if not math.isfinite(value)
+        f"step {point.step}: {name} is {point.loss}"
+        for name, curve in curves
+        for point in curve
+        if not math.isfinite(point.loss)
     )
 
 

@@ -81,11 +81,75 @@ def test_every_state(tmp_path, capsys):
     )
     assert states["died"].error == "ended without a result; last line of its log: Killed"
     assert states["raised"].error == "OSError: first"
-    assert re.search(r"^a/done +done +20/20 +3\.0000 +3\.2500 +1,234 +\d s$", table, flags=re.MULTILINE)
+    assert re.search(r"^a/done +done +20/20 +3\.0000 +3\.2500 +1,234 +\d s +-$", table, flags=re.MULTILINE)
     assert re.search(r"^failed +failed .* RuntimeError: the  ?\[31mdisk is full$", table, flags=re.MULTILINE)
     assert "\x1b" not in table
     assert table.splitlines()[-1] == "2 died, 1 done, 1 failed, 1 invalid, 1 pending, 1 running, 1 stopped"
     assert found(tmp_path)["busy"].state == "died"
+
+
+def five_runs(root: Path) -> None:
+    """Five runs that ended, of which one has lost its loss."""
+    for name, status_, loss in [
+        ("a2", "done", 2.0),
+        ("a10", "done", 1.0),
+        ("b", "failed", 3.0),
+        ("c", "stopped", math.nan),
+        ("d", "invalid", None),
+    ]:
+        lines = "" if loss is None else training(5, loss)
+        run_dir(root, name, result=Result(status_, 5), lines=lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ["a2", "a10", "b", "c", "d"]),
+        (["--reverse"], ["d", "c", "b", "a10", "a2"]),
+        (["--state", "failed"], ["b"]),
+        (["--state", "failed,stopped"], ["b", "c"]),
+        (["--state", "running"], []),
+        (["--sort", "loss"], ["a10", "a2", "b", "c", "d"]),  # NaN and nothing last
+        (["--sort", "loss", "--reverse"], ["b", "a2", "a10", "c", "d"]),
+        (["--sort", "state", "--state", "done,invalid"], ["a2", "a10", "d"]),
+        (["--sort", "age", "--state", "invalid,done", "--reverse"], ["a2", "a10", "d"]),
+    ],
+)
+def test_which_runs_and_in_which_order(arguments, expected, tmp_path, capsys):
+    five_runs(tmp_path)
+    os.utime(tmp_path / "a2" / "metrics.jsonl", (1, 1))
+    assert status.main([str(tmp_path), *arguments]) == 0
+    _, *rows, last = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == expected
+    assert expected or last == "no run in such a state"
+    assert status.main([str(tmp_path), *arguments, "--json"]) == 0
+    assert [run["name"] for run in json.loads(capsys.readouterr().out)] == expected
+
+
+def test_for_programs_and_when_it_will_be_done(tmp_path, capsys):
+    five_runs(tmp_path)
+    with claimed(config(tmp_path, name="busy"), overrides=[]) as claim:
+        (claim.path / "metrics.jsonl").write_text(training(5, 1.5, step_seconds=100.0) + evaluation(5, 2.5))
+        assert status.main([str(tmp_path), "--json"]) == 0
+        listed = {run.pop("name"): run for run in json.loads(capsys.readouterr().out)}
+        assert status.main([str(tmp_path), "--state=running"]) == 0
+        assert re.search(r"^busy .* (24m\d+s|25m) +process \d+ on ", capsys.readouterr().out, flags=re.MULTILINE)
+    busy = listed["busy"]
+    assert 1400 < busy.pop("eta_seconds") <= 1500  # fifteen steps
+    assert 0 <= busy.pop("age_seconds") < 100
+    assert busy == {
+        "path": str(tmp_path / "busy"),
+        "state": "running",
+        "where": f"process {os.getpid()} on {os.uname().nodename}",
+        "step": 5,
+        "steps": 20,
+        "loss": 1.5,
+        "eval_loss": 2.5,
+        "tokens_per_second": 1234.5,
+        "error": None,
+        "slurm_job": None,
+    }
+    assert (listed["c"]["loss"], listed["a2"]["eta_seconds"]) == (None, None)
 
 
 def test_losses_that_are_not_numbers_and_lines_cut_short(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ import pytest
 
 from bridge import sweep_report
 from bridge.launch.result import Result
+from bridge.sweep_report import Point
 from tests.test_status import evaluation, run_dir, training
 
 BROWSER = shutil.which("chromium")
@@ -32,7 +34,10 @@ def make_sweep(root: Path) -> Path:
     ]
     rows = []
     for number, (lr, result, losses) in enumerate(jobs):
-        lines = "".join(training(step, loss) for step, loss in enumerate(losses, 1))
+        counted = {"step_seconds": 30.0}
+        lines = "".join(
+            training(step, loss, consumed_tokens=step * 100_000, **counted) for step, loss in enumerate(losses, 1)
+        )
         if len(losses) == 40:
             last = math.nan if result.eval_loss is None else result.eval_loss
             lines += evaluation(20, 3.0) + evaluation(40, last)
@@ -55,6 +60,7 @@ class Page(HTMLParser):
         self.focused: list[str] = []  # rows that stand out
         self.texts: dict[str, list[str]] = {"train": [], "eval": []}
         self.shapes: list[str] = []  # of the curves
+        self.raw: list[str] = []  # of the losses behind smoothed curves
         self.into: list[str] | None = None
         self.chart: str | None = None
         self.job: str | None = None
@@ -63,7 +69,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         given = {name: value or "" for name, value in attributes}
-        if tag == "title":
+        if given.get("class") == "raw":
+            self.raw.append(given["d"])
+        elif tag == "title":
             self.in_title = True
         elif tag == "svg":
             self.chart = given["id"]
@@ -129,8 +137,8 @@ def test_the_page_in_a_browser(tmp_path):
     assert not {"train.steps", "name"} & set(page.head)
 
     assert {job: parts[0] for job, parts in page.drawn["train"].items()} == dict.fromkeys("0123", "curve")
-    points = {chart: {job: parts.count("circle") for job, parts in page.drawn[chart].items()} for chart in page.drawn}
-    assert points == {"train": {"0": 40, "1": 40, "2": 20, "3": 3}, "eval": {"0": 2, "1": 2, "2": 1}}
+    circles = {chart: {job: parts.count("circle") for job, parts in page.drawn[chart].items()} for chart in page.drawn}
+    assert circles == {"train": {"0": 40, "1": 40, "2": 20, "3": 3}, "eval": {"0": 2, "1": 2, "2": 1}}
     assert [job for job, parts in page.drawn["train"].items() if "broken" in parts] == ["2"]
     assert page.texts["eval"] and "no finite loss yet" not in page.texts["eval"]
     assert page.focused == []
@@ -158,6 +166,47 @@ def test_clicks(tmp_path):
 
 
 @needs_browser
+def test_axes_and_smoothing(tmp_path):
+    directory = make_sweep(tmp_path)
+    assert sweep_report.main([str(directory)]) == 0
+    choose = """
+    const choose = (id, value, type) => {
+      document.getElementById(id).value = value;
+      document.getElementById(id).dispatchEvent(new Event(type));
+    };
+    """
+    by_step = rendered(directory / "report.html")
+    by_tokens = rendered(directory / "report.html", action=f'{choose} choose("axis", 2, "change")')
+    by_time = rendered(
+        directory / "report.html", action=f'{choose} choose("axis", 3, "change"); choose("smoothing", 0.5, "input")'
+    )
+    assert by_step.texts["train"][-1] == by_step.texts["eval"][-1] == "step" and "40" in by_step.texts["train"]
+    assert by_tokens.texts["eval"][-1] == "tokens" and "4M" in by_tokens.texts["train"]  # 40 steps of 100,000
+    assert by_time.texts["eval"][-1] == "minutes of training" and "20" in by_time.texts["train"]  # 40 steps of 30 s
+    assert (by_tokens.raw, len(by_time.raw)) == ([], 4)
+
+    # Steps of equal size: curves by tokens are those by steps. By time, smoothed: the losses stay there, four of them in
+    # this chart, and a smoothed curve is their moving average.
+    curves, same = (
+        [shape for shape in page.shapes if shape and "l10" not in shape]  # neither circle nor cross
+        for page in (by_step, by_tokens)
+    )
+    assert curves == same
+    assert by_time.raw == curves[:4]
+    heights = [y for _, y in points(next(raw for raw in by_time.raw if len(points(raw)) == 40))]
+    smooth = next(shape for shape in by_time.shapes if len(points(shape)) == 40 and shape not in by_time.raw)
+    mean = weight = 0.0
+    for height, (_, found) in zip(heights, points(smooth), strict=True):
+        mean, weight = 0.5 * mean + 0.5 * height, 0.5 * weight + 0.5
+        assert found == pytest.approx(mean / weight, abs=0.11)
+
+
+def points(shape: str) -> list[tuple[float, float]]:
+    """`M1 2L3 4` -> [(1, 2), (3, 4)]."""
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML](\S+) ([^LM]+)", shape)]
+
+
+@needs_browser
 def test_a_page_on_runs_without_a_loss(tmp_path):
     run_dir(tmp_path, "alone", result=Result("invalid", error="init.path: missing"))
     assert sweep_report.main([str(tmp_path)]) == 0
@@ -173,6 +222,7 @@ def test_the_page_asks_nobody_for_anything(tmp_path):
         word in page.replace("http://www.w3.org/2000/svg", "") for word in ("http:", "https:", "src=", "@import")
     )
     assert SCRIPT not in page
+    assert str(tmp_path) not in page  # it can be mailed
 
 
 def test_what_differs():
@@ -183,12 +233,12 @@ def test_what_differs():
 
 
 def test_long_curves_are_means():
-    points = [(step, float(step)) for step in range(1, 1000)]
+    points = [Point(step, float(step), step * 7, step * 0.5) for step in range(1, 1000)]
     thinned = sweep_report.thinned(points, limit=100)
     assert len(thinned) == 100
-    assert thinned[0] == (10, 5.5) and thinned[-1] == (999, 995.0)
+    assert thinned[0] == (10, 5.5, 70, 5.0) and thinned[-1] == (999, 995.0, 6993, 499.5)
     assert sweep_report.thinned(points[:100], limit=100) == points[:100]
-    assert math.isnan(sweep_report.thinned([*points, (1000, math.nan)], limit=100)[-1][1])
+    assert math.isnan(sweep_report.thinned([*points, Point(1000, math.nan)], limit=100)[-1].loss)
 
 
 def test_nothing_to_report_and_nowhere_to_write(tmp_path, capsys):
