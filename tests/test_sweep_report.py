@@ -185,20 +185,20 @@ def test_axes_and_smoothing(tmp_path):
     assert by_time.texts["eval"][-1] == "minutes of training" and "20" in by_time.texts["train"]  # 40 steps of 30 s
     assert (by_tokens.raw, len(by_time.raw)) == ([], 4)
 
-    # Steps of equal size: curves by tokens are those by steps. By time, smoothed: the losses stay there, four of them in
-    # this chart, and a smoothed curve is their moving average.
-    curves, same = (
-        [shape for shape in page.shapes if shape and "l10" not in shape]  # neither circle nor cross
-        for page in (by_step, by_tokens)
-    )
-    assert curves == same
-    assert by_time.raw == curves[:4]
+    # Steps are of equal size, so curves by tokens are those by steps. By time and smoothed, the losses stay there, four
+    # of them in this chart, and a curve is their moving average.
+    assert curves(by_tokens) == curves(by_step)
+    assert by_time.raw == curves(by_step)[:4]
     heights = [y for _, y in points(next(raw for raw in by_time.raw if len(points(raw)) == 40))]
-    smooth = next(shape for shape in by_time.shapes if len(points(shape)) == 40 and shape not in by_time.raw)
+    smooth = next(curve for curve in curves(by_time) if len(points(curve)) == 40 and curve not in by_time.raw)
     mean = weight = 0.0
     for height, (_, found) in zip(heights, points(smooth), strict=True):
         mean, weight = 0.5 * mean + 0.5 * height, 0.5 * weight + 0.5
         assert found == pytest.approx(mean / weight, abs=0.11)
+
+
+def curves(page: Page) -> list[str]:
+    return [shape for shape in page.shapes if shape and "l10" not in shape]  # neither circles nor crosses
 
 
 def points(shape: str) -> list[tuple[float, float]]:

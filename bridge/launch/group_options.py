@@ -1,10 +1,15 @@
-"""`--help` without copying all that Hydra 1.3 knows for each of the 90 questions it asks about groups and options."""
+"""The groups of --help and their options: in lines that can be read, and without the 90 copies that Hydra 1.3 makes."""
 
 import functools
+import textwrap
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
+from omegaconf import OmegaConf
+
+WIDTH = 110  # of a line of --help
 
 
 @functools.cache
@@ -28,3 +33,15 @@ def share_repository() -> None:
 
     loader: Any = ConfigLoaderImpl
     loader.get_group_options = get_group_options
+
+
+def listing() -> str:
+    """`group: option, option` for every group but Hydra's own, those of --config-dir included, in lines of WIDTH."""
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    groups = sorted(group for group in hydra.list_all_config_groups() if group.split("/")[0] != "hydra")
+    lines = [f"{group}: {', '.join(sorted(hydra.config_loader.get_group_options(group)))}" for group in groups]
+    return "\n".join(textwrap.fill(line, width=WIDTH, subsequent_indent="    ") for line in lines)
+
+
+OmegaConf.register_new_resolver("options_of_groups", listing, replace=True)

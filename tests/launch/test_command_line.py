@@ -51,6 +51,7 @@ def test_help_lists_groups_and_main_keys(monkeypatch, capsys):
     assert len(copies) == 1  # for the composition itself
     assert all(f"\n{group}: " in out for group in ("model", "parallelism", "optimizer", "precision", "peft", "data"))
     assert "train.steps" in out and "init.path" in out and "75" in out
+    assert "qwen3_0_6b" in out and max(map(len, out.splitlines())) <= 120
 
 
 @pytest.mark.parametrize(
