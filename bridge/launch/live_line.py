@@ -124,6 +124,6 @@ def described(pulse: Pulse, time_left: TimeLeft) -> str:
     parts = [f"step {step}/{time_left.steps}"]
     if time.monotonic() - entered > 2 * INTERVAL:
         parts.append(since)
-    if left is not None:
+    if left is not None and step < time_left.steps:
         parts.append(f"{durations.text(left)} left")
     return ", ".join(parts)
