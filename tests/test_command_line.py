@@ -22,7 +22,7 @@ TOOLS = {
     "bridge.launch.docs": "bridge.launch.docs",
 }
 # Started by the product itself, with arguments that nobody types.
-INTERNAL = {"bridge.launch.worker", "bridge.launch.elastic", "bridge.training.hf_exports"}
+INTERNAL = {"bridge.launch.worker", "bridge.launch.elastic", "bridge.launch.notebook", "bridge.training.hf_exports"}
 
 
 def main_of(tool: str) -> Callable[[list[str]], int]:
