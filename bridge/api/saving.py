@@ -14,7 +14,8 @@ from bridge.convert.export import write_assets
 from bridge.errors import BridgeError, ConversionError
 from bridge.models import hf_config
 from bridge.weights import locate, shards
-from bridge.weights.hf_files import HfWriter, copy_assets, parse_size
+from bridge.weights.hf_assets import copy_assets
+from bridge.weights.hf_files import HfWriter, parse_size
 from bridge.weights.output import new_directory
 from bridge.weights.progress import Progress
 

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import ConfigError
-from bridge.weights.hf_files import ASSETS, INDEX
+from bridge.weights.hf_assets import WEIGHT_SUFFIXES
 
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
-WEIGHTS = (INDEX, "*.safetensors")
 
 # Arguments known elsewhere -> values that ask for nothing, and what to do instead.
 NOT_SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -63,9 +62,9 @@ def directory(path: str | Path, *, key: str, weights: bool) -> Path:
         raise ConfigError(f"{key}: {path} does not exist; give a Hugging Face directory or a repository id")
     from huggingface_hub import snapshot_download
 
-    patterns = [*ASSETS, *(WEIGHTS if weights else ())]
+    others = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if not (weights and suffix == ".safetensors")]
     try:
-        return Path(snapshot_download(str(path), allow_patterns=patterns))
+        return Path(snapshot_download(str(path), ignore_patterns=[*others, "consolidated*", "original/*"]))
     except (OSError, ValueError) as error:  # huggingface_hub's errors are of these kinds
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(

@@ -13,7 +13,8 @@ from bridge.convert.skeleton import skeleton, torch_dtype
 from bridge.models import hf_config
 from bridge.weights import locate
 from bridge.weights.dist_files import open_dist
-from bridge.weights.hf_files import copy_assets, main_dtype, parse_size
+from bridge.weights.hf_assets import copy_assets
+from bridge.weights.hf_files import main_dtype, parse_size
 from bridge.weights.hf_form import read_form
 from bridge.weights.key_layouts import canonical
 from bridge.weights.ledger import check_megatron

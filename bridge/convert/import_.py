@@ -8,7 +8,7 @@ from bridge.config.schema import ConvertConfig
 from bridge.convert.skeleton import skeleton, torch_dtype
 from bridge.models import hf_config
 from bridge.weights import locate
-from bridge.weights.hf_files import copy_assets
+from bridge.weights.hf_assets import copy_assets
 from bridge.weights.output import new_directory
 from bridge.weights.quantized import open_source
 from bridge.weights.transfer import import_tensors

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,13 +11,12 @@ from typing import Any, NamedTuple
 from bridge.config import durations
 from bridge.data import tokenizer as bpe
 from bridge.data.source import Prepared, completed
-from bridge.weights.hf_files import ASSETS
+from bridge.weights.hf_assets import copy_tokenizer
 
 FORMAT = 1  # part of the cache key: raise it when the stored files change their meaning
 BATCH = 256  # documents tokenised at once
 INTERVAL = 10.0  # seconds between two lines on how far it is
 MANIFEST = "manifest.json"
-TOKENIZER_FILES = tuple(name for name in ASSETS if name not in ("config.json", "generation_config.json"))
 
 
 class Options(NamedTuple):
@@ -98,9 +96,7 @@ def _store_tokenizer(tokenizer: bpe.TextTokenizer, directory: Path, *, source: P
         bpe.save(tokenizer, directory)
         return
     directory.mkdir()
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
+    copy_tokenizer(source, directory)
 
 
 def _tokenised(documents: Sequence[str], tokenizer: bpe.TextTokenizer) -> Iterator[list[int]]:

@@ -14,7 +14,7 @@ from bridge.models import hf_reads
 from bridge.models.family import Family, by_name, complete, known_names, mcore_defaults, name_of_hf_config
 from bridge.models.hf_fields import Part
 from bridge.weights import quantized
-from bridge.weights.hf_files import INDEX, open_hf
+from bridge.weights.hf_files import tensor_names
 
 # Fields that transformers reads and that cannot change the logits of a decoder: bookkeeping, tokens, what forward()
 # returns, heads of other tasks.
@@ -60,12 +60,9 @@ def read(directory: Path | str) -> dict[str, Any]:
 
 def _tensor_names(directory: Path) -> Collection[str]:
     """The tensors of a directory, empty when it has none or they cannot be read, which is for others to report."""
-    index, single = directory / INDEX, directory / "model.safetensors"
     try:
-        if index.is_file():
-            return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        return open_hf(directory).tensors if single.is_file() else ()
-    except (OSError, ValueError, LookupError, TypeError, ConversionError):
+        return tensor_names(directory)
+    except ConversionError:
         return ()
 
 

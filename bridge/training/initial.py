@@ -1,6 +1,5 @@
 """Where a run's weights come from, and the files that its checkpoints carry along for the export."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,8 @@ from bridge import parallel
 from bridge.config.routing import Routed
 from bridge.config.run_config import RunConfig
 from bridge.convert.initial import load_initial
-from bridge.data.text import TOKENIZER_FILES
 from bridge.weights import locate
-from bridge.weights.hf_files import copy_assets
+from bridge.weights.hf_assets import copy_assets, copy_tokenizer
 
 
 def load(model: list[Any], *, routed: Routed, path: str | None) -> None:
@@ -37,8 +35,5 @@ def describe(root: Path, config: RunConfig, *, tokenizer: Path | None) -> None:
     if brought is not None:
         copy_assets(brought, assets)
     if tokenizer is not None and config.data.get("tokenizer") != str(brought):
-        for name in TOKENIZER_FILES:
-            (assets / name).unlink(missing_ok=True)
-            if (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, assets / name)
+        copy_tokenizer(tokenizer, assets)
     locate.write_model_section(root, config.model)

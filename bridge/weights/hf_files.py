@@ -1,4 +1,4 @@
-"""Hugging Face model directories as streams of tensors: safetensors headers, lazy reads, sharded writes, small assets.
+"""Hugging Face model directories as streams of tensors: safetensors headers, lazy reads, sharded writes.
 
 A safetensors file is a little-endian u64 header length, a JSON header `{name: {dtype, shape, data_offsets}}` and the
 raw bytes (https://github.com/huggingface/safetensors#format).
@@ -6,10 +6,9 @@ raw bytes (https://github.com/huggingface/safetensors#format).
 
 import json
 import re
-import shutil
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -23,21 +22,7 @@ from bridge.weights import names, pages
 from bridge.weights.spec import TensorSpec
 
 INDEX = "model.safetensors.index.json"
-ASSETS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+SINGLE = "model.safetensors"
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -105,13 +90,7 @@ def open_hf(directory: str | Path) -> HfFiles:
     Raises ConversionError, naming file and tensor, when files are missing, truncated, corrupt or not as the index says.
     """
     directory = Path(directory)
-    index = directory / INDEX
-    listed: dict[str, str] = {}
-    if index.is_file():
-        listed = _read_index(index)
-        files = [directory / name for name in sorted(set(listed.values()))]
-    else:
-        files = [_only_file(directory)]
+    files, listed = _chosen(directory)
     tensors: dict[str, Stored] = {}
     for file in files:
         for name, stored in _read_header(file).items():
@@ -130,13 +109,6 @@ def main_dtype(specs: Iterable[TensorSpec]) -> torch.dtype:
     for spec in specs:
         num_bytes[spec.dtype] += spec.num_bytes
     return num_bytes.most_common(1)[0][0]
-
-
-def copy_assets(source: str | Path, target: str | Path) -> None:
-    """Copy config, tokenizer and generation files, those of ASSETS that exist."""
-    for name in ASSETS:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, Path(target) / name)
 
 
 def parse_size(text: str | int, *, key: str = "max_shard_size") -> int:
@@ -167,7 +139,7 @@ class HfWriter:
         self._files: dict[Path, FileIO] = {}
         self._places: dict[str, Stored] = {}
         for number, shard in enumerate(shards, start=1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self._start_file(self._directory / file, {name: tensors[name] for name in shard})
 
     def _start_file(self, file: Path, tensors: Mapping[str, TensorSpec]) -> None:
@@ -230,17 +202,42 @@ def _plan_shards(tensors: Mapping[str, TensorSpec], max_shard_size: int) -> list
     return shards
 
 
-def _only_file(directory: Path) -> Path:
-    if (directory / "model.safetensors").is_file():
-        return directory / "model.safetensors"
-    files = sorted(directory.glob("*.safetensors"))
+def tensor_names(directory: Path) -> Collection[str]:
+    """The names that a directory's index or only file says it holds. Raises ConversionError when there is neither."""
+    files, listed = _chosen(directory)
+    return listed or _read_header(files[0])
+
+
+def _chosen(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files that transformers would load, model.safetensors before the index, and what the index says of them.
+
+    Raises ConversionError when other files beside them may be the ones that are meant.
+    """
+    single, index = directory / SINGLE, directory / INDEX
+    if not index.is_file():
+        if not single.is_file():
+            raise ConversionError(f"{directory}: {_why_none(directory)}")
+        return [single], {}
+    listed = _read_index(index)
+    files = [directory / name for name in sorted(set(listed.values()))]
+    others = [file.name for file in files if file != single and file.is_file()]
+    if single.is_file() and others:
+        raise ConversionError(
+            f"{directory}: holds two models, {SINGLE}, which transformers loads, and {INDEX} with {others[0]}; "
+            "remove the one that is not meant"
+        )
+    return ([single], {}) if single.is_file() else (files, listed)
+
+
+def _why_none(directory: Path) -> str:
+    """What to say of a directory in which transformers finds no safetensors files under their usual names."""
+    files = sorted(file.name for file in directory.glob("*.safetensors"))
     if len(files) == 1:
-        return files[0]
+        return f"no {SINGLE}, which is what transformers loads; if {files[0]} is the model, give it that name"
     if files:
-        raise ConversionError(f"{directory}: {len(files)} safetensors files and no {INDEX}; add the index")
+        return f"{len(files)} safetensors files ({files[0]}, ...) and no {INDEX}; add the index"
     others = sorted(path.name for pattern in ("*.bin", "*.gguf", "*.pth") for path in directory.glob(pattern))
-    found = f" (found {others[0]}; save the model as safetensors first)" if others else ""
-    raise ConversionError(f"{directory}: no safetensors file{found}")
+    return "no safetensors file" + (f" (found {others[0]}; save the model as safetensors first)" if others else "")
 
 
 def _read_index(index: Path) -> dict[str, str]:

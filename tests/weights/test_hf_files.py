@@ -11,6 +11,7 @@ from bridge.errors import ConversionError
 from bridge.weights import hf_files
 from bridge.weights.hf_files import HfWriter, open_hf, parse_size
 from bridge.weights.spec import TensorSpec
+from tests import hf_models
 
 TENSORS = {
     "a.weight": torch.randn(5, 3),
@@ -151,9 +152,14 @@ def test_directories_without_safetensors(tmp_path):
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ConversionError, match="found pytorch_model.bin; save the model as safetensors"):
         open_hf(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.fp16.safetensors")
+    with pytest.raises(ConversionError, match="no model.safetensors, .*if model.fp16.safetensors is the model"):
+        open_hf(tmp_path)
     for name in ("a", "b"):
         save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(ConversionError, match="2 safetensors files and no model.safetensors.index.json"):
+    with pytest.raises(
+        ConversionError, match=r"3 safetensors files \(a.safetensors, ...\) and no model.safetensors.index.json"
+    ):
         open_hf(tmp_path)
 
 
@@ -169,3 +175,26 @@ def test_parse_size(text, size):
 def test_parse_size_refuses(text):
     with pytest.raises(ConversionError, match="max_shard_size: "):
         parse_size(text)
+
+
+def test_the_file_that_transformers_loads_is_read(tiny_hf, tmp_path):
+    """model.safetensors and an older index: transformers takes the first; with the index's files there, say which."""
+    from transformers import AutoModelForCausalLM
+
+    old, new = tiny_hf("llama", max_shard_size="60KB", tokenizer=False), tmp_path / "new"
+    hf_models.save("llama", new, seed=1, tokenizer=False)
+    (new / "model.safetensors").rename(old / "model.safetensors")
+    theirs = AutoModelForCausalLM.from_pretrained(old).model.norm.weight
+    with pytest.raises(ConversionError, match="two models, model.safetensors, which .* with model-00001-of-"):
+        open_hf(old)
+    shards = sorted(old.glob("model-*.safetensors"))
+    for shard in shards:
+        shard.rename(tmp_path / shard.name)
+    assert torch.equal(open_hf(old).read("model.norm.weight"), theirs)
+    (old / "model.safetensors").unlink()
+    for shard in shards:
+        (tmp_path / shard.name).rename(shard)
+    other = AutoModelForCausalLM.from_pretrained(old).model.norm.weight
+    assert torch.equal(open_hf(old).read("model.norm.weight"), other) and not torch.equal(other, theirs)
+    index = json.loads((old / hf_files.INDEX).read_text())["weight_map"]
+    assert set(hf_files.tensor_names(old)) == set(index) == set(open_hf(old).tensors)
