@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch.distributed.checkpoint import CheckpointException
 
-from bridge import parallel
+from bridge import parallel, platform
 from bridge.errors import RunError
 from bridge.weights.dist_files import system_reason
 from bridge.weights.output import FULL
@@ -37,6 +38,13 @@ def together(step: Callable[[], T]) -> T:
 def on_main(step: Callable[[], object]) -> None:
     """`step()` on rank 0 while the others wait; its failure is raised on all."""
     together(lambda: step() if parallel.is_main() else None)
+
+
+def any_rank(holds: bool) -> bool:
+    """Whether something `holds` on any rank: the same answer on all. A collective."""
+    flag = torch.tensor([holds], dtype=torch.int32, device=platform.device())
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
 
 
 def reason(error: BaseException) -> str:

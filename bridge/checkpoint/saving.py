@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from torch.distributed.checkpoint import CheckpointException
 
 from bridge import parallel
 from bridge.checkpoint import content, files
 from bridge.checkpoint.agree import FAILURES, on_main, reason, together
-from bridge.checkpoint.content import METADATA, Progress, Trainable
-from bridge.checkpoint.writing import Strategy, in_background
+from bridge.checkpoint.content import Progress, Trainable
+from bridge.checkpoint.writing import Writing
 from bridge.errors import BridgeError, RunError
 from bridge.weights.locate import iteration_directory
 from bridge.weights.plain_objects import check_plain
@@ -36,7 +34,7 @@ class Saved(NamedTuple):
 class _Pending:
     final: Path
     step: int
-    strategy: Strategy
+    writing: Writing | None = None
     stall: float = 0.0
 
     @property
@@ -55,9 +53,10 @@ class _Pending:
 class Saver:
     """Saves a run's checkpoints below `root`, one at a time: every method but `discard` is called by all ranks.
 
-    A kill at any moment leaves the previous checkpoint the latest, or the new one, whole. asynchronous: a forked
-    process per rank writes while training goes on. keep_last: how many iterations stay; those named by `in_use()`
-    (rank 0 asks) are spared. A save that fails raises RunError, in one line, on every rank.
+    A kill at any moment leaves the previous checkpoint the latest, or the new one, whole. asynchronous: threads write
+    while training goes on; `wait_for_copies` comes before every update of the weights. keep_last: how many iterations
+    stay; those named by `in_use()` (rank 0 asks) are spared. write_timeout: how long a writer may get no further, as
+    30m. A save that fails raises RunError, in one line, on every rank.
     """
 
     def __init__(
@@ -66,10 +65,11 @@ class Saver:
         *,
         keep_last: int | None = None,
         asynchronous: bool = False,
+        write_timeout: str | None = None,
         in_use: Callable[[], Collection[str]] = tuple,
     ) -> None:
-        self.root, self.keep_last, self.asynchronous, self.in_use = root, keep_last, asynchronous, in_use
-        self._queue = AsyncCallsQueue(persistent=False)  # the persistent one does not start without CUDA
+        self.root, self.keep_last, self.in_use = root, keep_last, in_use
+        self.asynchronous, self.write_timeout = asynchronous, write_timeout
         self._pending: _Pending | None = None
         self._has_read_back = False
 
@@ -79,18 +79,23 @@ class Saver:
         describe: what rank 0 writes below `root` before the first checkpoint. Returns the saves that are done by now.
         """
         saved = self.finish()
-        pending = _Pending(iteration_directory(self.root, iteration=progress.step), progress.step, Strategy())
+        self._pending = pending = _Pending(iteration_directory(self.root, iteration=progress.step), progress.step)
         with self._named(pending), pending.stalling():
             on_main(lambda: self._open(pending, describe))
             together(lambda: _check_shared(pending.unfinished))
-            request = _request(content.to_save(state, progress), pending.unfinished, pending.strategy)
-            if self.asynchronous:
-                self._queue.schedule_async_request(in_background(request))
-                self._pending = pending
-                return saved
-            request.execute_sync()
-            self._publish(pending)
-        return [*saved, Saved(pending.final, pending.step, pending.stall)]
+            pending.writing = Writing(
+                content.to_save(state, progress),
+                pending.unfinished,
+                in_background=self.asynchronous,
+                write_timeout=self.write_timeout,
+            )
+        return saved if self.asynchronous else [*saved, *self.finish()]
+
+    def wait_for_copies(self) -> None:
+        """Wait until the pending save reads no weights and no optimizer state any more: call it before these change."""
+        if self._pending is not None and self._pending.writing is not None:
+            with self._pending.stalling():
+                self._pending.writing.wait_for_copies()
 
     def poll(self) -> list[Saved]:
         """The pending save, if all ranks' writers are done with it; does not wait."""
@@ -102,12 +107,13 @@ class Saver:
 
     def discard(self) -> None:
         """End this rank's writers of the pending save, which never gets its name. For a run that failed."""
-        for call in self._queue.async_calls:
-            call.async_caller.close(abort=True)
-        self._queue.async_calls.clear()
-        if self._pending is not None and parallel.is_main():
-            shutil.rmtree(self._pending.unfinished, ignore_errors=True)
-        self._pending = None
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if pending.writing is not None:
+            pending.writing.abandon()
+        if parallel.is_main():
+            shutil.rmtree(pending.unfinished, ignore_errors=True)
 
     def retain(self) -> None:
         """Remove the iterations beyond `keep_last`; rank 0."""
@@ -116,13 +122,15 @@ class Saver:
 
     def _finalize(self, *, blocking: bool) -> list[Saved]:
         pending = self._pending
-        if pending is None:
+        if pending is None or pending.writing is None:
             return []
         with self._named(pending), pending.stalling():
-            if not self._queue.maybe_finalize_async_calls(blocking=blocking):
+            if blocking:
+                pending.writing.wait()
+            elif not pending.writing.is_done():
                 return []
+            self._publish(pending, pending.writing.finish())
             self._pending = None
-            self._publish(pending)
         return [Saved(pending.final, pending.step, pending.stall)]
 
     def _open(self, pending: _Pending, describe: Callable[[], None]) -> None:
@@ -131,9 +139,8 @@ class Saver:
         pending.unfinished.mkdir()
         describe()
 
-    def _publish(self, pending: _Pending) -> None:
+    def _publish(self, pending: _Pending, flushed: Collection[str]) -> None:
         """`latest` moves when everything is on disk; what is too old goes after that."""
-        flushed = pending.strategy.complete(pending.unfinished)
         if not self._has_read_back:
             together(lambda: _read_back(pending.unfinished))
             self._has_read_back = True
@@ -146,13 +153,12 @@ class Saver:
         try:
             yield
         except BridgeError:
+            self.discard()
             raise
         except FAILURES as error:
             self.discard()
             latest = files.newest(self.root)
             kept = "there is no earlier checkpoint" if latest is None else f"{latest.name} stays the latest checkpoint"
-            if parallel.is_main():
-                shutil.rmtree(pending.unfinished, ignore_errors=True)
             why = reason(error)
             if isinstance(error, CheckpointException):  # on all ranks, but only rank 0 has been told why
                 why = next(filter(None, all_gather(error.failures and why)), why)
@@ -162,18 +168,9 @@ class Saver:
 def save_weights(directory: Path, model: Sequence[Any]) -> None:
     """Write the weights of `model` (this rank's chunks, wrapped or not), and nothing else, as a torch_dist folder into
     `directory`, which is empty. All ranks call this."""
-    strategy = Strategy()
-    _request(content.weights(model), directory, strategy).execute_sync()
-    strategy.complete(directory)
-
-
-def _request(state: dict[str, Any], directory: Path, strategy: Strategy) -> AsyncRequest:
-    """What is left to do when `state` is laid out: the writing, and collecting its results into `.metadata`."""
-    request = dist_checkpointing.save(
-        state, str(directory), sharded_strategy=strategy, async_sharded_save=True, content_metadata=METADATA
-    )
-    # The last of megatron-core's own steps writes metadata.json on rank 0 alone; Strategy.complete does it for all.
-    return request._replace(finalize_fns=request.finalize_fns[:-1])
+    writing = Writing(content.weights(model), directory)
+    writing.wait()
+    writing.finish()
 
 
 def _read_back(directory: Path) -> None:

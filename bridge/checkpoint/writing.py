@@ -1,74 +1,135 @@
-"""megatron-core's torch_dist writer, made to end well: by a kill, a full disk or a failing rank, in the background too.
+"""megatron-core's torch_dist format, written so that it ends well: when a rank fails, the disk is full or hangs, in the
+background too."""
 
-Each rank's files are written by forked processes, which end with the trainer and return their files' checksums.
-"""
-
-import gc
-import os
-import pickle
 import queue
-import signal
-import tempfile
-from collections.abc import Sequence
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from bridge.checkpoint import checksums, files
-from bridge.checkpoint.agree import FAILURES, on_main, reason
+from bridge.checkpoint import checksums
+from bridge.checkpoint.agree import FAILURES, any_rank, on_main, reason
 from bridge.checkpoint.checksums import Checksum
-from bridge.platform.processes import die_with_parent
+from bridge.checkpoint.content import METADATA
+from bridge.checkpoint.optimizer_state import PREFIX
+from bridge.checkpoint.writers import Writer, Writers, copy_tensors
 from bridge.weights.shards import all_gather
 
-FORKS = get_context("fork")
-KILLED = "the process that wrote it was killed"
+AGREE_SECONDS = 1.0  # between two questions to all ranks, while they wait for their writers
 
 
-class Handover:
-    """One value from a forked process to its parent, through an unnamed file: a pipe would fill up while the parent is
-    busy, and megatron-core's queue is a server process that first imports torch, for 2 s."""
+class Writing:
+    """One checkpoint on its way into `directory`, which is empty. Writing begins with this object, in threads.
 
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+    in_background: the caller goes on with its work, and calls `wait_for_copies` before it updates the weights.
+    write_timeout: how long a writer may get no further, as 30m. All ranks call the same, except for `abandon`.
+    """
 
-    def put(self, value: Any) -> None:
-        """Leave `value`, the only one; the child's side."""
-        pickle.dump(value, self._file)
-        self._file.flush()
-
-    def get_nowait(self) -> Any:
-        """What was left, or a RuntimeError (not raised: so megatron-core passes it on to all ranks)."""
-        self._file.seek(0)
+    def __init__(
+        self,
+        state: dict[str, Any],
+        directory: Path,
+        *,
+        in_background: bool = False,
+        write_timeout: str | None = None,
+    ) -> None:
+        self._directory, self._strategy = directory, _Strategy()
+        self._failure: BaseException | None = None
+        self._writers = Writers(timeout=write_timeout)
+        request = dist_checkpointing.save(
+            state, str(directory), sharded_strategy=self._strategy, async_sharded_save=True, content_metadata=METADATA
+        )
+        # The last of megatron-core's own steps writes metadata.json on rank 0 alone; `finish` does it for all ranks.
+        self._collect_results = request.finalize_fns[:-1]
         try:
-            return pickle.load(self._file)
-        except (EOFError, pickle.UnpicklingError):
-            return RuntimeError(KILLED)
+            self._writers.start(self._strategy.writers(request, in_background))
+        except FAILURES as error:  # of this rank alone, as a lack of memory: the others learn of it in `finish`
+            self._failure = error
+
+    def wait_for_copies(self) -> None:
+        """Wait until the writers read no weights and no optimizer state any more, only their copies."""
+        self._writers.wait_for_copies()
+
+    def is_done(self) -> bool:
+        """Whether the writers of all ranks have ended or are given up."""
+        return not any_rank(self._writers.busy())
+
+    def wait(self) -> None:
+        """Wait until it `is_done`. No rank stands in a collective for long meanwhile: those have a time limit, too."""
+        while not self.is_done():
+            self._writers.wait(AGREE_SECONDS)
+
+    def finish(self) -> dict[str, Checksum]:
+        """When it `is_done`: write .metadata, metadata.json and checksums.json.
+
+        Returns the checksums of the files that the writers have flushed to disk. Raises on all ranks when one failed.
+        """
+        own: dict[str, Checksum] = {}
+        try:
+            if self._failure is not None:
+                raise self._failure
+            written = self._writers.written()
+            own = {file.name: file.checksum for file in written}
+            self._strategy.results.put({number: file.results for number, file in enumerate(written)})
+        except FAILURES as error:
+            self._strategy.results.put(RuntimeError(reason(error)))
+        for collect in self._collect_results:
+            collect()
+        flushed = {name: checksum for part in all_gather(own) for name, checksum in part.items()}
+        on_main(partial(self._strategy.complete, self._directory, flushed))
+        return flushed
+
+    def abandon(self) -> None:
+        """End this rank's writers; the checkpoint stays unfinished."""
+        self._writers.abandon()
 
 
-class Strategy(TorchDistSaveShardedStrategy):
-    """Writes one checkpoint. `complete` ends it, after `async_save`'s request was executed."""
+class _Strategy(TorchDistSaveShardedStrategy):
+    """Lays out one checkpoint. results: where megatron-core looks for what became of this rank's files."""
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1)
-        self._checksums = Handover()
+        self.results: Any = queue.SimpleQueue()
         self._failure: BaseException | None = None
+        self._updated: set[int] = set()  # storages on the CPU that only an optimizer step changes
+        self._others: set[int] = set()  # storages on the CPU that anything may change
 
     def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> AsyncRequest:
-        filesystem_async._results_queue = Handover()
-        request = super().async_save(sharded_state_dict, checkpoint_dir)
+        filesystem_async._results_queue = self.results  # else megatron-core starts a server process for 2 s
+        for value in nested_values(sharded_state_dict):
+            if isinstance(value, ShardedTensor) and value.data is not None and value.data.is_cpu:
+                is_updated = isinstance(value.data, torch.nn.Parameter) or value.key.startswith(PREFIX)
+                storages = self._updated if is_updated else self._others
+                storages.add(value.data.untyped_storage().data_ptr())
+        return super().async_save(sharded_state_dict, checkpoint_dir)
+
+    def writers(self, request: AsyncRequest, in_background: bool) -> list[Writer]:
+        """What writes this rank's share, a file each. What is on a GPU is copied to the host here.
+
+        in_background: so is what shares its memory with the model and may change before an optimizer step does; the
+        rest is copied by the writers, while the next forward and backward pass run.
+        """
         if request.async_fn is None:  # nothing to write on this rank
-            self._checksums.put({})
-            return request
-        return request._replace(async_fn=partial(_write, *request.async_fn.args, checksums=self._checksums))
+            return []
+        transforms, use_msc = request.async_fn.args
+        buckets = request.preload_fn()
+        for _, _, contents in request.async_fn_args[1]:  # megatron-core keeps them until the save is done
+            contents[1].clear()
+        if in_background:
+            for bucket in buckets:
+                copy_tensors(bucket, self._others - self._updated)
+        to_copy = frozenset(self._updated if in_background else ())
+        return [Writer(bucket, to_copy=to_copy, transforms=transforms, use_msc=use_msc) for bucket in buckets]
 
     def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
         finish = writer.finish
@@ -82,24 +143,13 @@ class Strategy(TorchDistSaveShardedStrategy):
         writer.finish = finish_or_note
         return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
 
-    def complete(self, directory: Path) -> dict[str, Checksum]:
-        """Write metadata.json and checksums.json: the files of all ranks lie in `directory`. All ranks call this.
-
-        Returns the checksums of the files that the writers have flushed to disk.
-        """
-        written: dict[str, Checksum] = {}
-        for part in all_gather(self._checksums.get_nowait()):
-            written |= part
-
-        def finish() -> None:
-            if self._failure is not None:
-                raise self._failure
-            save_config(CheckpointingConfig(self.backend, self.version), str(directory))
-            own = {file.name: checksums.of_file(file) for file in directory.iterdir() if file.name not in written}
-            checksums.write(directory, written | own)
-
-        on_main(finish)
-        return written
+    def complete(self, directory: Path, flushed: dict[str, Checksum]) -> None:
+        """Rank 0: write metadata.json and checksums.json; the files of all ranks lie in `directory`."""
+        if self._failure is not None:
+            raise self._failure
+        save_config(CheckpointingConfig(self.backend, self.version), str(directory))
+        own = {file.name: checksums.of_file(file) for file in directory.iterdir() if file.name not in flushed}
+        checksums.write(directory, flushed | own)
 
 
 class _CommonFile(TorchCommonSaveStrategy):
@@ -110,71 +160,3 @@ class _CommonFile(TorchCommonSaveStrategy):
 
 
 register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _CommonFile("torch", 1))
-
-
-def in_background(request: AsyncRequest) -> AsyncRequest:
-    """`request` for megatron-core's queue, which forks a process for it."""
-    if request.async_fn is None:
-        return request
-    return request._replace(async_fn=partial(_forked, os.getpid(), request.async_fn))
-
-
-def _write(
-    transforms: list[Any],
-    use_msc: bool,
-    rank: int,
-    buckets: Sequence[Any],
-    results: Handover,
-    *,
-    checksums: Handover,
-) -> None:
-    """Write each bucket into its file, by a process each, and hand over megatron-core's results and the checksums.
-
-    As megatron-core's `write_preloaded_data_multiproc`, which waits forever for a process that was killed.
-    """
-    try:
-        parts = _write_all(transforms, use_msc, buckets)
-    except FAILURES as error:
-        results.put(RuntimeError(reason(error)))
-        return
-    checksums.put({Path(bucket[0]).name: checksum for bucket, (_, checksum) in zip(buckets, parts, strict=True)})
-    results.put({index: written for index, (written, _) in enumerate(parts)})
-
-
-def _write_all(transforms: list[Any], use_msc: bool, buckets: Sequence[Any]) -> list[Any]:
-    handovers = [Handover() for _ in buckets]
-    writers = []
-    for bucket, handover in zip(buckets, handovers, strict=True):
-        arguments = (os.getpid(), _write_file, transforms, use_msc, bucket, handover)
-        writers.append(FORKS.Process(target=_forked, args=arguments))
-        writers[-1].start()
-    for writer in writers:
-        writer.join()
-    parts = [handover.get_nowait() for handover in handovers]
-    for part in parts:
-        if isinstance(part, Exception):
-            raise part
-    return parts
-
-
-def _write_file(transforms: list[Any], use_msc: bool, bucket: Any, handover: Handover) -> None:
-    output: Any = queue.SimpleQueue()
-    running: Any = queue.Queue()
-    running.put(0)  # what megatron-core's function takes out when it is done
-    FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, output, running, use_fsync=True, use_msc=use_msc)
-    _, written = output.get()
-    if isinstance(written, Exception):
-        handover.put(RuntimeError(reason(written)))
-        return
-    file = Path(bucket[0])
-    files.flush(file)  # megatron-core flushes before the last of Python's buffer is written
-    handover.put((written, checksums.of_file(file)))
-
-
-def _forked(parent: int, work: Any, *arguments: Any) -> None:
-    """`work(*arguments)` in a process forked by `parent`: it ends with `parent`, and by no signal meant for that."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(signum, signal.SIG_IGN)
-    die_with_parent(parent)
-    gc.disable()  # a collection would run the destructors of the parent's CUDA objects
-    work(*arguments)

@@ -15,8 +15,8 @@ def _from(smallest: float, default: Any) -> Any:
     return field(default=default, metadata={"min": smallest})
 
 
-def _duration() -> Any:
-    return field(default=None, metadata={"duration": True})
+def _duration(default: str | None = None) -> Any:
+    return field(default=default, metadata={"duration": True})
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class Checkpoint:
     save_interval: int | None = _from(1, None)
     keep_last: int | None = _from(1, None)
     async_save: bool = False
+    write_timeout: str | None = _duration("30m")
     save_hf: bool = False
     verify: bool = False
     fall_back: bool = False

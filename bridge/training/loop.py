@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from bridge import parallel
@@ -45,28 +46,28 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse, saves: Saves) -
     Raises FloatingPointError for a loss that train.nonfinite_loss or train.spiking_loss calls an error, HardwareFault
     for a result that another computation contradicts, both before anything of that step is saved.
     """
-    train, sequence_length = job.config.train, job.data.options.sequence_length
-    progress = job.progress
+    train, progress = job.config.train, job.progress
     pulse.enter(STARTING, step=progress.step)
     policy = LossPolicy(job.config, progress)
     rerun = Rerun(job.config, policy, step=progress.step, model=job.state.model)
     stragglers = Stragglers(job.config.log.straggler_interval, pulse, job.state.model)
     pending = Pending(_rates(job), policy)
     iterators = rerun.iterators(_training_batches(job, pulse))
+    take_step = partial(train_step, job.state, iterators, policy=policy, rerun=rerun, before_update=saves.before_update)
     batch_size_at = batches.batch_size_at(train, data_parallel_size=parallel.data_parallel_size())
     eval_loss = _evaluation_at(job, progress.step)
     reason = stop.signalled() if progress.step < train.steps else None  # while the model was built
     while progress.step < train.steps and reason is None:
         step = progress.step + 1
         samples = batch_size_at(progress.consumed_samples)
-        shape = shape_of(train, sequence_length=sequence_length, samples=samples)
+        shape = shape_of(train, sequence_length=job.data.options.sequence_length, samples=samples)
         lr = schedule.learning_rate(job.state.optimizer)
         pulse.enter(COMPUTING, step=step)
         if step in train.iterations_to_skip:
             result = pass_over(job.state, iterators, shape)
         else:
             stragglers.begin_step()
-            result = train_step(job.state, iterators, shape, step=step, policy=policy, rerun=rerun)
+            result = take_step(shape, step=step)
         if result.ending is not None:
             _report(pending, report)
             kept = policy.remembered(progress)

@@ -23,6 +23,7 @@ class Saves:
             job.checkpoints,
             keep_last=options.keep_last,
             asynchronous=options.async_save,
+            write_timeout=options.write_timeout,
             in_use=self._exports.in_use if self._exports else tuple,
         )
         if self._exports is not None and (newest := files.newest(job.checkpoints)) is not None:
@@ -43,6 +44,10 @@ class Saves:
         self._tell(self._saver.poll())
         if self._exports is not None:
             self._exports.poll()
+
+    def before_update(self) -> None:
+        """Call it before an optimizer step: what the pending save has not copied yet must not change."""
+        self._saver.wait_for_copies()
 
     def finish(self) -> None:
         """Wait for the pending save. Raises as `save`."""

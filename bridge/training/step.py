@@ -1,7 +1,7 @@
 """One optimizer step, and one pass without gradients. Read `train_step` from top to bottom."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,14 @@ class StepResult(NamedTuple):
 
 
 def train_step(
-    state: Trainable, batches: list[Iterator[Batch]], shape: Shape, *, step: int, policy: LossPolicy, rerun: Rerun
+    state: Trainable,
+    batches: list[Iterator[Batch]],
+    shape: Shape,
+    *,
+    step: int,
+    policy: LossPolicy,
+    rerun: Rerun,
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Forward and backward over `num_microbatches` of each of `batches` (one iterator per model chunk), then update."""
     put_back_buffers = kept_buffers(state.model) if policy.judges_before_update else None
@@ -72,6 +79,7 @@ def train_step(
         if verdict.action in ("skip", "error"):
             put_back_buffers()
             return StepResult(loss, verdict=verdict)
+    before_update()
     updated, grad_norm, _ = state.optimizer.step()
     if updated:
         state.scheduler.step(1)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,17 @@ QUICK: dict[str, Any] = {"train": {"steps": 8, "eval_interval": None}}
 
 
 def train_with_slow_writers(run: Any) -> Any:
-    """Every file is written a moment later, when the weights of the trainer are others."""
-    from bridge.checkpoint import writing
+    """Tensors are copied when the next update is due, and written when the weights of the trainer are others."""
+    from bridge.checkpoint import writers
 
-    original = writing._write_file
+    def late(original: Any) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            time.sleep(0.3)
+            return original(*arguments, **options)
 
-    def late(*arguments: Any) -> None:
-        time.sleep(0.3)
-        original(*arguments)
+        return wrapped
 
-    writing._write_file = late
+    writers.copy_tensors, writers.write_file = late(writers.copy_tensors), late(writers.write_file)
     return train(run)
 
 
@@ -55,7 +55,7 @@ def test_what_was_written_in_the_background_is_what_was_there(
 
 def executed(run: Any, fault: str) -> Any:
     """The result of a run whose second save meets with `fault`, as worker.execute reports it."""
-    from bridge.checkpoint import files, saving, writing
+    from bridge.checkpoint import files, writers, writing
     from bridge.launch.worker import execute
 
     def second(original: Any, *, rank: int, act: Any) -> Any:
@@ -73,21 +73,18 @@ def executed(run: Any, fault: str) -> Any:
     def full() -> None:
         raise OSError(28, "No space left on device")
 
-    if fault == "killed_writer":
-
-        def killed(*arguments: Any) -> None:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        def choose() -> None:
-            writing._write_file = killed
-
-        saving.in_background = second(saving.in_background, rank=1, act=choose)
+    if "writer" in fault:
+        # Who opens a pipe to write to it waits for a reader, which here never comes.
+        obstruct = os.mkfifo if "stuck" in fault else os.mkdir
+        file = run.run_dir / "checkpoints" / ".saving_iter_0000006" / "__1_0.distcp"
+        writers.Writers.start = second(writers.Writers.start, rank=1, act=lambda: obstruct(file))
+        writers.GRACE = 0.5
     elif fault == "common.pt":
         writing.TorchCommonSaveStrategy.save_common = second(
             writing.TorchCommonSaveStrategy.save_common, rank=0, act=full
         )
     elif fault == ".metadata":
-        writing.FileSystemWriterAsync.finish = second(writing.FileSystemWriterAsync.finish, rank=0, act=full)
+        writers.FileSystemWriterAsync.finish = second(writers.FileSystemWriterAsync.finish, rank=0, act=full)
     elif fault == "metadata.json":
         writing.save_config = second(writing.save_config, rank=0, act=full)
     elif fault == "rename":
@@ -96,8 +93,11 @@ def executed(run: Any, fault: str) -> Any:
     return execute(run, rank=int(os.environ["RANK"]))
 
 
+SAVING: dict[str, Any] = {"save_interval": 3, "write_timeout": "1s"}
 FAULTS = {
-    "killed_writer": (True, "the process that wrote it was killed"),
+    "failing_writer": (True, "Is a directory"),
+    "stuck_writer": (True, "a writer got no further within checkpoint.write_timeout=1s"),
+    "stuck_writer_at_once": (False, "a writer got no further within checkpoint.write_timeout=1s"),
     "common.pt": (True, "No space left on device"),
     ".metadata": (False, "No space left on device"),
     "metadata.json": (True, "No space left on device"),
@@ -108,7 +108,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_failing_save_ends_all_ranks_and_harms_nothing(tmp_path: Path, fault: str) -> None:
     asynchronous, why = FAULTS[fault]
-    run = config(tmp_path, checkpoint={"save_interval": 3, "async_save": asynchronous}, **QUICK)
+    run = config(tmp_path, checkpoint={**SAVING, "async_save": asynchronous}, **QUICK)
     results = run_distributed(executed, 2, run, fault, timeout=60)  # gloo itself would wait for 30 minutes
     root = run.run_dir / "checkpoints"
     for result in results:

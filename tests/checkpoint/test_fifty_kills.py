@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.distributed import run_distributed
@@ -26,8 +25,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], lis
     return result, sample_ids(run.run_dir)[0]
 
 
-def train_under_fire(run: Any, save: int, delay: float, at_writer: bool) -> Any:
-    """Train; another process kills this one `delay` seconds after the `save`-th new save began, or what writes it."""
+def train_under_fire(run: Any, save: int, delay: float) -> Any:
+    """Train; another process kills this one `delay` seconds after the `save`-th new save began."""
     killer = os.fork()
     if killer:
         try:
@@ -41,11 +40,6 @@ def train_under_fire(run: Any, save: int, delay: float, at_writer: bool) -> Any:
             time.sleep(0.001)
             seen = seen | begun_saves(run)
         time.sleep(delay)
-        if at_writer:
-            writers = [child for child in psutil.Process(trainer).children(recursive=True) if child.pid != os.getpid()]
-            for writer in writers[-1:]:
-                writer.kill()
-                time.sleep(0.5)  # enough for the trainer to find out, unless the writer was done
         os.kill(trainer, signal.SIGKILL)
     finally:
         os._exit(0)
@@ -82,11 +76,9 @@ def test_killed_again_and_again(tmp_path: Path, straight: tuple[list[float], lis
     kills, begun = 0, []
     for attempt in range(KILLS):
         begun.append(check_what_is_there(run.run_dir / "checkpoints"))
-        moment = (draw.choice((1, 2, 2, 3)), draw.uniform(0, 0.08), attempt % 5 == 4)
-        with pytest.raises(AssertionError, match="exit code (-9|1)\n(?s:.*)") as caught:
+        moment = (draw.choice((1, 2, 2, 3)), draw.uniform(0, 0.08))
+        with pytest.raises(AssertionError, match="exit code -9\n"):
             run_distributed(train_under_fire, 1, run, *moment)
-        if "exit code 1" in str(caught.value):  # the writer was the victim
-            assert moment[2] and "could not be saved (the process that wrote it was killed)" in str(caught.value)
         kills += 1
         ids = sample_ids(run.run_dir)[0]
         (run.run_dir / "sample_ids").rename(tmp_path / f"sample_ids_{attempt}")

@@ -27,7 +27,7 @@ def die() -> None:
 
 def train_and_die(run: Any, point: str) -> None:
     """Train; at the second save, at `point`, be killed as by the kernel: no handler, no cleanup."""
-    from bridge.checkpoint import files, saving
+    from bridge.checkpoint import files, writing
     from bridge.training.run import run as train_here
 
     calls = 0
@@ -46,10 +46,8 @@ def train_and_die(run: Any, point: str) -> None:
         return wrapper
 
     if point == "before_the_weights":
-        saving.dist_checkpointing.save = dying(saving.dist_checkpointing.save)
+        writing.dist_checkpointing.save = dying(writing.dist_checkpointing.save)
     elif point == "between_weights_and_metadata":
-        from bridge.checkpoint import writing
-
         writing.save_config = dying(writing.save_config)
     elif point == "before_the_rename":
         files.publish = dying(files.publish)
