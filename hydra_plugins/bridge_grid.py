@@ -33,8 +33,9 @@ class GridSweeper(BasicSweeper):
             return []
         directory = Path(str(self.config.hydra.sweep.dir))
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(self.config, directory / "multirun.yaml")
+            if directory != Path():  # conf/convert.yaml: nothing is written
+                directory.mkdir(parents=True, exist_ok=True)
+                OmegaConf.save(self.config, directory / "multirun.yaml")
         except OSError as error:
             raise ConfigError(f"hydra.sweep.dir: {directory} cannot be written ({error.strerror})") from error
         returns: list[Sequence[JobReturn]] = []

@@ -23,7 +23,7 @@ from bridge.config import known_keys
 from bridge.errors import did_you_mean
 from bridge.launch import arguments, hints
 
-_COMPOSING = ("config_loader_impl.py", "defaults_list.py", "config_repository.py")
+_COMPOSING = ("config_loader_impl.py", "defaults_list.py", "config_repository.py", "hydra/core/utils.py")
 
 
 def of_the_users(error: Exception) -> bool:
@@ -144,7 +144,9 @@ def _undeleted(name: str, error: Exception) -> str:
         return f"{name}: cannot be deleted, it does not exist{hint}"
     if node[last] is None:
         return f"{name}: is null already; leave '{override.input_line}' out"
-    return f"{name}: is {node[last]}, so that '{override.input_line}' deletes nothing; write '~{name}'"
+    return (
+        f"{name}: is {_first_line(str(node[last]))}, so that '{override.input_line}' deletes nothing; write '~{name}'"
+    )
 
 
 def _unknown_key(name: str, error: Exception, primary: str) -> str:

@@ -148,6 +148,7 @@ def test_mistakes_are_one_line_and_exit_code_2(argument, message, monkeypatch, c
         (["-m", "hydra.sweeper.max_batch_size=0"], "configuration: cannot be composed (AssertionError: assert max_b"),
         (["-m", "hydra.launcher=null"], "configuration: cannot be composed (RuntimeError: Hydra launcher is not "),
         (["hydra.launcher=null"], "Input cfg is not an OmegaConf config object"),
+        (["-m", "hydra.job.env_set=${hydra:job.num}"], "configuration: cannot be composed (TypeError: 'int' object "),
         (["hydra.verbose=[1,2]"], "configuration: cannot be composed (TypeError: A logger name must be a string)"),
     ],
 )
@@ -168,6 +169,13 @@ def test_full_errors_are_tracebacks_when_asked_for(monkeypatch, capsys, tmp_path
         assert "Traceback (most recent call last):" in err.splitlines()[:2]  # after the line of the first wrong job
         assert "train.st" in err.splitlines()[-1]
     assert os.environ["HYDRA_FULL_ERROR"] == "1"
+
+
+def test_conversions_one_after_the_other_leave_nothing_of_hydras(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run_in_process(convert.main, ["-m", "mode=yaml", "hf=a,b"], monkeypatch, capsys)
+    assert (code, err.split(": ")[0]) == (2, f"{tmp_path}/a/config.json")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_convert_checks_its_keys_the_same_way(monkeypatch, capsys):
