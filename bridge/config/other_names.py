@@ -40,6 +40,8 @@ _TARGETS: dict[str, str] = {
         "eval_steps eval_every eval_freq eval_step val_check_interval val_interval evaluation_interval"
     ),
     "train.eval_samples": "max_eval_samples num_eval_samples",
+    "write eval_only=true": "evaluate do_eval eval validate test_only eval_mode",
+    "train.exit_after": "max_time time_limit max_hours",
     "train.eval_samples counts samples, so that the loss does not depend on the batch size": (
         "eval_iters eval_iterations eval_batches max_eval_batches limit_val_batches max_eval_steps"
     ),
@@ -47,6 +49,7 @@ _TARGETS: dict[str, str] = {
     "train.num_devices": (
         "gpus num_gpus n_gpus ngpus devices gpus_per_node nproc nproc_per_node num_processes world_size n_devices"
     ),
+    "devices are found, train.num_devices says how many to use": "trainer accelerator device",
     "train.num_nodes": "nodes nnodes",
     # optimizer and schedule
     "optimizer.min_lr": "lr_min min_learning_rate end_lr",
@@ -66,7 +69,8 @@ _TARGETS: dict[str, str] = {
     "scheduler.lr_decay_style": "lr_scheduler lr_scheduler_type scheduler_type schedule lr_schedule",
     # checkpoints and directories
     _RESUME: (
-        "resume resume_from resume_from_checkpoint ckpt_path load load_path restore checkpoint_path load_checkpoint"
+        "resume resume_from resume_from_checkpoint ckpt ckpt_path load load_path load_checkpoint restore "
+        "checkpoint_path"
     ),
     "checkpoint.save_interval": "save_steps save_every save_freq save_iters ckpt_interval checkpoint_interval",
     "checkpoint.keep_last": "save_total_limit save_top_k keep_last_k max_checkpoints keep_checkpoints",
@@ -75,7 +79,7 @@ _TARGETS: dict[str, str] = {
         "pretrained_checkpoint hf_path"
     ),
     _PLACE: "output_dir out_dir save_dir log_dir default_root_dir exp_dir run_dir work_dir output",
-    "name": "run_name experiment_name exp_name run_id exp",
+    "name": "run_name experiment_name exp_name run_id exp task_name",
     # model
     "model.num_layers": "n_layer n_layers num_hidden_layers layers depth",
     "model.hidden_size": "n_embd d_model hidden_dim embed_dim dim",
@@ -117,7 +121,7 @@ _TARGETS: dict[str, str] = {
     # logs
     "log.log_interval": "logging_steps log_every log_every_n_steps log_freq log_iters print_freq",
     "log.wandb.project": "wandb_project",
-    "set log.wandb.project=NAME": "wandb use_wandb report_to",
+    "set log.wandb.project=NAME or log.tensorboard=true": "wandb use_wandb report_to logger",
     "log.wandb.entity": "wandb_entity",
     "log.wandb.name": "wandb_name wandb_run_name",
 }

@@ -29,6 +29,8 @@ def of_key(key: str, value: str | None, *, beside: Sequence[str], keys: Mapping[
     found = other_names.instead(key, value) if _are_of_training(keys) else ""
     if found or section.split(".")[0] == "hydra":
         return found or _near_beside(section, name, beside)
+    if section and any(known.startswith(f"{name}.") for known in keys):  # train.precision=bf16
+        return other_names.written(name, value)
     same = known_keys.with_last_part(key, keys)
     if same:
         return other_names.written(same[0], value) if len(same) == 1 else which_of(same[:_MOST])

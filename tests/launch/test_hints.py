@@ -42,6 +42,8 @@ def test_what_other_names_stand_for_is_there():
         named |= {word for word in re.findall(r"[a-z_]+(?:\.[a-z_0-9]+)+", sentence) if not word.endswith("source")}
     assert named - {"name", "optimizer"} <= set(KEYS)
     assert not set(other_names.TARGET_OF) & (set(KEYS) | GROUPS)
+    names = " ".join(other_names._TARGETS.values()).split()
+    assert len(names) == len(set(names))
     options = [hint for group in other_names.OPTIONS.values() for hint in group.values()]
     for group, option in re.findall(r"(\w+)=(\w+)", " ".join([*targets, *options])):
         assert group not in GROUPS or option == "OPTION" or (CONF / group / f"{option}.yaml").is_file()
@@ -53,6 +55,8 @@ def test_what_other_names_stand_for_is_there():
         ("lr", "1e-3", "write optimizer.lr=1e-3"),
         ("seed", "1", "write train.seed=1"),
         ("train.learning_rate", "1", "write optimizer.lr=1"),
+        ("train.precision", "bf16", "write precision=bf16"),
+        ("eval_iters", "5", "train.eval_samples counts samples"),
         ("trainer.max_steps", "5", "write train.steps=5"),
         ("per_device_train_batch_size", "5", "write train.micro_batch_size=5"),
         ("train.epochs", "1", "a run is train.steps optimizer steps long"),
