@@ -21,8 +21,8 @@ from typing import Any
 GRACE_SECONDS = 5.0  # for the other ranks after one has failed, and for a worker's own timeout to print its stacks
 LOG_TAIL = 6000  # characters of each rank's output shown on failure
 
-_context = get_context("forkserver")
-_context.set_forkserver_preload(["tests.preload"])
+context = get_context("forkserver")
+context.set_forkserver_preload(["tests.preload"])
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -52,7 +52,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         for rank in range(world_size):
             rank_env = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             work = (fn, args, rank_env, logs[rank], results[rank], timeout)
-            workers.append(_context.Process(target=_work, args=work))
+            workers.append(context.Process(target=_work, args=work))
             workers[-1].start()
         _join(workers, timeout)
         if any(worker.exitcode != 0 for worker in workers):

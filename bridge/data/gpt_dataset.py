@@ -115,7 +115,30 @@ def _build(prepared: Prepared, sequence_length: int, split: str, seed: int, dire
     )
     builder = BlendedMegatronDatasetBuilder(GPTDataset, [None, None, None], lambda: True, config)
     train, valid, _ = builder.build()
-    return Datasets(_at_least_one(train, "training", sequence_length), _some(valid))
+    recipe = (prepared, sequence_length, split, seed, directory)
+    train, valid = _at_least_one(train, "training", sequence_length), _some(valid)
+    return Datasets(Samples(train, "train", recipe), valid and Samples(valid, "valid", recipe))
+
+
+class Samples:
+    """megatron-core's dataset. Pickled, it is what it is made from: its arrays, mapped from files, would be copied."""
+
+    def __init__(self, dataset: Any, part: str, recipe: tuple[Any, ...]) -> None:
+        self._dataset, self._part, self._recipe = dataset, part, recipe
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item: dict[str, Any] = self._dataset[index]
+        return item
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, (self._part, self._recipe)
+
+
+def _made_again(part: str, recipe: tuple[Any, ...]) -> Any:
+    return getattr(_build(*recipe), part)
 
 
 def _at_least_one(dataset: Any, part: str, sequence_length: int) -> Any:

@@ -5,7 +5,6 @@ stopped, and a resumed run reads what the uninterrupted one would have read, acr
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -87,42 +86,3 @@ class TrainingBatches(torch.utils.data.Sampler[list[int]]):
                 ids, micro_batch_size=self.micro_batch_size, rank=self.rank, num_ranks=self.num_ranks
             )
             consumed += count
-
-
-class Padded(torch.utils.data.Dataset[dict[str, Any]]):
-    """The first `size` items of a dataset, then, without end, its last one with nothing in it that counts."""
-
-    def __init__(self, dataset: Any, *, size: int) -> None:
-        self.dataset, self.size = dataset, size
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if index < self.size:
-            return self.dataset[index]
-        last = self.dataset[self.size - 1]
-        return {**last, "loss_mask": torch.zeros_like(last["loss_mask"])}
-
-
-class Numbered(torch.utils.data.Dataset[dict[str, Any]]):
-    """A dataset whose items also carry `sample_id`, their index, so that what was read can be recorded."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], "sample_id": torch.tensor(index)}
-
-
-def loader(dataset: Any, *, batches: Any, num_workers: int, pin_memory: bool) -> torch.utils.data.DataLoader[Any]:
-    """A DataLoader over `Numbered(dataset)` that yields one dict of [micro_batch_size, ...] tensors per micro-batch."""
-    return torch.utils.data.DataLoader(
-        Numbered(dataset),
-        batch_sampler=batches,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-        # Otherwise each new iterator draws from the generator that dropout uses, and a resumed run goes another way.
-        generator=torch.Generator(),
-    )

@@ -6,6 +6,7 @@ A source module (`bridge.data.<name>`, or a dotted name outside the tree) expose
     build(config, prepared, *, seed) -> Datasets map-style datasets whose items `bridge.training.step` understands
 and, if it likes, what refuses a file that is missing before torch is imported and before a job waits in a queue:
     check(config) -> None                        raises ConfigError
+With data.num_workers > 0 the training dataset is pickled for other processes.
 An item is a dict of tensors of shape [sequence_length]: tokens, labels, position_ids (int64) and loss_mask (float32).
 """
 

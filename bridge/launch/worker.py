@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bridge.config import run_config
 from bridge.config.run_config import RunConfig
+from bridge.data import loader_server
 from bridge.errors import BridgeError, RunError, Stopped
 from bridge.launch import early, live_line, watchdog
 from bridge.launch.result import Result, log_path, unexpected, write_rank_error, write_result
@@ -93,6 +94,8 @@ def execute(config: RunConfig, *, rank: int, terminal: int | None = None) -> Res
     try:
         pulse = Pulse()
         with live_line.following(pulse, config, terminal=terminal), watchdog.watching(pulse, config, rank=rank):
+            if config.data["num_workers"]:
+                loader_server.start()  # it imports while this process does
             from bridge.training.run import run  # imports torch
 
             outcome = run(config, started=started, pulse=pulse)

@@ -15,7 +15,7 @@ from megatron.core.num_microbatches_calculator import (
 from bridge import parallel, platform
 from bridge.checkpoint import Progress
 from bridge.config.schema import Train
-from bridge.data import sampler
+from bridge.data import loader, sampler
 
 Batch = dict[str, torch.Tensor]
 
@@ -73,14 +73,14 @@ def evaluation(dataset: Any, *, train: Train, num_microbatches: int) -> Iterator
     micro_batch_size = train.sequences_per_pass(num_ranks)
     ids = range(num_microbatches * micro_batch_size * num_ranks)
     batches = sampler.rank_micro_batches(ids, micro_batch_size=micro_batch_size, rank=rank, num_ranks=num_ranks)
-    counted = sampler.Padded(dataset, size=num_evaluation_samples(dataset, train))
+    counted = loader.Padded(dataset, size=num_evaluation_samples(dataset, train))
     return iter(_loader(counted, batches, num_workers=0))
 
 
 def _loader(dataset: Any, batches: Iterable[Sequence[int]], *, num_workers: int) -> Iterable[Batch]:
     # Page-locked memory lets the copy to the device run beside the computation.
     pinned = platform.device().type != "cpu"
-    return sampler.loader(dataset, batches=batches, num_workers=num_workers, pin_memory=pinned)
+    return loader.loader(dataset, batches=batches, num_workers=num_workers, pin_memory=pinned)
 
 
 def recorded(batches: Iterator[Batch], path: Path, *, train: Train, after: Progress) -> Iterator[Batch]:

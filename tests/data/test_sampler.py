@@ -4,10 +4,9 @@ import itertools
 
 import numpy
 import pytest
-import torch
 
 from bridge.config.schema import Train
-from bridge.data import mock, sampler
+from bridge.data import sampler
 
 
 def test_each_epoch_holds_every_sample_once_in_its_own_order() -> None:
@@ -56,19 +55,6 @@ def test_ramp_up_grows_the_batch_and_reads_on_from_any_point() -> None:
     whole = list(itertools.islice(batches(0), 20))
     resumed = list(itertools.islice(batches(12), 14))  # after 8 + 4 samples, of which this rank read 6
     assert resumed == whole[6:]
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_loader_gives_numbered_batches_and_leaves_the_generator_alone(num_workers: int) -> None:
-    data = mock.build(
-        mock.Config(num_samples=10, sequence_length=4), mock.prepare(mock.Config(), cache=None, seed=0), seed=0
-    )
-    before = torch.get_rng_state()
-    batches = list(sampler.loader(data.train, batches=[[3, 1], [0, 2]], num_workers=num_workers, pin_memory=False))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert [batch["sample_id"].tolist() for batch in batches] == [[3, 1], [0, 2]]
-    assert torch.equal(batches[0]["tokens"][1], data.train[1]["tokens"])
-    assert torch.equal(batches[0]["tokens"][:, 1:], batches[0]["labels"][:, :-1])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 16, 17, 1000])
