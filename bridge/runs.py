@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from bridge.errors import ConfigError
 from bridge.launch import slurm_states
 from bridge.launch.result import EXIT_CODES, result_path
 
@@ -50,7 +51,13 @@ class Run(NamedTuple):
 
 
 def find(directory: Path) -> list[Run]:
-    """The runs at and below `directory`, jobs that a sweep.json announces included, sorted by name."""
+    """The runs at and below `directory`, jobs that a sweep.json announces included, sorted by name.
+
+    Raises ConfigError when it is no directory.
+    """
+    if not directory.is_dir():
+        kind = "is a file" if directory.exists() else "no such directory"
+        raise ConfigError(f"{directory}: {kind}; give a directory of runs, such as runs/ or runs/sweeps/NAME")
     found: dict[Path, Run] = {}
     announced: dict[Path, Run] = {}
     for path, below, files in os.walk(directory):

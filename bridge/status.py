@@ -84,8 +84,6 @@ def collect(directories: Sequence[Path]) -> list[Run]:
     """
     found: dict[Path, Run] = {}
     for directory in directories:
-        if not directory.is_dir():
-            raise ConfigError(f"{directory}: no such directory; give the one that holds the runs, such as runs/")
         for run in runs.find(directory):
             name = str(run.path) if len(directories) > 1 else run.name
             found.setdefault(run.path.resolve(), run._replace(name=name))

@@ -68,11 +68,9 @@ def _command(arguments: Sequence[str] | None) -> int:
 
 
 def page(directory: Path) -> str:
-    """The HTML page on the runs at and below `directory`. ConfigError when there is none."""
-    if not directory.is_dir():
-        raise ConfigError(f"{directory}: no such directory; give that of a sweep, such as runs/sweeps/NAME")
-    announced = {str(row.get("job")): _values(row.get("overrides")) for row in runs.sweep_rows(directory)}
+    """The HTML page on the runs at and below `directory`. ConfigError when there is none or it is no directory."""
     found = runs.find(directory)
+    announced = {str(row.get("job")): _values(row.get("overrides")) for row in runs.sweep_rows(directory)}
     if not found:
         raise ConfigError(f"{directory}: no run in it; give the directory of a sweep or of runs")
     given = {run.path: _values(runs.overrides(run.path)) for run in found}

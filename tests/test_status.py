@@ -238,9 +238,11 @@ def test_looking_does_not_keep_a_run_from_starting(tmp_path):
 
 def test_nothing_to_show(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
     for arguments, message in [
         (["empty"], "empty: no run in it; give the directory that holds the runs\n"),
-        (["missing"], "missing: no such directory; give the one that holds the runs, such as runs/\n"),
+        (["missing"], "missing: no such directory; give a directory of runs, such as runs/ or runs/sweeps/NAME\n"),
+        (["file"], "file: is a file; give a directory of runs, such as runs/ or runs/sweeps/NAME\n"),
     ]:
         assert status.main([str(tmp_path / name) for name in arguments]) == 2
         assert capsys.readouterr() == ("", f"{tmp_path}/{message}")

@@ -249,7 +249,7 @@ def test_nothing_to_report_and_nowhere_to_write(tmp_path, capsys):
         ([str(tmp_path / "empty")], f"{tmp_path}/empty: no run in it; give the directory of a sweep or of runs\n"),
         (
             [str(tmp_path / "none")],
-            f"{tmp_path}/none: no such directory; give that of a sweep, such as runs/sweeps/NAME\n",
+            f"{tmp_path}/none: no such directory; give a directory of runs, such as runs/ or runs/sweeps/NAME\n",
         ),
         (
             [str(directory), "--output", str(missing)],

@@ -65,6 +65,8 @@ def parse(arguments: Sequence[str]) -> Options:
                 f"{argument}: not of the form key=value"
                 f"{did_you_mean(argument.lstrip('-'), names) or '; known keys: ' + ', '.join(names)}"
             )
+        if key in values:
+            raise ConfigError(f"{key}: is given twice, the second time as {value!r}; leave one out")
         values[key] = value if key in texts else _plain(key, value)
     return sections.build(Options, values, "")
 
