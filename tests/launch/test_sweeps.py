@@ -15,6 +15,7 @@ from hydra.experimental.callback import Callback
 
 from bridge import runs, status, sweep_report
 from bridge.launch import compose, driver, hydra_errors, spawn
+from bridge.launch import sweep as sweeps
 from bridge.launch.result import Result, read_result, write_result
 from tests.launch.commands import TINY, train, write_user_source
 
@@ -187,6 +188,23 @@ def test_optuna_that_is_missing():
     missing = MissingConfigException("", missing_cfg_file="hydra/sweeper/optuna", options=["basic"])
     message = "hydra/sweeper: no option 'optuna'; it needs a package that is missing: pip install 'bridge[sweep]'"
     assert hydra_errors.one_line(missing) == message
+
+
+@pytest.mark.parametrize(
+    ("wandb", "group"),
+    [
+        ({"project": "p", "group": None}, "s"),
+        ({"project": "p", "group": "mine"}, "mine"),
+        ({"project": None, "group": None}, None),
+    ],
+)
+def test_wandb_shows_the_jobs_of_a_sweep_as_a_group(wandb, group):
+    settings = {"runs_dir": "runs", "name": "s", "log": {"log_interval": 5, "wandb": wandb}}
+    directory = Path("runs/sweeps/s").absolute()
+    job = compose.Job(settings, [], 0, directory=directory / "0", sweep_directory=directory)
+    placed = sweeps.placed(settings, job)
+    assert placed["log"] == {"log_interval": 5, "wandb": wandb | {"group": group}}
+    assert settings["log"]["wandb"] is wandb and placed["name"] == "sweeps/s/0"
 
 
 def test_a_real_sweep_its_status_and_report(tmp_path, capsys):
