@@ -1,6 +1,7 @@
 """One run's configuration, checked: what the driver writes as RUN_DIR/config.yaml and the workers read."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ _CONVERT_READS = {
 }
 
 
+_ABOUT_SAVES = ("save_interval", "keep_last", "async_save", "save_hf")
 # Keys in the config.yaml of runs that an earlier version started, by section; they say nothing any more.
 _FORMER = {"train": ("eval_iters",)}
 
@@ -89,6 +91,7 @@ def from_dict(config: Mapping[str, Any]) -> RunConfig:
     effect.check(routed)
     _check_rerun(run)
     _check_eval_only(run)
+    _check_saves(run)
     return run
 
 
@@ -202,6 +205,21 @@ def _check_vocabulary(run: RunConfig, routed: Routed) -> None:
         raise ConfigError(
             f"data.vocab_size: data.vocab_size <= model.vocab_size must hold, but {made} > {room}; "
             f"set data.vocab_size to {room} or less, or model.vocab_size to {made}"
+        )
+
+
+def _check_saves(run: RunConfig) -> None:
+    if run.checkpoint.save:
+        return
+    asked = {f"checkpoint.{name}": getattr(run.checkpoint, name) for name in _ABOUT_SAVES}
+    asked["rerun.mode"] = run.rerun.mode == "validate_results" and run.rerun.mode  # which goes on elsewhere
+    for key, value in asked.items():
+        if value:
+            raise ConfigError(f"{key}: {json.dumps(value)} needs checkpoints, and checkpoint.save is false; set one")
+    if run.train.exit_interval is not None:
+        raise ConfigError(
+            f"train.exit_interval: {run.train.exit_interval} would stop every start there with checkpoint.save=false; "
+            f"set train.steps={run.train.exit_interval}"
         )
 
 

@@ -84,6 +84,7 @@ class Init:
 class Checkpoint:
     """When and how to save, how many to keep (None: all), and what to do about a damaged checkpoint on resume."""
 
+    save: bool = True
     save_interval: int | None = _from(1, None)
     keep_last: int | None = _from(1, None)
     async_save: bool = False

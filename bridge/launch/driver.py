@@ -162,7 +162,9 @@ def train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> Re
         (claim.path / "job.json").unlink(missing_ok=True)
         ranks.print_start(claim, num_processes=num_devices)
         fields, restarts = config.routed().transformer, config.launch.max_restarts
-        result = spawn.run_workers(claim, num_devices=num_devices, fields=fields, max_restarts=restarts)
+        result = spawn.run_workers(
+            claim, num_devices=num_devices, fields=fields, max_restarts=restarts, saves=config.checkpoint.save
+        )
     if job.number is None:
         ranks.print_next(config, result)
     return result

@@ -81,7 +81,7 @@ def print_ending(result: Result) -> None:
 
 def print_next(config: RunConfig, result: Result) -> None:
     """After a run that is done the commands that make something of its checkpoint; none that would not work."""
-    if config.eval_only or result.status != "done" or latest_step(config.run_dir) is None:
+    if config.eval_only or not config.checkpoint.save or result.status != "done" or latest_step(config.run_dir) is None:
         return
     print("next:")
     print(f"  python convert.py mode=export megatron={config.run_dir} hf={config.run_dir}/export")

@@ -27,9 +27,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 MOST_FRUITLESS = 2  # restarts in a row without a newer checkpoint
 
 
-def run_workers(claim: Claim, *, num_devices: int, fields: Mapping[str, Any], max_restarts: int = 0) -> Result:
+def run_workers(
+    claim: Claim, *, num_devices: int, fields: Mapping[str, Any], max_restarts: int = 0, saves: bool = True
+) -> Result:
     """Run one worker per device on claim.path until all have ended, and again after a failure up to `max_restarts`
-    times. fields: TransformerConfig fields that are set.
+    times. fields: TransformerConfig fields that are set. saves: what they do when asked to stop.
 
     Not again when the same would happen again, nor when two restarts in a row have brought no newer checkpoint.
     """
@@ -37,7 +39,7 @@ def run_workers(claim: Claim, *, num_devices: int, fields: Mapping[str, Any], ma
     restarts = fruitless = 0
     while True:
         before = latest_step(claim.path)
-        result, stopping = _run_once(claim, environment, num_devices=num_devices, before=before)
+        result, stopping = _run_once(claim, environment, num_devices=num_devices, before=before, saves=saves)
         result = replace(result, restarts=restarts)
         write_result(result, claim.path)
         if result.status != "failed" or result.repeats or stopping or restarts == max_restarts:
@@ -54,19 +56,19 @@ def run_workers(claim: Claim, *, num_devices: int, fields: Mapping[str, Any], ma
 
 
 def _run_once(
-    claim: Claim, environment: dict[str, str], *, num_devices: int, before: int | None
+    claim: Claim, environment: dict[str, str], *, num_devices: int, before: int | None, saves: bool
 ) -> tuple[Result, bool]:
     """How all workers ended, and whether they were asked to stop."""
     entry = ["-m", WORKER, str(claim.path)]
     if num_devices == 1:
-        ended, stopping = _watch([sys.executable, *entry], environment, claim, stderr=None)
+        ended, stopping = _watch([sys.executable, *entry], environment, claim, stderr=None, saves=saves)
         said = killed(0, -ended) if ended < 0 else f"the worker left with exit code {ended}"
         last_resort = f"{said}; see {claim.path / 'logs' / 'rank_0.log'}"
     else:
         elastic = ["-m", ELASTIC, str(claim.path), "--standalone", f"--nproc-per-node={num_devices}", *entry]
         # Torch elastic's own report of a failure goes to a file: the driver prints the cause in one line.
         with _launcher_log(claim).open("ab") as log:
-            _, stopping = _watch([sys.executable, *elastic], environment, claim, stderr=log)
+            _, stopping = _watch([sys.executable, *elastic], environment, claim, stderr=log, saves=saves)
         last_resort = f"a worker died without an error of its own; see {_launcher_log(claim)}"
     result = first_rank_error(claim.path) or read_result(claim.path)
     if result is None:  # asked to stop before there was anything to save, or died in a way no process can report itself
@@ -93,11 +95,13 @@ def _tell(claim: Claim, line: str) -> None:
         log.write(f"{line}\n")
 
 
-def _watch(command: list[str], environment: dict[str, str], claim: Claim, *, stderr: Any) -> tuple[int, bool]:
+def _watch(
+    command: list[str], environment: dict[str, str], claim: Claim, *, stderr: Any, saves: bool
+) -> tuple[int, bool]:
     """Run `command` to its end, passing stop signals on. Returns its exit code, and whether it was asked to stop."""
     if ELASTIC in command:
         early.end()
-    with _forwarded_signals() as stop:
+    with _forwarded_signals(saves=saves) as stop:
         process = early.told(claim, environment) or subprocess.Popen(
             command,
             env=environment,
@@ -116,7 +120,8 @@ def _watch(command: list[str], environment: dict[str, str], claim: Claim, *, std
 class _Stop:
     """The stop signals received so far, and the process to pass them on to."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, saves: bool) -> None:
+        self.saves = saves
         self.child: int | None = None
         self.first: signal.Signals | None = None
         self.interrupts = 0
@@ -130,8 +135,9 @@ class _Stop:
             return
         if self.first is None:
             self.first = signum
-            hint = " (once more: at once, without a save)" if signum == signal.SIGINT else ""
-            print(f"{signum.name}: saving what was trained, then stopping{hint}", file=sys.stderr, flush=True)
+            told = "saving what was trained, then stopping" if self.saves else "stopping; nothing is saved"
+            hint = " (once more: at once, without a save)" if signum == signal.SIGINT and self.saves else ""
+            print(f"{signum.name}: {told}{hint}", file=sys.stderr, flush=True)
         self.forward(signum)
 
     def forward(self, signum: signal.Signals) -> None:
@@ -150,8 +156,8 @@ class _Stop:
 
 
 @contextmanager
-def _forwarded_signals() -> Iterator[_Stop]:
-    stop = _Stop()
+def _forwarded_signals(*, saves: bool) -> Iterator[_Stop]:
+    stop = _Stop(saves=saves)
     before = {signum: signal.signal(signum, stop.receive) for signum in STOP_SIGNALS}
     try:
         yield stop

@@ -31,8 +31,8 @@ class HardwareFault(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. stopped: saved before its last step, to be resumed. eval_loss: the last one, nats per token.
-    step: the last one taken; None of a model that has only been evaluated and tells of none."""
+    """How a run ended. stopped: before its last step, saved unless checkpoint.save is false. eval_loss: the last one,
+    nats per token. step: the last one taken; None of a model that has only been evaluated and tells of none."""
 
     status: Literal["done", "stopped"]
     step: int | None
@@ -84,8 +84,9 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse, saves: Saves) -
         reason = None if last else stop.reason(step=step)
         pulse.finish_step()  # at about the same moment on all ranks
         evaluating = last or _due(step, train.eval_interval)
-        saving = last or reason is not None or _due(step, job.config.checkpoint.save_interval)
-        if evaluating or saving or result.is_error or _due(step, job.config.log.log_interval):
+        leaving = last or reason is not None
+        saving = job.config.checkpoint.save and (leaving or _due(step, job.config.checkpoint.save_interval))
+        if evaluating or saving or leaving or result.is_error or _due(step, job.config.log.log_interval):
             _report(pending, report)
             _say(rerun.statistics())
         _say(stragglers.report(step))

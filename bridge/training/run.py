@@ -58,14 +58,17 @@ def _train(config: RunConfig, data: setup.Data, stop: Stop, pulse: Pulse) -> tup
         outcome = train(job, stop=stop, report=report, pulse=pulse, saves=saves)
     report.close()
     if parallel.is_main():
-        _say_how_it_ended(outcome, data.prepared)
+        kept = outcome.step if config.checkpoint.save else job.progress.step
+        _say_how_it_ended(outcome, data.prepared, kept=kept)
     return outcome, saves
 
 
-def _say_how_it_ended(outcome: Outcome, prepared: Prepared) -> None:
+def _say_how_it_ended(outcome: Outcome, prepared: Prepared, *, kept: int | None) -> None:
+    """kept: the step of the latest checkpoint; 0 or None without one."""
     if outcome.status == "stopped":
-        going_on = "resumes" if outcome.step else "begins again"
-        print(f"stopped at step {outcome.step} ({outcome.reason}); the same command {going_on}", flush=True)
+        going_on = "begins again" if not kept else "resumes" if kept == outcome.step else f"resumes at step {kept}"
+        lost = "" if kept == outcome.step else ", not saved (checkpoint.save=false)"
+        print(f"stopped at step {outcome.step} ({outcome.reason}){lost}; the same command {going_on}", flush=True)
         return
     if outcome.eval_loss is not None:
         print(f"final eval loss: {outcome.eval_loss:.4f} nats per token", flush=True)

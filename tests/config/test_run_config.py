@@ -109,6 +109,22 @@ WRONG = [
     (TEXT | {"data.split": "1e2,5"}, "data.split: '1e2,5' is not a list of up to three weights"),
     (TEXT | {"data.split": "1,2,3,4"}, "data.split: '1,2,3,4' is not a list of up to three weights"),
     ({"eval_only": True, "dry_run": True}, "eval_only: true evaluates, and dry_run=true is about training; set one"),
+    (
+        {"checkpoint.save": False, "checkpoint.keep_last": 2},
+        "checkpoint.keep_last: 2 needs checkpoints, and checkpoint.save is false; set one",
+    ),
+    (
+        {"checkpoint.save": False, "checkpoint.save_hf": True},
+        "checkpoint.save_hf: true needs checkpoints, and checkpoint.save is false; set one",
+    ),
+    (
+        {"checkpoint.save": False, "rerun.mode": "validate_results"},
+        'rerun.mode: "validate_results" needs checkpoints, and checkpoint.save is false; set one',
+    ),
+    (
+        {"checkpoint.save": False, "train.exit_interval": 3},
+        "train.exit_interval: 3 would stop every start there with checkpoint.save=false; set train.steps=3",
+    ),
     ({"data": ...}, "data: None is not a section; set data.source"),
     (
         {"peft.method": "nne"},

@@ -1,5 +1,6 @@
 """A run cut in two reads the same samples and gives bit for bit the same losses as one that is not."""
 
+import functools
 import os
 import signal
 import threading
@@ -185,6 +186,42 @@ def test_usr2_is_left_to_a_launcher_that_listens_to_it() -> None:
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:
         signal.signal(signal.SIGUSR2, before)
+
+
+def train_in_turn(configs: list[Any]) -> list[tuple[Any, str]]:
+    """Each config's run and what it printed, in one world."""
+    import torch
+
+    from bridge import parallel
+    from bridge.platform import prepare
+
+    prepare()
+    parallel.teardown = functools.partial(parallel.teardown, keep_world=True)
+    torch.distributed.init_process_group("gloo")
+    return [train_and_print(run) for run in configs]
+
+
+def test_without_saves_nothing_is_kept_and_a_stopped_run_begins_again(tmp_path: Path) -> None:
+    from bridge.training import metrics
+
+    limit = {"train": {"steps": 2000, "exit_after": "1s"}}
+    stopped = config(tmp_path, name="stopped", checkpoint={"save": False}, log={"log_interval": 1000}, **limit)
+    straight = config(tmp_path, name="straight", train={"steps": 4})
+    whole = config(tmp_path, name="whole", train={"steps": 4}, checkpoint={"save": False})
+    longer = config(tmp_path, name="straight", checkpoint={"save": False}, **limit)
+    (one, said), (saved, _), (unsaved, _), (two, then) = run_distributed(
+        train_in_turn, 1, [stopped, straight, whole, longer]
+    )[0]
+
+    assert (one.status, unsaved.status, two.status) == ("stopped", "done", "stopped")
+    assert f"stopped at step {one.step} (train.exit_after=1s), not saved (checkpoint.save=false); the same" in said
+    assert said.endswith("the same command begins again\n") and then.endswith("the same command resumes at step 4\n")
+    assert [line["step"] for line in one.lines if "loss" in line] == list(range(1, one.step + 1))
+    assert losses(unsaved.lines) == losses(saved.lines) and unsaved.eval_loss == saved.eval_loss
+    assert not [line for line in metrics.read(whole.run_dir) if "saved_step" in line]
+    assert not (stopped.run_dir / "checkpoints").exists() and not (whole.run_dir / "checkpoints").exists()
+    latest = straight.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
+    assert latest.read_text() == "4" and two.step > 4
 
 
 def test_a_time_limit_saves_and_stops(tmp_path: Path) -> None:
