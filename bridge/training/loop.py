@@ -84,9 +84,8 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse, saves: Saves) -
         reason = None if last else stop.reason(step=step)
         pulse.finish_step()  # at about the same moment on all ranks
         evaluating = last or _due(step, train.eval_interval)
-        leaving = last or reason is not None
-        saving = job.config.checkpoint.save and (leaving or _due(step, job.config.checkpoint.save_interval))
-        if evaluating or saving or leaving or result.is_error or _due(step, job.config.log.log_interval):
+        saving = saves.due(step, leaving=last or reason is not None)
+        if evaluating or saving or reason is not None or result.is_error or _due(step, job.config.log.log_interval):
             _report(pending, report)
             _say(rerun.statistics())
         _say(stragglers.report(step))

@@ -30,6 +30,12 @@ class Saves:
             self._exports.catch_up(newest)
         self._step = job.progress.step
 
+    def due(self, step: int, *, leaving: bool) -> bool:
+        """Whether to save after `step`; leaving: the run ends with it."""
+        options = self._job.config.checkpoint
+        at_interval = options.save_interval is not None and step % options.save_interval == 0
+        return options.save and (leaving or at_interval)
+
     def save(self, progress: Progress) -> None:
         """Save the job as it stands at `progress`; with checkpoint.async_save the rest happens while training goes on.
 
