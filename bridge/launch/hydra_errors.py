@@ -75,15 +75,15 @@ def _first_line(text: str) -> str:
 
 
 def _missing_file(error: MissingConfigException, typed: Sequence[str], primary: str) -> str:
-    missing = error.missing_cfg_file
+    missing, flags = error.missing_cfg_file, dict(pairwise(typed))
     if missing is None:
-        return _first_line(str(error))
+        place = flags.get("--config-path")
+        return f"--config-path: '{place}' is no directory" if place else _first_line(str(error))
     if missing.endswith((".yaml", ".yml")):
         group, _, file = missing.partition("/")
         return f"{group}: '{file}' is a file, not an option{hints.of_file(group, file)}"
     group, _, option = str(missing).rpartition("/")
     if not group:
-        flags = dict(pairwise(typed))
         if "--config-path" in flags:
             directory, name = flags["--config-path"], flags.get("--config-name", primary)
             return (

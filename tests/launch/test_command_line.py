@@ -135,6 +135,7 @@ def test_mistakes_are_one_line_and_exit_code_2(argument, message, monkeypatch, c
             "--config-path: {dir} takes the place of the shipped files and has no train.yaml; write --config-dir {dir}",
         ),
         (["--config", "a/x.yaml"], "--config: no such flag; write --config-dir a --config-name x, "),
+        (["--config-path", "/nothing/here"], "--config-path: '/nothing/here' is no directory"),
         (["--cfg"], "--cfg/-c: expected one argument; --hydra-help lists all flags"),
         (["--config-dir", "a", "x=1", "--config-dir=b"], "--config-dir: is given twice; "),
         (["-m", "train.steps=1,2", "--cfg", "job"], "Only one of --run, --multirun, --cfg, "),
