@@ -39,14 +39,14 @@ class View(NamedTuple):
     """Which of the runs are shown, and in which order."""
 
     directories: list[Path]
-    states: frozenset[str] = frozenset(STATES)
+    states: frozenset[str] | None = None  # None: all
     sort: str = "name"  # one of SORTABLE
     reverse: bool = False
 
     def collect(self) -> list[Run]:
         """The runs to show. ConfigError when there is none at all in the directories."""
         found = collect(self.directories)
-        shown = [run for run in found if run.state in self.states]
+        shown = [run for run in found if self.states is None or run.state in self.states]
         if self.sort == "name":  # as they come
             return shown[::-1] if self.reverse else shown
         known = [run for run in shown if _is_known(getattr(run, self.sort))]
@@ -176,7 +176,7 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m bridge.status", description="A table of the runs and sweep jobs below directories.")
     parser.add_argument("directories", nargs="*", default=["runs"], help="where to look (runs)")
     states, keys = ",".join(STATES), ", ".join(SORTABLE)
-    parser.add_argument("--state", type=_states, default=frozenset(STATES), metavar="STATE,...", help=f"only {states}")
+    parser.add_argument("--state", type=_states, metavar="STATE,...", help=f"only {states}")
     parser.add_argument("--sort", choices=SORTABLE, default="name", metavar="BY", help=f"{keys}; least first, -: last")
     parser.add_argument("--reverse", action="store_true", help="greatest first")
     form = parser.add_mutually_exclusive_group()
