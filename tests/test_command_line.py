@@ -93,6 +93,7 @@ def test_a_reader_that_has_gone_is_no_trouble(arguments: list[str], tmp_path: Pa
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
+    buffering = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, cwd=tmp_path, env=buffering, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")

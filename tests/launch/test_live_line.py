@@ -2,7 +2,9 @@
 
 import os
 import pty
+import select
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,8 +27,10 @@ def test_the_line_follows_the_run_and_makes_room(tmp_path: Path, monkeypatch: py
 
     def read_until(text: str) -> None:
         nonlocal seen
+        deadline = time.monotonic() + 20
         while text not in seen:
-            seen += os.read(ours, 1000).decode()
+            assert select.select([ours], [], [], 20)[0] and time.monotonic() < deadline, f"no {text!r} in {seen!r}"
+            seen = (seen + os.read(ours, 1000).decode())[-5000:]
         seen = seen[seen.index(text) + len(text) :]
 
     before = sys.stdout
