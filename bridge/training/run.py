@@ -43,6 +43,7 @@ def run(config: RunConfig, *, started: float | None = None, pulse: Pulse | None 
             data = setup.prepare_data(config)
         pulse.enter(BUILDING)
         setup.join(config)
+        stop.meet()
         outcome, saves = _train(config, data, stop, pulse)
         # Not after a failure: the peers of a failed rank may never come to a teardown that waits for them.
         parallel.teardown()

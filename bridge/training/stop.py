@@ -60,6 +60,13 @@ class Stop:
         finally:
             self.at_once = False
 
+    def meet(self) -> None:
+        """Connect the ranks that are to agree. A collective call, before anything can fail on one of them alone: who
+        connects to a rank that has ended waits for half an hour, who has been connected learns of its end at once."""
+        if dist.get_world_size() > 1:
+            # Over gloo, on the host: asking the device would wait for all work queued on it, every step.
+            self.host_group = dist.new_group(backend="gloo")
+
     def signalled(self) -> str | None:
         """The signal to stop that any rank has received so far, the same on every rank, or None. A collective call."""
         agreed = self._largest_of_all_ranks(NO_REASON if self.received is None else self.received.value)
@@ -83,8 +90,7 @@ class Stop:
         if dist.get_world_size() == 1:
             return value
         if self.host_group is None:
-            # Over gloo, on the host: asking the device would wait for all work queued on it, every step.
-            self.host_group = dist.new_group(backend="gloo")
+            self.meet()
         flag = torch.tensor([value])
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.host_group)
         return int(flag.item())
