@@ -6,12 +6,12 @@ import torch
 
 from bridge.config.schema import ConvertConfig
 from bridge.convert.skeleton import skeleton, torch_dtype
-from bridge.models import hf_config
+from bridge.models import hf_config, hf_sizes
 from bridge.weights import locate
 from bridge.weights.hf_assets import copy_assets
 from bridge.weights.output import new_directory
 from bridge.weights.quantized import open_source
-from bridge.weights.transfer import import_tensors
+from bridge.weights.transfer import import_tensors, specs_of
 
 
 def run(config: ConvertConfig) -> int:
@@ -57,6 +57,7 @@ def import_hf(
         if make_vocab_size_divisible_by is not None:
             section["make_vocab_size_divisible_by"] = make_vocab_size_divisible_by
         files = open_source(hf, dtype=dtype)
+        hf_sizes.check_stored(section, [spec.shape for spec in specs_of(files).values()], source=hf)
         bones = skeleton(section, hf_names=files.tensors)
         directory = locate.iteration_directory(root, iteration=0)
         directory.mkdir()

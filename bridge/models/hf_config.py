@@ -1,6 +1,7 @@
 """A Hugging Face config.json and the `model` section of a run, each from the other, with every field accounted for."""
 
 import json
+import math
 import sys
 from collections.abc import Collection, Mapping
 from functools import cache
@@ -10,7 +11,7 @@ from typing import Any
 from bridge import parallel
 from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.errors import ConversionError
-from bridge.models import hf_reads
+from bridge.models import hf_reads, hf_sizes
 from bridge.models.family import Family, by_name, complete, known_names, mcore_defaults, name_of_hf_config
 from bridge.models.hf_fields import Part
 from bridge.weights import quantized
@@ -79,8 +80,24 @@ def to_mcore(hf: Mapping[str, Any], *, family: str | None = None) -> dict[str, A
     filled = {**facts.hf_defaults, **hf}
     model: dict[str, Any] = {"family": name, **facts.constants}
     for part in facts.parts:
-        model |= part.read(filled)
+        model |= _read(part, filled)
     return model
+
+
+def _read(part: Part, hf: Mapping[str, Any]) -> dict[str, Any]:
+    """What a part reads; a value of a kind that it does not reckon with, such as text for a number, is one line."""
+    given = {name: hf[name] for name in part.hf_names if name in hf}
+    try:
+        keys = part.read(hf)
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise ConversionError(f"config.json: {_shown(given)}: cannot be read ({error}); correct it") from error
+    if any(isinstance(value, float) and not math.isfinite(value) for value in keys.values()):
+        raise ConversionError(f"config.json: {_shown(given)}: not a finite number; correct it")
+    return keys
+
+
+def _shown(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}: {json.dumps(value)}" for name, value in fields.items())
 
 
 def unread(hf: Mapping[str, Any], *, family: str | None = None) -> list[str]:
@@ -136,6 +153,7 @@ def _account_for(hf: Mapping[str, Any], facts: Family) -> None:
     missing = [name for part in facts.parts for name in part.hf_names if name in REQUIRED and name not in hf]
     if missing:
         raise ConversionError(f"config.json: {missing[0]}: missing")
+    hf_sizes.check(hf, [name for part in facts.parts for name in part.hf_names])
 
 
 def _check_no_effect(fields: Mapping[str, Any], facts: Family) -> None:
@@ -145,8 +163,10 @@ def _check_no_effect(fields: Mapping[str, Any], facts: Family) -> None:
     if not wrong:
         return
     why = f"transformers reads for a {facts.model_type}" if reads else f"{facts.architecture}'s own code may read"
-    given = ", ".join(f"{name}: {json.dumps(fields[name])}" for name in wrong)
-    raise ConversionError(f"config.json: {given}: {why} and that is not understood here; remove what has no effect")
+    given = {name: fields[name] for name in wrong}
+    raise ConversionError(
+        f"config.json: {_shown(given)}: {why} and that is not understood here; remove what has no effect"
+    )
 
 
 # Sizes no config leaves to a default on purpose: a file without them is not a model's config.json.

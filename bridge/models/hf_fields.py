@@ -24,12 +24,27 @@ class Part(NamedTuple):
     write: Callable[[Values], dict[str, Any]]
 
 
+# Kind of a field -> the types that a config.json may have for it, and what to call them.
+KINDS: dict[Callable[[Any], Any], tuple[tuple[type, ...], str]] = {
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "true or false"),
+}
+
+
 def same(hf_name: str, model_key: str, kind: Callable[[Any], Any] = int) -> Part:
     """One field, one key, one value; `kind` is the type transformers wants (its configs refuse 1 for 1.0)."""
+
+    def read(hf: Values) -> dict[str, Any]:
+        types, wanted = KINDS[kind]
+        if type(hf[hf_name]) not in types:  # bool is an int to isinstance, and every text is true to bool
+            raise refused(hf_name, hf[hf_name], f"it has to be {wanted}")
+        return {model_key: kind(hf[hf_name])}
+
     return Part(
         (hf_name,),
         (model_key,),
-        lambda hf: {model_key: kind(hf[hf_name])},
+        read,
         lambda model: {hf_name: kind(model[model_key])},
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bridge.errors import ConfigError, ConversionError
-from bridge.models import family, hf_config
+from bridge.models import family, hf_config, hf_sizes
 
 # The published config.json of Llama-3.2-1B.
 LLAMA_3_2_1B: dict[str, Any] = {
@@ -146,3 +146,47 @@ def test_a_family_outside_this_package(monkeypatch: pytest.MonkeyPatch):
         family.by_name("lama")
     with pytest.raises(ConfigError, match="model.family: 'outside.none' cannot be imported"):
         family.by_name("outside.none")
+
+
+NO_SIZES = [10**12, 0, -4, 64.0, "64", True, None, float("nan"), [64]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (name, value)
+        for name in sorted(hf_sizes.SIZES.keys() & LLAMA_3_2_1B.keys())
+        for value in NO_SIZES
+        if value is not None or name not in ("num_key_value_heads", "head_dim")
+    ],
+)
+def test_what_is_no_size_is_refused_before_anything_is_counted_by_it(name: str, value: Any):
+    with pytest.raises(ConversionError, match=rf"^(config.json: )?{name}: ") as refusal:
+        hf_config.to_mcore({**LLAMA_3_2_1B, name: value})
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: NaN: not a finite number"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps: 'small' cannot be converted; it has to be a number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: 'false' .*true or false"),
+        ({"rope_theta": "many"}, 'rope_theta: "many".*cannot be read'),
+        ({"rope_scaling": [1]}, r"rope_scaling: \[1\].*cannot be read"),
+        ({"hidden_size": 10**12, "vocab_size": -1}, "hidden_size: 1000000000000 .*, vocab_size: -1 "),
+    ],
+)
+def test_a_value_of_another_kind_is_one_line(changes: dict[str, Any], message: str):
+    with pytest.raises(ConversionError, match=message) as refusal:
+        hf_config.to_mcore({**LLAMA_3_2_1B, **changes})
+    assert "\n" not in str(refusal.value)
+
+
+def test_more_layers_or_experts_than_files_can_hold():
+    shapes = [(64, 8), (8,)]
+    hf_sizes.check_stored({"num_layers": 2, "num_moe_experts": 64}, shapes, source="dir")
+    with pytest.raises(ConversionError, match="config.json: 3 layers, but dir holds 2 tensors"):
+        hf_sizes.check_stored({"num_layers": 3}, shapes, source="dir")
+    with pytest.raises(ConversionError, match="config.json: 65 experts, but dir holds 2 tensors"):
+        hf_sizes.check_stored({"num_layers": 1, "num_moe_experts": 65}, shapes, source="dir")
