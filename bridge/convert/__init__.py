@@ -9,7 +9,9 @@ if TYPE_CHECKING:
 def run(config: "ConvertConfig") -> int:
     """Run `config.mode`; the exit code: 0, or 1 when verify finds a difference. Raises BridgeError on wrong input."""
     from bridge import platform
+    from bridge.convert import paths
 
+    paths.check(config)
     platform.prepare()  # before the modes import megatron-core
     from bridge.convert import export, import_, model_yaml, verify
 

@@ -27,7 +27,7 @@ def new_directory(path: str | Path, *, overwrite: bool, key: str) -> Iterator[Pa
     setting.
     """
     path = Path(path).expanduser().absolute()
-    _check_free(path, overwrite=overwrite, key=key)
+    check_free(path, overwrite=overwrite, key=key)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_orphans(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
@@ -54,7 +54,8 @@ def check_space(directory: Path, num_bytes: int) -> None:
         )
 
 
-def _check_free(path: Path, *, overwrite: bool, key: str) -> None:
+def check_free(path: Path, *, overwrite: bool, key: str) -> None:
+    """Raise ConversionError when `path` exists and may not be replaced: `overwrite` is false, or it is no model."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
