@@ -216,7 +216,7 @@ def test_stock_submitit_launcher(commands: Commands):
     assert {path.name for path in (sweep_dir / "0" / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
     (array,) = {path.name.split("_")[0] for path in (sweep_dir / ".submitit").glob("*_1")}
     wait_until(lambda: described(f"{array}_1")["JobState"] == "FAILED", "Slurm takes the failed job for a success")
-    assert described(f"{array}_0")["JobState"] == "COMPLETED"
+    wait_until(lambda: described(f"{array}_0")["JobState"] == "COMPLETED", "Slurm does not see that a job has ended")
 
 
 def test_the_commands_of_the_page(commands: Commands):
