@@ -159,7 +159,11 @@ def _account_for(hf: Mapping[str, Any], facts: Family) -> None:
 def _check_no_effect(fields: Mapping[str, Any], facts: Family) -> None:
     """Raise ConversionError naming those of `fields` that transformers reads and that are not as good as absent."""
     reads = hf_reads.of_model_type(facts.class_of or facts.model_type)
-    wrong = [name for name, value in fields.items() if reads is None or reads.has_effect(name, value)]
+    if reads:
+        wrong = [name for name, value in fields.items() if reads.has_effect(name, value)]
+    else:
+        base = hf_reads.of_every_model()
+        wrong = [name for name, value in fields.items() if not (base and base.as_if_absent(name, value))]
     if not wrong:
         return
     why = f"transformers reads for a {facts.model_type}" if reads else f"{facts.architecture}'s own code may read"

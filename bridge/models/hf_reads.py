@@ -36,9 +36,11 @@ class Reads(NamedTuple):
 
     def has_effect(self, name: str, value: Any) -> bool:
         """Whether this field can make another model than a config without it."""
-        if name not in self:
-            return False
-        return name not in self.defaults or (type(value), value) != (type(self.defaults[name]), self.defaults[name])
+        return name in self and not self.as_if_absent(name, value)
+
+    def as_if_absent(self, name: str, value: Any) -> bool:
+        """Whether a config that leaves this field out has this value."""
+        return name in self.defaults and (type(value), value) == (type(self.defaults[name]), self.defaults[name])
 
 
 class Read(NamedTuple):
@@ -58,11 +60,20 @@ def of_model_type(model_type: str) -> Reads | None:
     folder = root and _folder(root, model_type)
     if root is None or folder is None:
         return None
+    files = (*folder.glob("configuration_*.py"), *folder.glob("modeling_*.py"))
+    return _reads([read for file in files for read in _in_file(file)] + list(_shared(root)))
+
+
+@cache
+def of_every_model() -> Reads | None:
+    """What transformers reads whatever the model, as of one whose class it does not have."""
+    root = _root()
+    return None if root is None else _reads(_shared(root))
+
+
+def _reads(found: Sequence[Read]) -> Reads:
     places: dict[str, list[Read]] = {}
-    for file in (*folder.glob("configuration_*.py"), *folder.glob("modeling_*.py")):
-        for read in _in_file(file):
-            places.setdefault(read.name, []).append(read)
-    for read in _shared(root):
+    for read in found:
         places.setdefault(read.name, []).append(read)
     forms = {name for name, reads in places.items() if reads[0].form}
     defaults = {name: _default(reads) for name, reads in places.items()}

@@ -80,8 +80,10 @@ def test_what_other_programs_may_read_is_told():
 def test_without_the_source_of_transformers_an_unknown_field_is_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hf_reads, "_root", lambda: None)
     hf_reads.of_model_type.cache_clear()
+    hf_reads.of_every_model.cache_clear()
     try:
         with pytest.raises(ConversionError, match='config.json: a: 1, b: "x": LlamaForCausalLM.s own code may read'):
             hf_config.to_mcore({**LLAMA, "a": 1, "b": "x"})
     finally:
         hf_reads.of_model_type.cache_clear()
+        hf_reads.of_every_model.cache_clear()
