@@ -13,7 +13,7 @@ from bridge.convert.skeleton import skeleton, torch_dtype
 from bridge.models import hf_config
 from bridge.weights import locate
 from bridge.weights.dist_files import open_dist
-from bridge.weights.hf_assets import copy_assets
+from bridge.weights.hf_assets import GENERATION, copy_assets
 from bridge.weights.hf_files import main_dtype, parse_size
 from bridge.weights.hf_form import read_form
 from bridge.weights.key_layouts import canonical
@@ -82,11 +82,34 @@ def export_hf(
 def write_assets(
     directory: Path, *, section: Mapping[str, Any], assets: Path | None, specs: Iterable[TensorSpec]
 ) -> None:
-    """Write config.json for the tensors written, and copy the tokenizer and generation files there are in `assets`."""
+    """Write config.json for the tensors written, and copy what there is beside weights in `assets`.
+
+    A model trained from random weights has neither config.json nor generation_config.json there: the ids of its special
+    tokens are those of its tokenizer, without which transformers' `generate` would never stop.
+    """
     if assets is not None and assets.is_dir():
         copy_assets(assets, directory)
     file = directory / "config.json"
     source = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     dtype = str(main_dtype(specs)).removeprefix("torch.")
     content = hf_config.to_hf(section, dtype=dtype, source=source)
+    if source is None and (ids := _special_ids(directory)):
+        content |= ids
+        if not (directory / GENERATION).is_file():
+            (directory / GENERATION).write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _special_ids(directory: Path) -> dict[str, int]:
+    """bos_token_id, eos_token_id and pad_token_id, as far as the tokenizer in a directory has such tokens."""
+    settings, tokenizer = directory / "tokenizer_config.json", directory / "tokenizer.json"
+    if not settings.is_file() or not tokenizer.is_file():
+        return {}
+    content = json.loads(tokenizer.read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]  # of a unigram model a list of [token, score]
+    ids = dict(vocab) if isinstance(vocab, dict) else {token: number for number, (token, _) in enumerate(vocab)}
+    ids |= {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+    named = json.loads(settings.read_text(encoding="utf-8"))
+    tokens = {kind: named.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}
+    plain = {kind: token["content"] if isinstance(token, dict) else token for kind, token in tokens.items()}
+    return {f"{kind}_token_id": ids[token] for kind, token in plain.items() if token in ids}

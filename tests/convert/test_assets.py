@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bridge.convert.export import export_hf
 from bridge.convert.import_ import import_hf
 from bridge.weights import hf_assets
+from tests import hf_models
 
 # A tokenizer with code and a vocabulary file of its own, as Moonlight and Kimi-K2 have; a character is a token.
 CODE = """
@@ -87,3 +88,22 @@ def test_one_tokenizer_replaces_another_with_all_that_belongs_to_it(tiny_hf, tmp
     hf_assets.copy_tokenizer(other, assets)
     kept = {"config.json", "generation_config.json", "preprocessor_config.json", "params.json", "LICENSE", "package"}
     assert {path.name for path in assets.iterdir()} == kept | {"tokenizer.json"}
+
+
+def test_generate_stops_at_the_end_token_of_a_model_trained_from_scratch(tiny_hf, tmp_path: Path):
+    """Such a checkpoint carries a tokenizer and no config; here the token that the model answers ends the text."""
+    source, prompt = tiny_hf("llama"), hf_models.prompts(batch=1, length=8)
+    answer = AutoModelForCausalLM.from_pretrained(source).generate(prompt, max_new_tokens=1, do_sample=False)[0, -1]
+    import_hf(source, tmp_path / "megatron")
+    assets = tmp_path / "megatron" / "hf"
+    for name in ("config.json", hf_assets.GENERATION):
+        (assets / name).unlink()
+    settings = json.loads((assets / "tokenizer_config.json").read_text())
+    token = AutoTokenizer.from_pretrained(source).convert_ids_to_tokens(int(answer))
+    (assets / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": token}))
+    export_hf(tmp_path / "megatron", tmp_path / "back")
+    ids = json.loads((tmp_path / "back" / hf_assets.GENERATION).read_text())
+    assert ids == {"bos_token_id": 256, "eos_token_id": int(answer), "pad_token_id": 258}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert model.config.eos_token_id == int(answer)
+    assert model.generate(prompt, max_new_tokens=6, do_sample=False).shape == (1, 9)
