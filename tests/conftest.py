@@ -1,12 +1,16 @@
 """Environment, markers and fixtures for every test. Set before torch is imported: its thread count is read once."""
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.forks import sitecustomize  # watches this process, too
+
+FORKS = tempfile.TemporaryDirectory(prefix="forks_")
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ.update(
@@ -19,8 +23,9 @@ os.environ.update(
     WANDB_MODE="offline",
     WANDB_SILENT="true",
     # Subprocesses and the fork server of tests/distributed.py find `bridge` and `tests` from any directory.
-    PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    PYTHONPATH=os.pathsep.join([sitecustomize.HERE, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
 )
+os.environ[sitecustomize.NOTES] = FORKS.name
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)  # pytest under torchrun must not turn into one of its workers
 
@@ -44,6 +49,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if platform.num_devices() == 0:
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def no_fork_of_a_process_with_threads() -> Iterator[None]:
+    """Fails the test in which any process of the product forks Python code while it has several threads."""
+    yield
+    notes = list(Path(FORKS.name).iterdir())
+    noted = "\n".join(note.read_text() for note in notes)
+    for note in notes:
+        note.unlink()
+    assert not noted, noted
 
 
 @pytest.fixture(scope="session")

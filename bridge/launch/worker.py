@@ -94,7 +94,7 @@ def execute(config: RunConfig, *, rank: int, terminal: int | None = None) -> Res
     try:
         pulse = Pulse()
         with live_line.following(pulse, config, terminal=terminal), watchdog.watching(pulse, config, rank=rank):
-            if config.data["num_workers"]:
+            if config.data.get("num_workers"):
                 loader_server.start()  # it imports while this process does
             from bridge.training.run import run  # imports torch
 
