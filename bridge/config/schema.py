@@ -134,6 +134,7 @@ class Launch:
     hang_timeout: str | None = _duration()
     detach: bool = False
     check_paths: bool = True
+    check_memory: bool = True
 
     @property
     def hang_seconds(self) -> float | None:

@@ -17,8 +17,9 @@ from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.data import loader_server
 from bridge.errors import BridgeError, RunError, Stopped
-from bridge.launch import early, live_line, watchdog
+from bridge.launch import early, live_line, memory, watchdog
 from bridge.launch.result import Result, log_path, unexpected, write_rank_error, write_result
+from bridge.platform.memory import is_out_of_memory
 from bridge.platform.processes import die_with_parent
 from bridge.training.pulse import Pulse
 
@@ -98,6 +99,7 @@ def execute(config: RunConfig, *, rank: int, terminal: int | None = None) -> Res
                 loader_server.start()  # it imports while this process does
             from bridge.training.run import run  # imports torch
 
+            memory.check(config)
             outcome = run(config, started=started, pulse=pulse)
         result = Result(outcome.status, outcome.step, outcome.eval_loss)
     except Stopped:
@@ -110,6 +112,9 @@ def execute(config: RunConfig, *, rank: int, terminal: int | None = None) -> Res
         # A loss that is not finite comes out of the same samples and weights again.
         result = unexpected(error, repeats=isinstance(error, FloatingPointError))
         _log(result.traceback or "", log_path(config.run_dir, rank=rank))
+        if is_out_of_memory(error):
+            log = log_path(config.run_dir, rank=rank)
+            result = Result("failed", error=f"{memory.explained(config)} (the traceback is in {log})")
     if result.error is not None:
         write_rank_error(result, config.run_dir, rank=rank)
     if rank == 0:
