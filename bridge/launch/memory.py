@@ -22,7 +22,10 @@ def check(config: RunConfig) -> None:
     if not config.launch.check_memory:
         return
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    stages = _bytes_of_stages(config, world_size=world_size)
+    try:
+        stages = _bytes_of_stages(config, world_size=world_size)
+    except ConfigError:  # for the build to tell, which comes next
+        return
     gpu = here.gpu_memory_bytes()
     if gpu is not None:
         needed, there, what = max(stages), gpu, "a process, and its GPU"
