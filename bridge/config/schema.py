@@ -131,7 +131,7 @@ class Launch:
     """How the worker processes are started, when they are given up, and how often they are started anew."""
 
     max_restarts: int = _from(0, 0)
-    hang_timeout: str | None = _duration()
+    hang_timeout: str | None = _duration("30m")
     detach: bool = False
     check_paths: bool = True
     check_memory: bool = True

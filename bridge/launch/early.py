@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bridge.launch.environment import num_cores, worker_environment
+from bridge.platform.processes import of_child
 
 if TYPE_CHECKING:
     from bridge.launch.run_dir import Claim
@@ -50,7 +51,7 @@ def start(arguments: Sequence[str]) -> None:
     with theirs:
         # A session of its own, as for every worker: Ctrl-C reaches the driver only.
         command = [sys.executable, "-m", WORKER]
-        process = subprocess.Popen(command, env=environment, stdin=theirs.fileno(), start_new_session=True)
+        process = subprocess.Popen(command, env=of_child(environment), stdin=theirs.fileno(), start_new_session=True)
     _waiting.append(Waiting(process, ours, environment, os.getcwd()))
 
 

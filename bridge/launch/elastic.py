@@ -3,6 +3,14 @@
 A rank that the kernel killed cannot say so itself, and only its parent is told.
 """
 
+import os
+
+from bridge.platform.processes import die_with_parent, of_child
+
+if __name__ == "__main__":
+    die_with_parent()
+    os.environ.update(of_child(os.environ))  # for the ranks
+
 import signal
 import sys
 from pathlib import Path

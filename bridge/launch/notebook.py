@@ -19,7 +19,7 @@ from bridge.config.run_config import RunConfig
 from bridge.errors import BridgeError, ConfigError, RunError
 from bridge.launch import early
 from bridge.launch.environment import python_path
-from bridge.platform.processes import die_with_parent
+from bridge.platform.processes import die_with_parent, of_child
 from bridge.training.environment import COMMAND
 
 INTERRUPTED = 130  # what shells report after SIGINT
@@ -74,8 +74,8 @@ def _ask(action: str, overrides: Sequence[str], config_dir: str | Path | None) -
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as answers:
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, action, str(writing), str(os.getpid()), *flags, *words],
-            env=os.environ | {"PYTHONPATH": python_path(), COMMAND: f"bridge.{action}({words!r})"},
+            [sys.executable, "-m", __name__, action, str(writing), *flags, *words],
+            env=of_child(os.environ | {"PYTHONPATH": python_path(), COMMAND: f"bridge.{action}({words!r})"}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -114,9 +114,9 @@ def _shown(process: "subprocess.Popen[str]") -> bool:
 
 
 def main() -> None:
-    """`python -m bridge.launch.notebook ACTION DESCRIPTOR PARENT ARGUMENTS`: answers on a file descriptor."""
-    action, descriptor, parent, *typed = sys.argv[1:]
-    die_with_parent(int(parent))
+    """`python -m bridge.launch.notebook ACTION DESCRIPTOR ARGUMENTS`: answers on a file descriptor."""
+    die_with_parent()
+    action, descriptor, *typed = sys.argv[1:]
     sys.argv[1:] = typed
     try:
         if action == "train":

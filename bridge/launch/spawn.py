@@ -20,7 +20,7 @@ from bridge.launch.environment import worker_environment
 from bridge.launch.result import Result, first_rank_error, forget, killed, read_result, write_result
 from bridge.launch.run_dir import Claim, latest_step
 from bridge.launch.worker import STARTED
-from bridge.platform.processes import die_with_parent
+from bridge.platform.processes import of_child
 
 ELASTIC = "bridge.launch.elastic"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -104,12 +104,11 @@ def _watch(
     with _forwarded_signals(saves=saves) as stop:
         process = early.told(claim, environment) or subprocess.Popen(
             command,
-            env=environment,
+            env=of_child(environment),
             stderr=stderr,
             stdin=subprocess.DEVNULL,
             pass_fds=[claim.lock_fd],
             start_new_session=True,  # Ctrl-C reaches the driver only, which asks the workers to save and stop
-            preexec_fn=die_with_parent,
         )
         stop.child = process.pid
         if stop.first is not None:  # between the handlers' installation and now
@@ -167,7 +166,7 @@ def _forwarded_signals(*, saves: bool) -> Iterator[_Stop]:
 
 
 def _workers(pid: int) -> list[psutil.Process]:
-    """The workers' own processes: not torch elastic, nor forks of a worker, which load data or write checkpoints."""
+    """The workers' own processes: not torch elastic, nor forks of a worker, which load data."""
     parents: dict[psutil.Process, int] = {}
     for process in _tree(pid):
         with suppress(psutil.Error):  # it has just ended

@@ -21,9 +21,10 @@ from bridge.launch.result import EXIT_CODES, Result, write_json, write_rank_erro
 if TYPE_CHECKING:
     from bridge.training.pulse import Pulse
 
-# The first step of a process, an evaluation and a save may each take so many times as long as a step.
+# The first step of a process, an evaluation's step and a save may each take so many times as long as a phase of a step.
 ALLOWANCE = 10
 GRACE = 5.0  # seconds, for a shared file system to show a rank's file and for the others to follow
+LAST_WORDS = 60.0  # seconds after which a process leaves without them: the disk is what hangs
 MOST_NAMED = 8
 
 
@@ -57,23 +58,27 @@ def watching(pulse: "Pulse", config: RunConfig, *, rank: int) -> Iterator[None]:
 def _watch(pulse: "Pulse", config: RunConfig, rank: int, done: threading.Event, ending: threading.Event) -> None:
     timeout = config.launch.hang_seconds
     assert timeout is not None
+    looked, resumed = time.monotonic(), 0.0
     while not done.wait(min(1.0, timeout / 10)):
-        waited = _share_waited(pulse, timeout)
+        # A process that was stopped (SIGSTOP, a suspended job) begins anew.
+        looked, before = time.monotonic(), looked
+        resumed = looked if looked - before > 1.0 + timeout / 10 else resumed
+        waited = _share_waited(pulse, timeout, resumed=resumed)
         # A rank that gives up takes along those that wait for it and began to a little later.
         if waited > 1 or (waited > 0.5 and _places(config.run_dir)):
             ending.set()
-            try:
-                _tell(pulse, config, rank)
-            finally:  # also when the disk is what hangs or fails
-                os._exit(EXIT_CODES["failed"])
+            telling = threading.Thread(target=_tell, args=(pulse, config, rank), daemon=True)
+            telling.start()
+            telling.join(GRACE + LAST_WORDS)
+            os._exit(EXIT_CODES["failed"])
 
 
-def _share_waited(pulse: "Pulse", timeout: float) -> float:
-    """How much of the time that a step may take is over; 1 is all of it."""
+def _share_waited(pulse: "Pulse", timeout: float, *, resumed: float = 0.0) -> float:
+    """How much of the time that a phase of a step may take is over; 1 is all of it. resumed: when it began at least."""
     from bridge.training.pulse import WORK_BETWEEN_STEPS
 
     since, slow = pulse.busy_since, pulse.finished_steps == 0 or pulse.place.phase in WORK_BETWEEN_STEPS
-    return 0.0 if since is None else (time.monotonic() - since) / (timeout * (ALLOWANCE if slow else 1))
+    return 0.0 if since is None else (time.monotonic() - max(since, resumed)) / (timeout * (ALLOWANCE if slow else 1))
 
 
 def _tell(pulse: "Pulse", config: RunConfig, rank: int) -> None:
@@ -88,7 +93,7 @@ def _tell(pulse: "Pulse", config: RunConfig, rank: int) -> None:
     time.sleep(GRACE)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     found = described(_places(config.run_dir), world_size=world_size)
-    error = f"no step finished within launch.hang_timeout={config.launch.hang_timeout}: {found}"
+    error = f"no progress within launch.hang_timeout={config.launch.hang_timeout}: {found}"
     result = Result("failed", error=f"{error}; stacks in {config.run_dir / 'logs'}/rank_N.log")
     write_rank_error(result, config.run_dir, rank=rank)
     if rank == 0:

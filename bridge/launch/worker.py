@@ -3,6 +3,12 @@
 Without RUN_DIR the driver tells it later (bridge.launch.early).
 """
 
+from bridge.platform.processes import die_with_parent
+
+if __name__ == "__main__":
+    # No run outlives its driver unseen. SIGKILL: saves are crash safe, and it also ends one that hangs in a collective.
+    die_with_parent()
+
 import gc
 import os
 import stat
@@ -20,7 +26,6 @@ from bridge.errors import BridgeError, RunError, Stopped
 from bridge.launch import early, live_line, memory, watchdog
 from bridge.launch.result import Result, log_path, unexpected, write_rank_error, write_result
 from bridge.platform.memory import is_out_of_memory
-from bridge.platform.processes import die_with_parent
 from bridge.training.pulse import Pulse
 
 STARTED = "BRIDGE_STARTED"  # environment: the time.time() at which the run was started, before any restart
@@ -28,8 +33,6 @@ STARTED = "BRIDGE_STARTED"  # environment: the time.time() at which the run was 
 
 def main() -> None:
     """Entry of a process that the driver or torch elastic started."""
-    # No run outlives its driver unseen. SIGKILL: saves are crash safe, and it also ends one that hangs in a collective.
-    die_with_parent()
     run_dir = Path(sys.argv[1]) if len(sys.argv) > 1 else early.run_dir()
     rank = int(os.environ.get("RANK", "0"))
     with kept_output(log_path(run_dir, rank=rank), on_console=rank == 0) as console:

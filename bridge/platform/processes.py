@@ -1,19 +1,33 @@
-"""Child processes that do not outlive their parent."""
+"""Child processes that do not outlive their parent.
+
+The child binds itself, as the first thing it does: what a parent that has threads runs between fork and exec
+(`preexec_fn`) can hang in a lock that another of its threads held.
+"""
 
 import ctypes
 import os
 import signal
 import sys
+from collections.abc import Mapping
 
+PARENT = "BRIDGE_PARENT"  # environment: the process id of the parent that a child is not to outlive
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def die_with_parent(parent: int | None = None) -> None:
-    """Ask Linux to kill this process when the one that started it ends, however that happens.
+def of_child(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` for a child of this process that calls `die_with_parent`."""
+    return {**environment, PARENT: str(os.getpid())}
 
-    parent: its process id, where it is known; if it has ended before this call, this process ends now.
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask Linux to kill this process when its parent ends, however that happens.
+
+    The parent's process id is what it gave by `of_child`, else `parent`. Where it is known and that process has ended
+    already, this one ends now, without a word.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    told = os.environ.pop(PARENT, None)  # not for children of this process
+    parent = parent if told is None else int(told)
     if parent is not None and os.getppid() != parent:
         os._exit(1)

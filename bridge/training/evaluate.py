@@ -1,6 +1,6 @@
 """The mean loss over a fixed part of the validation split."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,18 +13,24 @@ from bridge.training import batches
 from bridge.training.step import Shape, evaluation_step, global_means, shape_of
 
 
-def evaluate(model: list[Any], dataset: Any, *, train: Train, sequence_length: int) -> float:
+def evaluate(
+    model: list[Any], dataset: Any, *, train: Train, sequence_length: int, advance: Callable[[], None] = lambda: None
+) -> float:
     """Loss in nats per token over the first `train.eval_samples` of `dataset`. A collective call.
 
     The same whatever the batch sizes and the layout: what is lacking to whole micro-batches on all ranks is filled up
     with samples that do not count. Dropout is off; parameters and generators are left alone.
+    advance: called before each step.
     """
     shape = shape_of(train, sequence_length=sequence_length, samples=train.global_batch_size)
     num_samples = batches.num_evaluation_samples(dataset, train)
     sizes = _step_sizes(num_samples, shape=shape, multiple=_multiple(model, shape))
     iterators = [batches.evaluation(dataset, train=train, num_microbatches=sum(sizes)) for _ in model]
+    losses = []
     with _evaluating(model):
-        losses = [evaluation_step(model, iterators, shape._replace(num_microbatches=size)) for size in sizes]
+        for size in sizes:
+            advance()
+            losses.append(evaluation_step(model, iterators, shape._replace(num_microbatches=size)))
     return global_means([torch.stack(losses).sum(dim=0)])[0]
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from bridge.errors import BridgeError
-from bridge.platform.processes import die_with_parent
+from bridge.platform.processes import die_with_parent, of_child
 
 LOG = "hf_export.log"
 LOWEST_PRIORITY = 19
@@ -73,7 +73,8 @@ class HfExports:
                 shutil.rmtree(export)
 
     def _start(self, checkpoint: Path) -> None:
-        environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON} | _HIDE_GPUS
+        passed_on = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
+        environment = of_child(passed_on | _HIDE_GPUS)
         command = [sys.executable, "-m", __name__, str(checkpoint), str(self.target / checkpoint.name)]
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:

@@ -98,7 +98,7 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse, saves: Saves) -
             saves.poll(step)
         if evaluating or saving:
             pending.restart_clock()
-    pulse.leave()
+    pulse.enter(SAVING)  # what the caller waits for
     return Outcome("done" if reason is None else "stopped", progress.step, eval_loss, reason)
 
 
@@ -185,10 +185,14 @@ def _recorded(iterator: Iterator[Batch], job: Job) -> Iterator[Batch]:
 
 
 def _evaluate(job: Job, pulse: Pulse) -> float:
-    sequence_length = job.data.options.sequence_length
-    pulse.enter(EVALUATING)
     with _gathered_parameters(job.state.model):
-        loss = evaluate(job.state.model, job.datasets.valid, train=job.config.train, sequence_length=sequence_length)
+        loss = evaluate(
+            job.state.model,
+            job.datasets.valid,
+            train=job.config.train,
+            sequence_length=job.data.options.sequence_length,
+            advance=partial(pulse.enter, EVALUATING),
+        )
     pulse.enter(REPORTING)
     return loss
 

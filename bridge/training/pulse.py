@@ -35,7 +35,7 @@ class Pulse:
     def __init__(self) -> None:
         self.place = Place(0, IMPORTING, time.monotonic())
         self.finished_steps = 0  # by this process
-        # Since when it has been in one step, or in one piece of work between two; None outside of the training loop.
+        # Since when it has been in one phase of a step, or of the work between two; None outside of the training loop.
         self.busy_since: float | None = None
         self.reading_seconds = 0.0
 
@@ -44,7 +44,7 @@ class Pulse:
         now = time.monotonic()
         if self.place.phase == READING:
             self.reading_seconds += now - self.place.entered
-        if phase in WORK_BETWEEN_STEPS or self.place.phase in WORK_BETWEEN_STEPS:
+        if self.busy_since is not None or phase == STARTING:
             self.busy_since = now
         self.place = Place(self.place.step if step is None else step, phase, now)
 
@@ -52,7 +52,6 @@ class Pulse:
         """Note the end of a step."""
         self.finished_steps += 1
         self.enter(REPORTING)
-        self.busy_since = self.place.entered
 
     def leave(self) -> None:
         """Note the end of the training loop."""

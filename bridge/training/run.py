@@ -57,6 +57,7 @@ def _train(config: RunConfig, data: setup.Data, stop: Stop, pulse: Pulse) -> tup
     saves = Saves(job, report)
     with saves.finished():
         outcome = train(job, stop=stop, report=report, pulse=pulse, saves=saves)
+    pulse.leave()
     report.close()
     if parallel.is_main():
         kept = outcome.step if config.checkpoint.save else job.progress.step

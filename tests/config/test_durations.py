@@ -36,7 +36,9 @@ def test_lengths_in_two_units(length: float, expected: str) -> None:
         ("0m", "'0m' is too short; set 1s or more"),
     ],
 )
-@pytest.mark.parametrize(("section", "key"), [("train", "exit_after"), ("launch", "hang_timeout")])
+@pytest.mark.parametrize(
+    ("section", "key"), [("train", "exit_after"), ("checkpoint", "write_timeout"), ("launch", "hang_timeout")]
+)
 def test_anything_else_is_one_line_with_an_example(section: str, key: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config(Path("runs"), **{section: {key: value}})
