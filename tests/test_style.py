@@ -151,3 +151,15 @@ def test_every_configuration_key_has_a_comment():
             if key.match(line) and not line.rstrip().endswith(":") and " # " not in line
         ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_product_forks_nothing():
+    """What tests/forks/sitecustomize.py notes where it runs: a fork of a process that has threads can hang for ever."""
+    forks = re.compile(r"preexec_fn=|os\.fork(pty)?\(|ProcessPool|\bPool\(|context\(.fork.\)|start_method\(")
+    wrong = [
+        f"{_name(path)}:{number}: {line.strip()}"
+        for path in SOURCES
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if forks.search(line)
+    ]
+    assert not wrong, "\n".join(wrong)
