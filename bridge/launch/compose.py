@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 import bridge
 from bridge.command_line import FULL_ERROR
 from bridge.errors import BridgeError, ConfigError
-from bridge.launch import arguments, group_options, hydra_keys, option_files, optuna, repeated, slurm, slurm_job
+from bridge.launch import arguments, group_options, hydra_keys, option_files, optuna, repeated, slurm, slurm_job, tether
 from bridge.launch.hydra_errors import of_the_users, one_line
 
 GRID_SWEEPER = "hydra_plugins.bridge_grid.GridSweeper"
@@ -71,6 +71,7 @@ class SweepStart(NamedTuple):
 
     directory: Path
     time: float
+    launcher: str  # its class
 
 
 class NoteSweep(Callback):
@@ -81,6 +82,7 @@ class NoteSweep(Callback):
     """
 
     started: SweepStart | None = None
+    command: tether.Command | None = None  # with a launcher that runs jobs in processes of its own on this machine
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         _refusing(hydra_keys.check_run, config)
@@ -92,7 +94,10 @@ class NoteSweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         _refusing(hydra_keys.check_sweep, config)
-        NoteSweep.started = SweepStart(Path(os.path.abspath(str(config.hydra.sweep.dir))), time.time())
+        launcher = str(config.hydra.launcher.get("_target_"))
+        NoteSweep.started = SweepStart(Path(os.path.abspath(str(config.hydra.sweep.dir))), time.time(), launcher)
+        if not launcher.endswith(hydra_keys.NOT_TIED):
+            NoteSweep.command = tether.Command()
         repeated.take_from_sweeper(config)
 
 

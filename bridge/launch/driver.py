@@ -22,6 +22,7 @@ from bridge.launch import (
     slurm_job,
     spawn,
     sweep,
+    tether,
     tokenizer,
     torchrun,
 )
@@ -32,18 +33,29 @@ from bridge.launch.run_dir import check_resumable, claimed, finished
 from bridge.launch.worker import leave
 from bridge.training.environment import COMMAND
 
+INTERRUPTED = 130  # what shells report after SIGINT
 PATH_KEYS = frozenset({"runs_dir", "path", "paths", "tokenizer", "eval_output"})
 
 
 def main() -> None:
-    """Entry of train.py and bridge-train. Exit codes: 0 done, 1 failed, 2 wrong input, 75 stopped and resumable."""
+    """Entry of train.py and bridge-train.
+
+    Exit codes: 0 done, 1 failed, 2 wrong input, 75 stopped and resumable, 130 Ctrl-C where no workers run.
+    """
     sys.path.append(os.getcwd())  # where a user's own modules (data.source=my_data.corpus) lie, as with python -m
     os.environ[COMMAND] = shlex.join(sys.argv)
     ranks.adopt()
     if torchrun.active():
         leave(ranks.run(_composed_once))
     os.environ["PYTHONPATH"] = python_path()  # for the jobs of a launcher
-    sys.exit(guarded(_command))
+    try:
+        sys.exit(guarded(_command))
+    except KeyboardInterrupt:  # no workers here to be told: those who run some answer it themselves
+        started = compose.NoteSweep.started
+        in_slurm = started is not None and started.launcher == hydra_keys.SUBMITIT_SLURM
+        line = "no longer waiting; the jobs go on: squeue --me" if in_slurm else "SIGINT: ended; no run was under way"
+        print(line, file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
 
 
 def _command() -> int:
@@ -85,6 +97,8 @@ def _command() -> int:
         if not (rows and str(error).startswith(optuna.NO_TRIAL)):  # which the table tells better
             raise
     finally:
+        if compose.NoteSweep.command is not None:
+            compose.NoteSweep.command.release()
         rows = [row._replace(result=queued[row.number].result) if row.number in queued else row for row in rows]
         started = compose.NoteSweep.started
         if started is not None and not rows:
@@ -341,11 +355,16 @@ def _check_world(config: RunConfig) -> None:
 def _inside_job(composed: compose.Job) -> float | None:
     """The task function in a job of submitit's stock launchers: drive worker processes, or be one of several ranks."""
     ranks.adopt()
-    with slurm_job.stopping_on_usr2() as requeue:
+    with tether.following() as wanted, slurm_job.stopping_on_usr2() as requeue:
+        if not wanted:
+            raise compose.FailedTrial("the sweep was stopped before this job")
         row = sweep.run_job(composed, _as_rank if torchrun.active() else train)
         if row.result.status == "stopped":
             requeue()
-    slurm_job.end_with(row.result.exit_code)
+    if not (tether.tied() and row.result.status == "stopped"):
+        slurm_job.end_with(row.result.exit_code)
+    if row.result.objective is None:
+        raise compose.FailedTrial(row.result.error or row.result.status)
     return row.result.objective
 
 

@@ -9,6 +9,8 @@ from bridge.launch import slurm
 
 SUBMITIT = "hydra_plugins.hydra_submitit_launcher."
 SUBMITIT_SLURM = f"{SUBMITIT}submitit_launcher.SlurmLauncher"
+# Ends of the launchers that start no processes of their own on this machine: Hydra's, and those of Slurm jobs.
+NOT_TIED = (".BasicLauncher", slurm.TARGET, SUBMITIT_SLURM)
 GRIDS = (".BasicSweeper", ".GridSweeper")  # ends of the sweepers that know all their jobs beforehand
 
 

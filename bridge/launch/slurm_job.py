@@ -94,10 +94,12 @@ def this_process() -> tuple[str, int]:
 
 
 def end_with(exit_code: int) -> None:
-    """Make this process leave with `exit_code` once submitit has written its pickle and is through.
+    """Make this process, if submitit started it, leave with `exit_code` once the pickle is written.
 
     submitit's stock launchers take whatever was pickled for a success, and so does Slurm: an exit code it believes.
     """
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return
     if exit_code == EXIT_CODES["stopped"]:
         sys.exit(exit_code if torchrun.rank() == 0 else 0)
     if exit_code:

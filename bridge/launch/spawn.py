@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from bridge.launch import early
+from bridge.launch import early, process_tree, tether
 from bridge.launch.early import WORKER
 from bridge.launch.environment import worker_environment
 from bridge.launch.result import Result, first_rank_error, forget, killed, read_result, write_result
@@ -23,7 +23,6 @@ from bridge.launch.worker import STARTED
 from bridge.platform.processes import of_child
 
 ELASTIC = "bridge.launch.elastic"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 MOST_FRUITLESS = 2  # restarts in a row without a newer checkpoint
 
 
@@ -130,14 +129,13 @@ class _Stop:
         self.interrupts += signum == signal.SIGINT
         if self.interrupts > 1:
             print("SIGINT again: ending the workers at once", file=sys.stderr, flush=True)
-            _kill_tree(self.child)
+            process_tree.kill_tree(self.child)
             return
         if self.first is None:
             self.first = signum
-            told = "saving what was trained, then stopping" if self.saves else "stopping; nothing is saved"
-            hint = " (once more: at once, without a save)" if signum == signal.SIGINT and self.saves else ""
-            print(f"{signum.name}: {told}{hint}", file=sys.stderr, flush=True)
-        self.forward(signum)
+            if not tether.tied():
+                print(tether.announcement(signum, saves=self.saves), file=sys.stderr, flush=True)
+        self.forward(tether.told() or signum)
 
     def forward(self, signum: signal.Signals) -> None:
         """To the workers themselves: torch elastic, told to stop, kills them in the middle of a long save.
@@ -148,16 +146,17 @@ class _Stop:
             return
         workers = _workers(self.child)
         for process in workers:
-            _signal(process, signum if _catches(process, signal.SIGTERM) else signal.SIGTERM)
+            process_tree.send(process, signum if _catches(process, signal.SIGTERM) else signal.SIGTERM)
         if not workers:
-            for process in _tree(self.child)[:1]:
-                _signal(process, signal.SIGTERM)
+            for process in process_tree.tree(self.child)[:1]:
+                process_tree.send(process, signal.SIGTERM)
 
 
 @contextmanager
 def _forwarded_signals(*, saves: bool) -> Iterator[_Stop]:
     stop = _Stop(saves=saves)
-    before = {signum: signal.signal(signum, stop.receive) for signum in STOP_SIGNALS}
+    answered = [signum for signum in tether.STOP_SIGNALS if not (tether.tied() and signum == signal.SIGINT)]
+    before = {signum: signal.signal(signum, stop.receive) for signum in answered}
     try:
         yield stop
     finally:
@@ -168,27 +167,12 @@ def _forwarded_signals(*, saves: bool) -> Iterator[_Stop]:
 def _workers(pid: int) -> list[psutil.Process]:
     """The workers' own processes: not torch elastic, nor forks of a worker, which load data."""
     parents: dict[psutil.Process, int] = {}
-    for process in _tree(pid):
+    for process in process_tree.tree(pid):
         with suppress(psutil.Error):  # it has just ended
-            command = process.cmdline()
-            if ["-m", WORKER] in (command[1:3], command[2:4]):  # torch elastic starts `python -u -m ...`
+            if process_tree.runs(process, WORKER):
                 parents[process] = process.ppid()
     forking = {process.pid for process in parents}
     return [process for process, parent in parents.items() if parent not in forking]
-
-
-def _tree(pid: int | None) -> list[psutil.Process]:
-    """The process and all its descendants, itself first; empty when it has ended."""
-    try:
-        root = psutil.Process(pid)
-        return [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _kill_tree(pid: int | None) -> None:
-    for process in _tree(pid):
-        _signal(process, signal.SIGKILL)
 
 
 def _catches(process: psutil.Process, signum: signal.Signals) -> bool:
@@ -199,8 +183,3 @@ def _catches(process: psutil.Process, signum: signal.Signals) -> bool:
         return False
     caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
     return caught is not None and bool(int(caught[1], 16) >> (signum - 1) & 1)
-
-
-def _signal(process: psutil.Process, signum: signal.Signals) -> None:
-    with suppress(psutil.NoSuchProcess):
-        process.send_signal(signum)

@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 import gc
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -33,6 +34,7 @@ STARTED = "BRIDGE_STARTED"  # environment: the time.time() at which the run was 
 
 def main() -> None:
     """Entry of a process that the driver or torch elastic started."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which `tether` blocks below a launcher
     run_dir = Path(sys.argv[1]) if len(sys.argv) > 1 else early.run_dir()
     rank = int(os.environ.get("RANK", "0"))
     with kept_output(log_path(run_dir, rank=rank), on_console=rank == 0) as console:

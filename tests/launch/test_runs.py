@@ -12,6 +12,7 @@ import sys
 import psutil
 import pytest
 
+from bridge.launch import process_tree, spawn
 from bridge.launch.result import Result
 from tests.launch.commands import ROOT, TINY, is_the_crash, start, train, wait_for, write_user_source
 
@@ -232,3 +233,31 @@ def test_processes_that_are_not_torchruns_meet_too(tmp_path, monkeypatch):
     errors = [process.communicate(timeout=90)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     assert errors[0].startswith("train.stpes: no such key") and errors[1] == ""
+
+
+def test_jobs_of_a_launcher_stop_with_the_command_and_do_not_outlive_it(tmp_path):
+    """submitit's local launcher has two processes between the command and each worker. SIGTERM saves, SIGKILL ends."""
+    source = write_user_source(tmp_path)
+    sweep_dir = tmp_path / "runs" / "sweeps" / "s"
+    slow = ("hydra/launcher=submitit_local", "+data.seconds=0.01", "train.steps=1000", "name=s", "train.seed=1,2")
+
+    def started(sign: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+        driver = start(*TINY, source, *slow, cwd=tmp_path)
+        for number in (0, 1):
+            wait_for(sign, sweep_dir / str(number) / "logs" / "rank_0.log")
+        return driver, psutil.Process(driver.pid).children(recursive=True)
+
+    driver, below = started("step 2/1000")
+    driver.terminate()
+    out, err = driver.communicate(timeout=60)
+    assert (driver.returncode, err) == (75, "SIGTERM: saving what was trained, then stopping\n")
+    rows = json.loads((sweep_dir / "sweep.json").read_text())
+    assert [row["status"] for row in rows] == ["stopped"] * 2 and all(row["step"] >= 2 for row in rows)
+    assert [line.split()[:2] for line in out.splitlines()[1:3]] == [["0", "stopped"], ["1", "stopped"]]
+    assert psutil.wait_procs(below, timeout=20)[1] == []
+
+    driver, below = started("resumed from")
+    assert sum(process_tree.runs(process, spawn.WORKER) for process in below) >= 2
+    driver.kill()
+    driver.wait()
+    assert psutil.wait_procs(below, timeout=20)[1] == []

@@ -356,3 +356,11 @@ def test_a_directory_for_hydra_that_would_stay_empty(sweep, tmp_path):
     assert list(tmp_path.iterdir()) == []
     assert sweep(away, "hydra.job.chdir=true", multirun=False)[0] == 0
     assert [run.path for run in runs.find(tmp_path)] == [tmp_path / "away" / "runs" / "s"]
+
+
+def test_ctrl_c_where_nothing_runs_is_one_line(sweep, monkeypatch):
+    def interrupt(*_, **__) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver, "_check_layout", interrupt)
+    assert sweep("optimizer.lr=1e-3", multirun=False) == (130, "", "SIGINT: ended; no run was under way\n")
