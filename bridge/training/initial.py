@@ -32,7 +32,7 @@ def describe(root: Path, config: RunConfig, *, tokenizer: Path | None) -> None:
     assets = root / locate.HF_ASSETS
     assets.mkdir(parents=True, exist_ok=True)
     brought = None if config.init.path is None else locate.assets(config.init.path, key="init.path")
-    if brought is not None:
+    if brought is not None and brought.is_dir():  # a checkpoint of Megatron-LM has none
         copy_assets(brought, assets)
     if tokenizer is not None and config.data.get("tokenizer") != str(brought):
         copy_tokenizer(tokenizer, assets)

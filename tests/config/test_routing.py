@@ -109,7 +109,7 @@ def test_every_function_and_object_is_refused_by_name(part: str):
             "parallelism",
             "tensor_parallel_size",
             2,
-            "parallelism.tensor_parallel_size: unknown key (value 2); did you mean 'tensor_model_parallel_size'?",
+            "parallelism.tensor_parallel_size: unknown key (value 2); write parallelism.tensor_model_parallel_size=2",
         ),
         (
             "parallelism",
