@@ -2,7 +2,6 @@
 
 import argparse
 import atexit
-import gc
 import os
 import sys
 import traceback
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from bridge.errors import BridgeError, ConfigError, did_you_mean
+from bridge.platform.processes import skip_last_collection
 
 DONE, FAILED, INVALID = 0, 1, 2
 FULL_ERROR = "HYDRA_FULL_ERROR"  # variable with which Hydra's users ask for tracebacks of their own mistakes: 1
@@ -21,8 +21,7 @@ def guarded(command: Callable[[], int], *, only_prints: bool = False) -> int:
 
     When who read stdout left (`| head`): 1 and a line that says so; 0 and not a word for a command that `only_prints`.
     """
-    # The process ends soon: it need not look for garbage among all that was imported, which takes 0.6 s with torch.
-    atexit.register(gc.freeze)
+    atexit.register(skip_last_collection)
     try:
         try:
             return command()

@@ -28,7 +28,7 @@ LEVELS = (
     {"runs"},
     {"status", "sweep_report"},
 )
-WITHIN_A_LEVEL = {("parallel", "platform")}
+WITHIN_A_LEVEL = {("parallel", "platform"), ("command_line", "platform")}
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 SOURCES = sorted((ROOT / "bridge").rglob("*.py"))

@@ -26,6 +26,8 @@ from bridge.launch.result import (
 )
 from bridge.launch.run_dir import is_of
 
+MOST_WRONG = 10  # lines about wrong jobs of a sweep
+
 
 class Row(NamedTuple):
     """One job of a sweep and how it ended."""
@@ -55,10 +57,9 @@ def announce(job: Job) -> None:
 
 
 def check_points(points: Sequence[Point], check: Callable[[Job], object]) -> None:
-    """Call `check` with every job of a grid, before the first is run. Prints a line for each that is wrong, but the
-    last, which becomes a ConfigError."""
-    wrong: list[str] = []
-    last: ConfigError | None = None
+    """Call `check` with every job of a grid, before the first is run. Prints a line for each that is wrong, MOST_WRONG
+    at most, the last of which becomes a ConfigError; one line without a job when the same is wrong with all."""
+    wrong: list[tuple[Point, ConfigError]] = []
     for point in points:
         try:
             if point.error is not None:
@@ -66,14 +67,23 @@ def check_points(points: Sequence[Point], check: Callable[[Job], object]) -> Non
             assert point.job is not None
             check(point.job)
         except ConfigError as error:
-            place = f"job {point.number} ({' '.join(point.swept)}): " if point.swept else ""
-            wrong.append(f"{place}{' '.join(str(error).splitlines())}")
-            last = error
-    for line in wrong[:-1]:
-        print(line, file=sys.stderr, flush=True)
+            wrong.append((point, error))
     if wrong:
-        raise ConfigError(wrong[-1]) from last
+        *others, last = _lines(wrong, all_are=len(wrong) == len(points))
+        for line in others:
+            print(line, file=sys.stderr, flush=True)
+        raise ConfigError(last) from wrong[-1][1]
     _check_directories([point.job for point in points if point.job is not None])
+
+
+def _lines(wrong: Sequence[tuple[Point, ConfigError]], *, all_are: bool) -> list[str]:
+    said = [" ".join(str(error).splitlines()) for _, error in wrong]
+    if all_are and len(set(said)) == 1:
+        return said[:1]
+    places = [f"job {point.number} ({' '.join(point.swept)}): " if point.swept else "" for point, _ in wrong]
+    lines = [f"{place}{text}" for place, text in zip(places, said, strict=True)]
+    more = len(lines) - MOST_WRONG
+    return lines if more <= 0 else [*lines[:MOST_WRONG], f"... and {more} more jobs are wrong; correct these first"]
 
 
 def _check_directories(jobs: Sequence[Job]) -> None:

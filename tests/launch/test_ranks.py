@@ -73,7 +73,7 @@ def test_first_node(node_list: str, first: str, monkeypatch: pytest.MonkeyPatch)
             "train.num_devices: 2 differs from hydra.launcher.gpus_per_node (4); ",
         ),
         (("hydra/launcher=slurm", "hydra.launcher.partion=x"), "hydra.launcher.partion: no such key "),
-        (("hydra/launcher=slurm", "train.stpes=1,2"), "train.stpes: no such key "),
+        (("hydra/launcher=slurm", "train.stpes=choice(1)"), "train.stpes: no such key "),
     ],
 )
 def test_wrong_input_is_one_line(arguments: tuple[str, ...], message: str, tmp_path):

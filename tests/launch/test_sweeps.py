@@ -257,6 +257,10 @@ def test_all_points_of_a_grid_are_checked_before_the_first_is_trained(sweep):
     assert code == 2 and "job 1 (model=no_such): model: no option 'no_such'" in err
     code, _, err = sweep("optimizer.lr=")
     assert (code, len(err.splitlines())) == (2, 1) and err.startswith("optimizer.lr: ")
+    code, _, err = sweep("optimizer.lr=1e-3,2e-3", "train.stpes=3")
+    assert (code, len(err.splitlines())) == (2, 1) and err.startswith("train.stpes: no such key ")
+    code, _, err = sweep("train.seed=range(-12,2)")
+    assert (code, len(err.splitlines())) == (2, 11) and err.splitlines()[-1].startswith("... and 2 more jobs ")
     assert not sweep.directory.exists()
 
 
