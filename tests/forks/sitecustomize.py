@@ -13,6 +13,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TESTS, PRODUCT = os.path.dirname(HERE) + os.sep, os.path.join(os.path.dirname(os.path.dirname(HERE)), "bridge") + os.sep
 
 
+COMPILER = os.path.join("torch", "_inductor", "compile_worker", "")  # torch's own, on a GPU: it runs nothing of ours
+
+
 def num_threads() -> int:
     """Threads of this process, those that Python knows nothing of too."""
     with open("/proc/self/status") as file:
@@ -31,6 +34,8 @@ def watch(event: str, _: object) -> None:
     files = [frame.filename for frame in traceback.extract_stack()]
     if any(file.startswith(TESTS) for file in files[:-1]) and not any(file.startswith(PRODUCT) for file in files):
         return  # a helper of the tests
+    if COMPILER in sys.argv[0]:
+        return
     with open(os.path.join(directory, f"{os.getpid()}.txt"), "a") as file:
         file.write(f"{event} in process {os.getpid()} with {num_threads()} threads, {sys.argv}\n")
         file.writelines(traceback.format_stack()[:-1])
