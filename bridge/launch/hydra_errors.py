@@ -21,14 +21,19 @@ from yaml import MarkedYAMLError, YAMLError
 
 from bridge.config import known_keys
 from bridge.errors import did_you_mean
-from bridge.launch import arguments, hints
+from bridge.launch import arguments, hints, slurm
 
 _COMPOSING = ("config_loader_impl.py", "defaults_list.py", "config_repository.py", "hydra/core/utils.py")
 
 
 def of_the_users(error: Exception) -> bool:
-    """Whether the command line or a file is at fault for Hydra's `error`: always, unless it comes from a launcher."""
+    """Whether the command line or a file is at fault for Hydra's `error`: always, unless it comes from a launcher.
+
+    Of a launcher's it is when sbatch refuses the job.
+    """
     if isinstance(error, HydraException | OmegaConfBaseException | YAMLError | ValueError):
+        return True
+    if slurm.is_refused_by_sbatch(error):
         return True
     frames = traceback.extract_tb(error.__traceback__)
     composing = any(frame.filename.endswith(_COMPOSING) for frame in frames)
@@ -37,6 +42,8 @@ def of_the_users(error: Exception) -> bool:
 
 def one_line(error: Exception, *, typed: Sequence[str] = (), primary: str = "train") -> str:
     """One line for `error`, raised while Hydra composed conf/<primary>.yaml and the command line `typed`."""
+    if slurm.is_refused_by_sbatch(error):
+        return slurm.refused_by_sbatch(error)
     if isinstance(error, OverrideParseException):
         return hints.of_unparsed(error.override, _first_line(error.message), known_keys.of_command(primary))
     if isinstance(error, MissingConfigException):

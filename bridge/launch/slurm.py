@@ -6,6 +6,7 @@ command line shows before anything is queued.
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,6 +80,18 @@ def run(jobs: Sequence[Queued], *, ended: Callable[[Result], None] = lambda resu
         sys.exit(130)
 
 
+def is_refused_by_sbatch(error: Exception) -> bool:
+    """Whether `error` is submitit's about a job that sbatch did not take."""
+    cause = error.__cause__
+    return isinstance(cause, subprocess.CalledProcessError) and cause.cmd[0] == "sbatch"
+
+
+def refused_by_sbatch(error: Exception) -> str:
+    """The line for such an error, with the last that sbatch said."""
+    said = str(error).strip().splitlines()[-1]
+    return f"hydra.launcher: {said}; set what this cluster asks for (partition, account, ...)"
+
+
 def _submit(job: Queued) -> None:
     """Hand one job to Slurm. ConfigError with what sbatch said when it refuses."""
     try:
@@ -92,8 +105,7 @@ def _submit(job: Queued) -> None:
         with _outside_a_job():
             job.job_id = executor.submit(RunJob(str(run_dir))).job_id
     except submitit.core.utils.FailedJobError as error:
-        said = str(error).strip().splitlines()[-1]
-        raise ConfigError(f"hydra.launcher: {said}; set what this cluster asks for (partition, account, ...)") from None
+        raise ConfigError(refused_by_sbatch(error)) from None
     except RuntimeError as error:  # no srun on the path
         raise ConfigError(f"hydra/launcher: slurm, but {error} run this where sbatch works") from None
     write_json({"slurm_job_id": job.job_id, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, run_dir / "job.json")

@@ -3,6 +3,7 @@ end at once."""
 
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -350,6 +351,18 @@ def test_a_launcher_of_slurm_where_there_is_none(sweep, monkeypatch, launcher, m
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert err.startswith(f"hydra/launcher: {launcher}, and there is no srun on the path")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "submitit_slurm"])
+def test_what_sbatch_refuses_is_one_line(sweep, monkeypatch, launcher, tmp_path):
+    for name in ("srun", "sbatch"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    code, _, err = sweep(f"hydra/launcher={launcher}", "hydra.launcher.partition=x", "optimizer.lr=1e-3,2e-3")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("hydra.launcher: sbatch: error: invalid partition specified: x; set ")
+    assert "Traceback" not in err
 
 
 def test_a_directory_for_hydra_that_would_stay_empty(sweep, tmp_path):
