@@ -93,7 +93,7 @@ def read(path: Path, *, name: str) -> Run:
         step=step,
         steps=steps,
         loss=number(last.get("loss")),
-        eval_loss=number(last.get("eval_loss")),
+        eval_loss=number(last.get("eval_loss", ended.get("eval_loss"))),  # eval_only writes no metrics
         tokens_per_second=number(last.get("tokens_per_second")),
         age=seconds,
         error=None if error is None else one_line(str(error)),

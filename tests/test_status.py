@@ -196,6 +196,7 @@ def test_jobs_without_files_of_their_own(tmp_path):
         ("sweeps/s/2", "done", None),
         ("sweeps/s/10", "invalid", "a: is wrong"),
     ]
+    assert listed[0].eval_loss == 1.5  # from its result: a job of eval_only=true writes no metrics
 
 
 def test_slurm_is_asked_about_jobs_that_nobody_holds(tmp_path, monkeypatch):

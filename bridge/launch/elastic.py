@@ -19,7 +19,6 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from bridge.launch.result import EXIT_CODES, Result, killed, write_rank_error
-from bridge.platform.processes import die_with_parent
 
 
 def main() -> None:
