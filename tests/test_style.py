@@ -104,6 +104,14 @@ def test_word_is_code_in_one_place_only(word: str, home: str):
     assert not wrong, f"{word} outside {home}: {wrong}"
 
 
+def test_an_environment_variable_of_ours_is_named_once():
+    """Two parts that chose the same name would read each other's values."""
+    named = [
+        name for path in SOURCES for name in re.findall(r'^[A-Z_]+ = "(BRIDGE_\w+)"', path.read_text(), re.MULTILINE)
+    ]
+    assert len(named) > 3 and len(named) == len(set(named)), sorted(named)
+
+
 def test_files_and_functions_are_short():
     wrong = []
     for path in PYTHON:

@@ -24,7 +24,7 @@ from bridge.launch.result import EXIT_CODES
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 WORKERS = ("bridge.launch.worker", "bridge.launch.elastic", "submitit.core._submit")
-HOLDER = "BRIDGE_COMMAND"  # environment of the jobs: host and directory of the command's locks
+HOLDER = "BRIDGE_HOLDER"  # environment of the jobs: host and directory of the command's locks
 
 
 def announcement(signum: signal.Signals, *, saves: bool = True) -> str:

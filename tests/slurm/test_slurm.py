@@ -206,6 +206,7 @@ def test_stock_submitit_launcher(commands: Commands):
     """Implies -m as well. Its own idea of failure is a pickled exception; Slurm's, and ours, is the exit code."""
     code, _, err = commands.ended("stock")
     sweep_dir = commands.run_dir("sweeps/stock")
+    assert (sweep_dir / "sweep.json").is_file(), err
     rows = json.loads((sweep_dir / "sweep.json").read_text())
     assert [(row["overrides"], row["status"]) for row in rows] == [
         (["+data.crash_on_rank=null"], "done"),
