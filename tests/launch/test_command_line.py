@@ -80,6 +80,10 @@ def test_help_lists_groups_and_main_keys(monkeypatch, capsys):
             "init.path: '/a/x=1' has characters that Hydra reads as its own; write 'init.path=\"/a/x=1\"'",
         ),
         ("data.split=90,10", "data.split: '90,10' is read as a number or several; write 'data.split=\"90,10\"' for "),
+        (
+            "train.exit_after=30",
+            "train.exit_after: 30 is no length of time; a number needs its unit: train.exit_after=30s ",
+        ),
         ("name=1e3", "name: '1e3' is read as a number or several; write 'name=\"1e3\"' for a text"),
         ("lr=1e-3", "lr: no such group or key (lr=1e-3); write optimizer.lr=1e-3"),
         ("+lr=1e-3", "lr: unknown key (value 0.001); write optimizer.lr=0.001"),
