@@ -8,6 +8,7 @@ from bridge.config import layout, routing
 from bridge.config.layout import Layout, batch, pipeline
 from bridge.config.schema import Train
 from bridge.errors import ConfigError
+from tests.config.messages import says
 from tests.config.refused_layouts import CP, EP, ETP, EXPERTS, INTERLEAVED, MODEL, PP, REFUSED, TP, VPP
 
 
@@ -74,10 +75,7 @@ def test_refused_layout(parallelism: dict[str, Any], sizes: dict[str, Any], expe
     model = parallelism.pop("model", None)
     with pytest.raises(ConfigError) as caught:
         check(parallelism, model=model, **sizes)
-    text = str(caught.value)
-    assert expected in text
-    assert "\n" not in text
-    assert "; set " in text
+    assert says(expected, str(caught.value)), caught.value
 
 
 def test_pipeline_needs_the_dtype_of_its_messages():
@@ -98,7 +96,7 @@ def test_proposed_values_are_legal():
 def test_stages_are_counted_as_megatron_core_counts_them():
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-    for spelled in ("Et*3|(tt|)*29,m|L", "xy".replace("xy", "Ett|ttL"), "E(t|)*4tL", "(Et|t)*2|L"):
+    for spelled in ("Et*3|(tt|)*29,m|L", "Ett|ttL", "E(t|)*4tL", "(Et|t)*2|L"):
         stages = len(PipelineParallelLayerLayout.parse_str_to_list(spelled))
         assert pipeline.count_stages(spelled) == stages
 

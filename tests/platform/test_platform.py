@@ -34,8 +34,8 @@ def test_cpu():
 
 
 def test_another_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("importlib.metadata.version", lambda _: "0.17.0")
-    with pytest.raises(BridgeError, match="megatron-core: 0.17.0 is installed, 0.16.1 is needed; pip install"):
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "0.0.1")
+    with pytest.raises(BridgeError, match="megatron-core: 0.0.1 .*; pip install"):
         adapt.check_version()
 
 
