@@ -149,7 +149,7 @@ def _timed(step: Callable[[Path, Path, int | None], None], source: str, target: 
 
 def _interpreter(source: Path, _: Path, __: int | None) -> None:
     from bridge.convert.skeleton import skeleton
-    from bridge.models import hf_config
+    from bridge.models.hf import config as hf_config
 
     skeleton(hf_config.to_mcore(hf_config.read(source)))
 

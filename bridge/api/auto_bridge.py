@@ -22,7 +22,8 @@ from bridge.convert.export import export_hf
 from bridge.convert.import_ import import_hf
 from bridge.convert.initial import load_initial, same_section, stored_dtype
 from bridge.errors import BridgeError, ConfigError, ConversionError
-from bridge.models import family, hf_config
+from bridge.models import family
+from bridge.models.hf import config as hf_config
 from bridge.models.mcore_config import transformer_config
 from bridge.weights import locate
 

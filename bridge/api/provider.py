@@ -18,7 +18,8 @@ from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.config.routing import Routed, route
 from bridge.convert.initial import load_initial
 from bridge.errors import ConfigError, did_you_mean
-from bridge.models import ddp, family, gpt, hf_config
+from bridge.models import ddp, family, gpt
+from bridge.models.hf import config as hf_config
 from bridge.models.mcore_config import ACTIVATIONS, TYPED
 
 Hook = Callable[[list[Any]], list[Any] | None]

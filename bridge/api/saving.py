@@ -12,7 +12,7 @@ from bridge import checkpoint, parallel
 from bridge.api.tasks import ConversionTask, Described, specs_of, stream, tasks
 from bridge.convert.export import write_assets
 from bridge.errors import BridgeError, ConversionError
-from bridge.models import hf_config
+from bridge.models.hf import config as hf_config
 from bridge.weights import locate, shards
 from bridge.weights.hf_assets import copy_assets
 from bridge.weights.hf_files import HfWriter, parse_size

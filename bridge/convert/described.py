@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.convert import facts
 from bridge.errors import ConfigError
-from bridge.models import family, hf_config
+from bridge.models import family
+from bridge.models.hf import config as hf_config
 from bridge.weights import locate
 from bridge.weights.common_state import COMMON, megatron_args
 from bridge.weights.dist_files import DistFiles, open_dist

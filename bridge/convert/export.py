@@ -10,7 +10,7 @@ import torch
 from bridge.config.schema import ConvertConfig
 from bridge.convert.described import model_of
 from bridge.convert.skeleton import skeleton, torch_dtype
-from bridge.models import hf_config
+from bridge.models.hf import config as hf_config
 from bridge.weights import locate
 from bridge.weights.dist_files import open_dist
 from bridge.weights.hf_assets import GENERATION, copy_assets

@@ -11,7 +11,8 @@ from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.config.routing import Routed
 from bridge.convert.described import check, model_of
 from bridge.errors import ConfigError
-from bridge.models import family, hf_config
+from bridge.models import family
+from bridge.models.hf import config as hf_config
 from bridge.weights import live, locate
 from bridge.weights.dist_files import open_dist
 from bridge.weights.hf_files import main_dtype

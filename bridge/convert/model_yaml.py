@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from bridge.config.schema import ConvertConfig
-from bridge.models import hf_config
+from bridge.models.hf import config as hf_config
 
 
 def run(config: ConvertConfig) -> int:

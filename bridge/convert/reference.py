@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from bridge.errors import ConversionError
-from bridge.models import family, hf_config
+from bridge.models import family
+from bridge.models.hf import config as hf_config
 from bridge.weights.hf_files import HfFiles
 
 

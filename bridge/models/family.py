@@ -11,7 +11,7 @@ from typing import Any
 from bridge.config import mcore_fields, own_fields
 from bridge.errors import ConfigError, ConversionError, did_you_mean
 from bridge.models import families
-from bridge.models.hf_fields import Part
+from bridge.models.hf.fields import Part
 from bridge.weights.table import Table
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bridge.models import hf_config
+from bridge.models.hf import config as hf_config
 from bridge.weights.dist_files import open_dist
 from bridge.weights.locate import locate
 from tests import hf_models

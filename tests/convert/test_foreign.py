@@ -16,7 +16,8 @@ from bridge.convert.initial import load_initial
 from bridge.convert.verify import verify
 from bridge.errors import ConfigError, ConversionError
 from bridge.launch.convert import main
-from bridge.models import gpt, hf_config
+from bridge.models import gpt
+from bridge.models.hf import config as hf_config
 from bridge.weights import locate
 from bridge.weights.dist_files import open_dist
 from tests import plain_megatron

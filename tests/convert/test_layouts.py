@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import bridge
 from bridge import parallel
 from bridge.errors import ConfigError
-from bridge.models import hf_config
+from bridge.models.hf import config as hf_config
 from bridge.weights import locate
 from tests import families, hf_models
 from tests.distributed import run_distributed

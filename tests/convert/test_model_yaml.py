@@ -6,7 +6,7 @@ from bridge.config import run_config
 from bridge.config.routing import route
 from bridge.config.schema import ConvertConfig
 from bridge.convert import run
-from bridge.models import hf_config
+from bridge.models.hf import config as hf_config
 from tests.config.composing import composed
 
 

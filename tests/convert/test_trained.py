@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from bridge.convert.export import export_hf
-from bridge.models import hf_config
+from bridge.models.hf import config as hf_config
 from bridge.weights import locate
 from bridge.weights.dist_files import open_dist
 from tests.distributed import run_distributed

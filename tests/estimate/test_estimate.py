@@ -67,7 +67,7 @@ def test_parameters_by_hand():
 
 @pytest.mark.parametrize("variant", ["llama_tied", "llama_all_bias", "qwen2", "qwen3"])
 def test_parameters_equal_transformers(variant: str, tmp_path):
-    from bridge.models import hf_config
+    from bridge.models.hf import config as hf_config
 
     directory = hf_models.save(variant, tmp_path / variant, tokenizer=False)
     model = hf_config.to_mcore(hf_config.read(directory))

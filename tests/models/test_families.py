@@ -13,7 +13,8 @@ import bridge
 from bridge import parallel, platform
 from bridge.config.routing import route
 from bridge.errors import ConversionError
-from bridge.models import family, gpt, hf_config
+from bridge.models import family, gpt
+from bridge.models.hf import config as hf_config
 from bridge.weights import live, shards
 from bridge.weights.hf_files import open_hf
 from tests import families, hf_models

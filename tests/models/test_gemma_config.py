@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from bridge.errors import ConversionError
-from bridge.models import hf_config
+from bridge.models.hf import config as hf_config
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 # The published config.json of gemma-3-1b-it, without fields of generation and training.

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from bridge.errors import ConfigError, ConversionError
-from bridge.models import family, hf_config, hf_sizes
+from bridge.models import family
+from bridge.models.hf import config as hf_config
+from bridge.models.hf import sizes as hf_sizes
 
 # The published config.json of Llama-3.2-1B.
 LLAMA_3_2_1B: dict[str, Any] = {

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from bridge.errors import ConversionError
-from bridge.models import family, hf_config, hf_reads
+from bridge.models import family
+from bridge.models.hf import config as hf_config
+from bridge.models.hf import reads as hf_reads
 from tests import families, hf_models
 
 PUBLISHED = [json.loads(line) for line in Path(__file__).with_name("published.jsonl").read_text().splitlines()]

@@ -8,7 +8,8 @@ import torch
 
 from bridge import parallel
 from bridge.config.routing import route
-from bridge.models import family, gpt, hf_config
+from bridge.models import family, gpt
+from bridge.models.hf import config as hf_config
 from bridge.weights import live, shards
 from bridge.weights.hf_files import open_hf
 from tests import hf_models

@@ -15,7 +15,8 @@ from bridge.config.routing import route
 from bridge.convert.export import export_hf
 from bridge.convert.import_ import import_hf
 from bridge.errors import ConfigError, ConversionError
-from bridge.models import family, gpt, hf_config
+from bridge.models import family, gpt
+from bridge.models.hf import config as hf_config
 from bridge.weights import live
 from bridge.weights.hf_files import open_hf
 from tests import hf_models, hf_predictions

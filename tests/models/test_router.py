@@ -145,7 +145,8 @@ def test_equals_transformers(case: str):
 def test_jitter_is_for_training_alone():
     from bridge import parallel
     from bridge.config.routing import route
-    from bridge.models import gpt, hf_config
+    from bridge.models import gpt
+    from bridge.models.hf import config as hf_config
     from tests import hf_models
 
     section = hf_config.to_mcore(hf_models.config("mixtral_jitter").to_dict())
@@ -166,7 +167,8 @@ def test_a_schedule_can_follow_a_plain_backward_pass(monkeypatch: pytest.MonkeyP
 
     from bridge import parallel
     from bridge.config.routing import route
-    from bridge.models import gpt, hf_config
+    from bridge.models import gpt
+    from bridge.models.hf import config as hf_config
     from tests import hf_models
 
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)

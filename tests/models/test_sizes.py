@@ -8,7 +8,8 @@ import yaml
 
 from bridge import parallel
 from bridge.config.routing import route
-from bridge.models import family, gpt, hf_config
+from bridge.models import family, gpt
+from bridge.models.hf import config as hf_config
 from tests import families
 
 CONF = Path(__file__).parents[2] / "conf" / "model"

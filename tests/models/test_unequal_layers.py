@@ -8,8 +8,9 @@ import pytest
 from bridge import parallel
 from bridge.config.routing import route
 from bridge.errors import ConfigError, ConversionError
-from bridge.models import gpt, hf_config
+from bridge.models import gpt
 from bridge.models.families.llama_nemotron import ffn_width
+from bridge.models.hf import config as hf_config
 from bridge.training import flops
 from tests import hf_models
 from tests.models.test_gpt import MODEL

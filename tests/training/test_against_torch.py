@@ -61,7 +61,7 @@ def plain_loop(directory: Path, data: Any, sample_ids: list[int], *, peak: float
 
 def compare(directory: Path, tmp_path: Path, *, data: dict[str, Any], peak: float) -> None:
     """Both loops from the weights in `directory`; learning rates rise to `peak`."""
-    from bridge.models import hf_config
+    from bridge.models.hf import config as hf_config
 
     model = hf_config.to_mcore(hf_config.read(directory))
     run = config(

@@ -45,7 +45,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluation(directory: Path, folder: Path, **sections: Any) -> Any:
-    from bridge.models import hf_config
+    from bridge.models.hf import config as hf_config
 
     model = hf_config.to_mcore(hf_config.read(directory))
     defaults = {"data": DATA, "init": {"path": str(directory)}, "eval_only": True}

@@ -4,12 +4,13 @@ chooses, within the best groups of them if the config says so."""
 from collections.abc import Mapping
 from typing import Any
 
-from bridge.models import hf_moe, moe_rows
-from bridge.models.decoder_rows import Rows, embedding, final
 from bridge.models.families.llama import CONSTANTS, HF_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import Part, Values, activation, only, refused, same
-from bridge.models.hf_latent import LATENT_CONSTANTS, latent_attention, latent_attention_rows, latent_rope
+from bridge.models.hf import moe as hf_moe
+from bridge.models.hf import moe_rows
+from bridge.models.hf.decoder_rows import Rows, embedding, final
+from bridge.models.hf.fields import Part, Values, activation, only, refused, same
+from bridge.models.hf.latent import LATENT_CONSTANTS, latent_attention, latent_attention_rows, latent_rope
 from bridge.weights.table import Table
 
 DEEPSEEK_DEFAULTS = {**HF_DEFAULTS, "attention_bias": False, "kv_lora_rank": 512, "q_lora_rank": 1536}

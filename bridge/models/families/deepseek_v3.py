@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from bridge.models import hf_moe
 from bridge.models.families.deepseek_v2 import DEEPSEEK_CONSTANTS, DEEPSEEK_DEFAULTS, DEEPSEEK_PARTS, deepseek_layer
 from bridge.models.family import Family
-from bridge.models.hf_fields import only
-from bridge.models.hf_prediction import multi_token_prediction, predicting_table, without_missing_predictions
+from bridge.models.hf import moe as hf_moe
+from bridge.models.hf.fields import only
+from bridge.models.hf.prediction import multi_token_prediction, predicting_table, without_missing_predictions
 from bridge.weights.table import Table
 
 V3_DEFAULTS = {

@@ -1,10 +1,10 @@
 """ERNIE 4.5, dense: Llama's shape with rotated pairs of neighbouring channels, and biases everywhere or nowhere."""
 
-from bridge.models.decoder_rows import llama_table
 from bridge.models.families.llama import CONSTANTS, DECODER, HF_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import attention_shape, same
-from bridge.models.hf_rope import HF_NAMES, rope
+from bridge.models.hf.decoder_rows import llama_table
+from bridge.models.hf.fields import attention_shape, same
+from bridge.models.hf.rope import HF_NAMES, rope
 
 # transformers' class has no attention_dropout, and another base of the rotary embedding.
 REPLACED = (HF_NAMES, ("attention_dropout",))

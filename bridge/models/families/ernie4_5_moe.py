@@ -8,13 +8,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from bridge.errors import ConversionError
-from bridge.models import moe_rows
-from bridge.models.decoder_rows import Model, attention, embedding, final, norms
 from bridge.models.families import ernie4_5
 from bridge.models.family import Family
-from bridge.models.hf_fields import Part, Values, attention_shape, only, refused, same
-from bridge.models.hf_moe import aux_loss, experts, layers_between, shared_experts
-from bridge.models.hf_prediction import MTP_NAMES, multi_token_prediction
+from bridge.models.hf import moe_rows
+from bridge.models.hf.decoder_rows import Model, attention, embedding, final, norms
+from bridge.models.hf.fields import Part, Values, attention_shape, only, refused, same
+from bridge.models.hf.moe import aux_loss, experts, layers_between, shared_experts
+from bridge.models.hf.prediction import MTP_NAMES, multi_token_prediction
 from bridge.weights.ops import Flat
 from bridge.weights.table import Ignore, Table
 

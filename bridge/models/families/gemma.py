@@ -3,11 +3,11 @@
 import math
 from typing import Any
 
-from bridge.models.decoder_rows import llama_table
 from bridge.models.families.llama import CONSTANTS as LLAMA
 from bridge.models.families.llama import SHAPE_AND_TRAINING
 from bridge.models.family import Family
-from bridge.models.hf_fields import (
+from bridge.models.hf.decoder_rows import llama_table
+from bridge.models.hf.fields import (
     Part,
     Values,
     activation,
@@ -17,7 +17,7 @@ from bridge.models.hf_fields import (
     refused,
     unread,
 )
-from bridge.models.hf_rope import rope
+from bridge.models.hf.rope import rope
 
 
 def scaled_embeddings() -> Part:

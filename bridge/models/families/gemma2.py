@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from bridge.models.decoder_rows import Model, attention, embedding, final, mlp, norms, output_norms, qk_norms
 from bridge.models.families import gemma
 from bridge.models.family import Family
-from bridge.models.hf_fields import Part, Values, activation, optional, refused, unread, window_by_pattern
-from bridge.models.hf_rope import rope
+from bridge.models.hf.decoder_rows import Model, attention, embedding, final, mlp, norms, output_norms, qk_norms
+from bridge.models.hf.fields import Part, Values, activation, optional, refused, unread, window_by_pattern
+from bridge.models.hf.rope import rope
 from bridge.weights.table import Table
 
 

@@ -3,8 +3,8 @@ without, and a rotary embedding for each kind."""
 
 from bridge.models.families import gemma2
 from bridge.models.family import Family
-from bridge.models.hf_fields import only, unread, window_by_pattern
-from bridge.models.hf_rope import rope_and_local_rope
+from bridge.models.hf.fields import only, unread, window_by_pattern
+from bridge.models.hf.rope import rope_and_local_rope
 
 PERIOD = "sliding_window_pattern"
 

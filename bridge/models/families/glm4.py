@@ -1,10 +1,10 @@
 """GLM-4-0414 (9B, 32B), dense: norms on both sides of each branch, half of each head rotated, in neighbouring pairs."""
 
-from bridge.models.decoder_rows import Model, attention, embedding, final, mlp, norms, output_norms
 from bridge.models.families.llama import CONSTANTS, HF_DEFAULTS, SHAPE_AND_TRAINING
 from bridge.models.family import Family
-from bridge.models.hf_fields import activation, attention_shape, same
-from bridge.models.hf_rope import rope
+from bridge.models.hf.decoder_rows import Model, attention, embedding, final, mlp, norms, output_norms
+from bridge.models.hf.fields import activation, attention_shape, same
+from bridge.models.hf.rope import rope
 from bridge.weights.table import Table
 
 

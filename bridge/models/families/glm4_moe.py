@@ -2,13 +2,13 @@
 
 from functools import partial
 
-from bridge.models import hf_moe
 from bridge.models.families.llama import CONSTANTS, DECODER, HF_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import attention_shape, only, same
-from bridge.models.hf_prediction import multi_token_prediction, predicting_table, without_missing_predictions
-from bridge.models.hf_rope import HF_NAMES, rope
-from bridge.models.moe_rows import Model, moe_layer
+from bridge.models.hf import moe as hf_moe
+from bridge.models.hf.fields import attention_shape, only, same
+from bridge.models.hf.moe_rows import Model, moe_layer
+from bridge.models.hf.prediction import multi_token_prediction, predicting_table, without_missing_predictions
+from bridge.models.hf.rope import HF_NAMES, rope
 from bridge.weights.table import Table
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from bridge.models.decoder_rows import Model, attention, embedding, final, mlp, norms, transposed
 from bridge.models.family import Family
-from bridge.models.hf_fields import Part, Values, activation, dropout, only, refused, same
+from bridge.models.hf.decoder_rows import Model, attention, embedding, final, mlp, norms, transposed
+from bridge.models.hf.fields import Part, Values, activation, dropout, only, refused, same
 from bridge.weights.table import Ignore, Row, Table
 
 

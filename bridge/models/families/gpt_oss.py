@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from bridge.models.decoder_rows import BOTH, HF, MCORE, Model, Rows, attention, embedding, final, linear, norms
 from bridge.models.families.llama import CONSTANTS, DECODER, HF_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import Part, Values, attention_shape, only, same, window_by_pattern
-from bridge.models.hf_moe import aux_loss, experts, width_of_experts
-from bridge.models.hf_rope import rope
-from bridge.models.moe_rows import EXPERTS, mlp_norms
+from bridge.models.hf.decoder_rows import BOTH, HF, MCORE, Model, Rows, attention, embedding, final, linear, norms
+from bridge.models.hf.fields import Part, Values, attention_shape, only, same, window_by_pattern
+from bridge.models.hf.moe import aux_loss, experts, width_of_experts
+from bridge.models.hf.moe_rows import EXPERTS, mlp_norms
+from bridge.models.hf.rope import rope
 from bridge.weights.ops import Copy, Interleaved, Transposed
 from bridge.weights.table import Row, Table
 

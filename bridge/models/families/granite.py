@@ -3,10 +3,10 @@
 import math
 from typing import Any
 
-from bridge.models.decoder_rows import llama_table
 from bridge.models.families.llama import CONSTANTS, DECODER, HF_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import Part, Values, attention_and_mlp_bias, attention_shape, same
+from bridge.models.hf.decoder_rows import llama_table
+from bridge.models.hf.fields import Part, Values, attention_and_mlp_bias, attention_shape, same
 
 
 def softmax_scale() -> Part:

@@ -1,9 +1,9 @@
 """Llama 1, 2, 3, 3.1-3.3 and the many models of its shape."""
 
-from bridge.models.decoder_rows import llama_table
 from bridge.models.family import Family
-from bridge.models.hf_fields import activation, attention_and_mlp_bias, attention_shape, same
-from bridge.models.hf_rope import rope
+from bridge.models.hf.decoder_rows import llama_table
+from bridge.models.hf.fields import activation, attention_and_mlp_bias, attention_shape, same
+from bridge.models.hf.rope import rope
 
 # Fields of nearly every decoder.
 COMMON = (

@@ -7,10 +7,10 @@ multiple of 256.
 
 from typing import Any
 
-from bridge.models.decoder_rows import llama_table
 from bridge.models.families.llama import CONSTANTS, DECODER, HF_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import Part, Values, attention_and_mlp_bias, refused
+from bridge.models.hf.decoder_rows import llama_table
+from bridge.models.hf.fields import Part, Values, attention_and_mlp_bias, refused
 
 MULTIPLE = 256
 # The class sets these to null; what they would say is in block_configs.

@@ -1,9 +1,9 @@
 """Mistral 7B and its successors: Llama's shape with a sliding window over all layers."""
 
-from bridge.models.decoder_rows import llama_table
 from bridge.models.families.llama import CONSTANTS, DECODER, HF_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import attention_shape, window_everywhere
+from bridge.models.hf.decoder_rows import llama_table
+from bridge.models.hf.fields import attention_shape, window_everywhere
 
 FAMILY = Family(
     architecture="MistralForCausalLM",

@@ -1,13 +1,13 @@
 """Mixtral (8x7B, 8x22B): Mistral's attention and experts in every layer, chosen by a softmax over the chosen alone."""
 
-from bridge.models.decoder_rows import Model, attention, embedding, final, norms
 from bridge.models.families.llama import CONSTANTS, DECODER, HF_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import attention_shape, window_everywhere
-from bridge.models.hf_moe import aux_loss, experts, jitter, softmax_weights, width_of_experts
-from bridge.models.hf_rope import HF_NAMES, rope
-from bridge.models.moe_rows import experts as expert_rows
-from bridge.models.moe_rows import mlp_norms, moe_table, router
+from bridge.models.hf.decoder_rows import Model, attention, embedding, final, norms
+from bridge.models.hf.fields import attention_shape, window_everywhere
+from bridge.models.hf.moe import aux_loss, experts, jitter, softmax_weights, width_of_experts
+from bridge.models.hf.moe_rows import experts as expert_rows
+from bridge.models.hf.moe_rows import mlp_norms, moe_table, router
+from bridge.models.hf.rope import HF_NAMES, rope
 from bridge.weights.table import Table
 
 # w1 is the gate, w3 what it multiplies, w2 the projection back.

@@ -1,11 +1,11 @@
 """Nemotron-3, Nemotron-4 and Minitron: squared ReLU without a gate, LayerNorm times 1 + weight, half of the channels
 rotated. (Llama-shaped Nemotrons are llama, hybrid ones nemotron_h.)"""
 
-from bridge.models.decoder_rows import Model, attention, embedding, final, mlp, norms
 from bridge.models.families.llama import COMMON
 from bridge.models.family import Family
-from bridge.models.hf_fields import activation, attention_and_mlp_bias, attention_shape, same
-from bridge.models.hf_rope import rope
+from bridge.models.hf.decoder_rows import Model, attention, embedding, final, mlp, norms
+from bridge.models.hf.fields import activation, attention_and_mlp_bias, attention_shape, same
+from bridge.models.hf.rope import rope
 from bridge.weights.table import Table
 
 

@@ -1,9 +1,9 @@
 """OLMo 2: Llama with norms behind each branch, not before it, and on queries and keys over all heads together."""
 
-from bridge.models.decoder_rows import Model, attention, embedding, final, mlp, output_norms, qk_norms
 from bridge.models.families.llama import CONSTANTS, DECODER, HF_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import attention_and_mlp_bias, attention_shape
+from bridge.models.hf.decoder_rows import Model, attention, embedding, final, mlp, output_norms, qk_norms
+from bridge.models.hf.fields import attention_and_mlp_bias, attention_shape
 from bridge.weights.table import Table
 
 

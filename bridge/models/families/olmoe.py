@@ -4,9 +4,9 @@ from functools import partial
 
 from bridge.models.families.llama import CONSTANTS, DECODER, HF_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import attention_and_mlp_bias, attention_shape, only
-from bridge.models.hf_moe import aux_loss, experts, softmax_weights
-from bridge.models.moe_rows import moe_table
+from bridge.models.hf.fields import attention_and_mlp_bias, attention_shape, only
+from bridge.models.hf.moe import aux_loss, experts, softmax_weights
+from bridge.models.hf.moe_rows import moe_table
 
 FAMILY = Family(
     architecture="OlmoeForCausalLM",

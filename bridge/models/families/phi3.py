@@ -3,11 +3,11 @@ tensor, and LongRoPE, in Phi-4-mini on three quarters of the channels."""
 
 from typing import Any
 
-from bridge.models.decoder_rows import Model, attention, embedding, final, mlp, norms
 from bridge.models.families.llama import CONSTANTS, DECODER, HF_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import Part, Values, attention_shape, dropout, refused, window_everywhere
-from bridge.models.hf_rope import HF_NAMES, MODEL_KEYS, TRAINED, rope
+from bridge.models.hf.decoder_rows import Model, attention, embedding, final, mlp, norms
+from bridge.models.hf.fields import Part, Values, attention_shape, dropout, refused, window_everywhere
+from bridge.models.hf.rope import HF_NAMES, MODEL_KEYS, TRAINED, rope
 from bridge.weights.table import Table
 
 ROPE = rope(partial=1.0)

@@ -1,9 +1,9 @@
 """Qwen2 and Qwen2.5: Llama's shape with biases on query, key and value, and windows in upper layers if switched on."""
 
-from bridge.models.decoder_rows import llama_table
 from bridge.models.families.llama import CONSTANTS, DECODER, HF_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import attention_shape, window_by_layer
+from bridge.models.hf.decoder_rows import llama_table
+from bridge.models.hf.fields import attention_shape, window_by_layer
 
 QWEN_DEFAULTS = {
     **HF_DEFAULTS,

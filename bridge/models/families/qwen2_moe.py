@@ -5,9 +5,9 @@ from functools import partial
 from bridge.models.families.llama import CONSTANTS, DECODER, HF_DEFAULTS
 from bridge.models.families.qwen3_moe import MOE_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import Values, attention_shape, same, window_by_layer
-from bridge.models.hf_moe import aux_loss, experts, layers_by_step, shared_expert, softmax_weights
-from bridge.models.moe_rows import moe_table
+from bridge.models.hf.fields import Values, attention_shape, same, window_by_layer
+from bridge.models.hf.moe import aux_loss, experts, layers_by_step, shared_expert, softmax_weights
+from bridge.models.hf.moe_rows import moe_table
 
 
 def every_other_below(hf: Values) -> list[bool]:

@@ -1,10 +1,10 @@
 """Qwen3, dense: Qwen2 with normalised queries and keys, its own head width, and attention biases only if asked for."""
 
-from bridge.models.decoder_rows import llama_table
 from bridge.models.families.llama import CONSTANTS, DECODER
 from bridge.models.families.qwen2 import QWEN_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import attention_and_mlp_bias, attention_shape, window_by_layer
+from bridge.models.hf.decoder_rows import llama_table
+from bridge.models.hf.fields import attention_and_mlp_bias, attention_shape, window_by_layer
 
 FAMILY = Family(
     architecture="Qwen3ForCausalLM",

@@ -1,9 +1,9 @@
 """Seed-OSS: Llama's shape with its own head width, biases on query, key and value alone, and dropout in training."""
 
-from bridge.models.decoder_rows import llama_table
 from bridge.models.families.llama import CONSTANTS, DECODER, HF_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import attention_and_mlp_bias, attention_shape, same
+from bridge.models.hf.decoder_rows import llama_table
+from bridge.models.hf.fields import attention_and_mlp_bias, attention_shape, same
 
 FAMILY = Family(
     architecture="SeedOssForCausalLM",

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from bridge.models.decoder_rows import llama_table
 from bridge.models.families.llama import CONSTANTS, DECODER, HF_DEFAULTS
 from bridge.models.family import Family
-from bridge.models.hf_fields import Part, Values, attention_and_mlp_bias, attention_shape, refused, window_by_layer
-from bridge.models.hf_rope import HF_NAMES, rope
+from bridge.models.hf.decoder_rows import llama_table
+from bridge.models.hf.fields import Part, Values, attention_and_mlp_bias, attention_shape, refused, window_by_layer
+from bridge.models.hf.rope import HF_NAMES, rope
 
 
 def every_nth_left_out(n: int, count: int) -> list[bool]:

@@ -1,10 +1,10 @@
 """StarCoder2: LayerNorm, biases everywhere, an MLP without a gate, a sliding window over all layers, tied weights."""
 
-from bridge.models.decoder_rows import Model, attention, embedding, final, mlp, norms
 from bridge.models.families.llama import COMMON
 from bridge.models.family import Family
-from bridge.models.hf_fields import activation, attention_shape, dropout, same, window_everywhere
-from bridge.models.hf_rope import rope
+from bridge.models.hf.decoder_rows import Model, attention, embedding, final, mlp, norms
+from bridge.models.hf.fields import activation, attention_shape, dropout, same, window_everywhere
+from bridge.models.hf.rope import rope
 from bridge.weights.table import Table
 
 

@@ -5,7 +5,7 @@ transformers 5.23 (RotaryEmbeddingConfigMixin)."""
 from typing import Any
 
 from bridge.errors import ConversionError
-from bridge.models.hf_fields import Part, Values, refused
+from bridge.models.hf.fields import Part, Values, refused
 
 TRAINED = "original_max_position_embeddings"
 SHARE = "partial_rotary_factor"

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from bridge.models import hf_rope
-from bridge.models.decoder_rows import HF, MCORE, Model, Rows
-from bridge.models.hf_fields import Part, Values, refused
+from bridge.models.hf import rope as hf_rope
+from bridge.models.hf.decoder_rows import HF, MCORE, Model, Rows
+from bridge.models.hf.fields import Part, Values, refused
 from bridge.weights.table import Ignore, Row
 
 # What transformers' attention has whatever its config says: norms of both latents, with RMSNorm's default epsilon

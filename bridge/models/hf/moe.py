@@ -8,7 +8,7 @@ num_experts_per_tok. No torch here.
 from collections.abc import Callable
 from typing import Any
 
-from bridge.models.hf_fields import Part, Values, refused
+from bridge.models.hf.fields import Part, Values, refused
 
 
 def moe_layers(model: Values) -> list[bool]:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from bridge.models import decoder_rows
-from bridge.models.decoder_rows import HF, MCORE, Model, Rows
-from bridge.models.hf_fields import Part, Values
+from bridge.models.hf import decoder_rows
+from bridge.models.hf.decoder_rows import HF, MCORE, Model, Rows
+from bridge.models.hf.fields import Part, Values
 from bridge.weights.table import Ignore, Row, Table
 
 # The name in files of the hub, and the one of transformers' config class, whose default counts when both are absent.

@@ -11,9 +11,10 @@ from typing import Any
 from bridge import parallel
 from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.errors import ConversionError
-from bridge.models import hf_reads, hf_sizes
 from bridge.models.family import Family, by_name, complete, known_names, mcore_defaults, name_of_hf_config
-from bridge.models.hf_fields import Part
+from bridge.models.hf import reads as hf_reads
+from bridge.models.hf import sizes as hf_sizes
+from bridge.models.hf.fields import Part
 from bridge.weights import quantized
 from bridge.weights.hf_files import tensor_names
 
