@@ -10,7 +10,8 @@ from bridge.models.hf import moe as hf_moe
 from bridge.models.hf import moe_rows
 from bridge.models.hf.decoder_rows import Rows, embedding, final
 from bridge.models.hf.fields import Part, Values, activation, only, refused, same
-from bridge.models.hf.latent import LATENT_CONSTANTS, latent_attention, latent_attention_rows, latent_rope
+from bridge.models.hf.latent import LATENT_CONSTANTS, latent_attention, latent_rope
+from bridge.models.hf.latent_rows import latent_attention_rows
 from bridge.weights.table import Table
 
 DEEPSEEK_DEFAULTS = {**HF_DEFAULTS, "attention_bias": False, "kv_lora_rank": 512, "q_lora_rank": 1536}

@@ -9,7 +9,8 @@ from bridge.models.families.deepseek_v2 import DEEPSEEK_CONSTANTS, DEEPSEEK_DEFA
 from bridge.models.family import Family
 from bridge.models.hf import moe as hf_moe
 from bridge.models.hf.fields import only
-from bridge.models.hf.prediction import multi_token_prediction, predicting_table, without_missing_predictions
+from bridge.models.hf.prediction import multi_token_prediction, without_missing_predictions
+from bridge.models.hf.prediction_rows import predicting_table
 from bridge.weights.table import Table
 
 V3_DEFAULTS = {

@@ -7,7 +7,8 @@ from bridge.models.family import Family
 from bridge.models.hf import moe as hf_moe
 from bridge.models.hf.fields import attention_shape, only, same
 from bridge.models.hf.moe_rows import Model, moe_layer
-from bridge.models.hf.prediction import multi_token_prediction, predicting_table, without_missing_predictions
+from bridge.models.hf.prediction import multi_token_prediction, without_missing_predictions
+from bridge.models.hf.prediction_rows import predicting_table
 from bridge.models.hf.rope import HF_NAMES, rope
 from bridge.weights.table import Table
 

@@ -1,11 +1,9 @@
-"""Multi-latent attention in the configs and files of the DeepSeek line."""
+"""Multi-latent attention in the configs of the DeepSeek line."""
 
 from typing import Any
 
 from bridge.models.hf import rope as hf_rope
-from bridge.models.hf.decoder_rows import HF, MCORE, Model, Rows
 from bridge.models.hf.fields import Part, Values, refused
-from bridge.weights.table import Ignore, Row
 
 # What transformers' attention has whatever its config says: norms of both latents, with RMSNorm's default epsilon
 # (modeling_deepseek_v3.py builds them without rms_norm_eps).
@@ -64,25 +62,3 @@ def latent_rope() -> Part:
     """As `hf_rope.rope`, of the channels that are rotated."""
     whole = hf_rope.rope()
     return whole._replace(read=lambda hf: whole.read({**hf, "head_dim": hf["qk_rope_head_dim"]}))
-
-
-def latent_attention_rows(model: Model) -> Rows:
-    """The projections of latent attention with the norms before them, and the norm before attention."""
-    ours, theirs = f"{MCORE}self_attention.", f"{HF}self_attn."
-    pairs = {
-        "linear_kv_down_proj.weight": "kv_a_proj_with_mqa.weight",
-        "linear_kv_up_proj.layer_norm_weight": "kv_a_layernorm.weight",
-        "linear_kv_up_proj.weight": "kv_b_proj.weight",
-        "linear_proj.weight": "o_proj.weight",
-    }
-    if model["q_lora_rank"] is None:
-        pairs["linear_q_proj.weight"] = "q_proj.weight"
-    else:
-        pairs["linear_q_down_proj.weight"] = "q_a_proj.weight"
-        pairs["linear_q_up_proj.layer_norm_weight"] = "q_a_layernorm.weight"
-        pairs["linear_q_up_proj.weight"] = "q_b_proj.weight"
-    return [
-        Row(f"{MCORE}input_layernorm.weight", f"{HF}input_layernorm.weight"),
-        *(Row(ours + key, theirs + name) for key, name in pairs.items()),
-        Ignore(f"{theirs}rotary_emb.inv_freq", "a buffer old files hold; computed from the config"),
-    ]
