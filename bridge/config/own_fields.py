@@ -16,7 +16,7 @@ class OwnFields:
 
     # Biases on the four projections of attention; None: as add_bias_linear and add_qkv_bias say.
     add_attention_bias: bool | None = None
-    # rope_type and the parameters of that type (bridge.models.rope); None: plain rotary embedding.
+    # rope_type and the parameters of that type (bridge.models.modules.rope); None: plain rotary embedding.
     rope_parameters: dict[str, Any] | None = None
     # Added to the mean square in the norms of the latents (multi_latent_attention); None: layernorm_epsilon.
     latent_layernorm_epsilon: float | None = None

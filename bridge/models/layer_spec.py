@@ -20,12 +20,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from bridge.models import full_width_norm, local_rope, router, scales, unequal_layers
-from bridge.models.core_attention import CoreAttention
-from bridge.models.latent_attention import LatentAttention
+from bridge.models import unequal_layers
 from bridge.models.mcore_config import Config
-from bridge.models.norm import Norm
-from bridge.models.output_norm import place_norms
+from bridge.models.modules import full_width_norm, local_rope, router, scales
+from bridge.models.modules.core_attention import CoreAttention
+from bridge.models.modules.latent_attention import LatentAttention
+from bridge.models.modules.norm import Norm
+from bridge.models.modules.output_norm import place_norms
 
 
 class OwnBiasSelfAttention(SelfAttention):

@@ -19,7 +19,7 @@ from bridge.config.annotation import DTYPES
 from bridge.config.own_fields import OwnFields
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
-from bridge.models import rope
+from bridge.models.modules import rope
 from bridge.models.unequal_layers import LayerSizes, layer_fields
 
 
@@ -93,7 +93,7 @@ WITHOUT_STORAGE = {
     "transformer_impl": "local",
     "moe_grouped_gemm": False,
 }
-# megatron-core's own rotary embedding of latent attention is replaced (bridge.models.latent_attention), and the fused
+# megatron-core's own rotary embedding of latent attention is replaced (bridge.models.modules.latent_attention), and the fused
 # kernel that goes with it.
 LATENT: dict[str, Any] = {"rope_type": "rope", "rotary_scaling_factor": 1.0, "apply_rope_fusion": False}
 

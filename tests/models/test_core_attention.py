@@ -12,8 +12,8 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from bridge import parallel
 from bridge.errors import ConfigError
-from bridge.models.core_attention import CoreAttention
 from bridge.models.mcore_config import Config
+from bridge.models.modules.core_attention import CoreAttention
 from tests.distributed import run_distributed
 
 HEADS, GROUPS, CHANNELS, BATCH = 4, 2, 8, 2

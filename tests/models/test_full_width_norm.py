@@ -9,7 +9,7 @@ from bridge import parallel
 from bridge.config.routing import route
 from bridge.errors import ConfigError
 from bridge.models import gpt
-from bridge.models.full_width_norm import FullWidthNorm
+from bridge.models.modules.full_width_norm import FullWidthNorm
 from bridge.weights import shards
 from tests.distributed import run_distributed
 from tests.models.test_gpt import MODEL

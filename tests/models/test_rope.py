@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bridge.errors import ConfigError, ConversionError
-from bridge.models import rope
 from bridge.models.hf import rope as hf_rope
+from bridge.models.modules import rope
 
 LONG = {"long_factor": [1.0 + i / 3 for i in range(32)], "short_factor": [1.0 + i / 50 for i in range(32)]}
 CASES = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bridge import platform
-from bridge.models.router import choose, chooses_otherwise
+from bridge.models.modules.router import choose, chooses_otherwise
 
 TOKENS, EXPERTS = 64, 16
 PLAIN: dict[str, Any] = {

@@ -44,7 +44,7 @@ def test_twenty_steps_equal_ten_and_ten(tmp_path: Path, layout: str) -> None:
 
 def train_holding_the_tracker(run: Any) -> Any:
     """Its attention keeps the random state tracker it finds when it is made, as Transformer Engine's does."""
-    from bridge.models import core_attention
+    from bridge.models.modules import core_attention
 
     make, current, held = core_attention.CoreAttention.__init__, core_attention.get_cuda_rng_tracker, []
 

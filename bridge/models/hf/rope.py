@@ -122,7 +122,7 @@ def _rotated_channels(hf: Values, share: float, partial: float | None) -> int:
 def _check(parameters: dict[str, Any], *, dim: int, length: int) -> None:
     """Ask the formulas themselves whether they know the type and all of its parameters."""
     from bridge.errors import ConfigError
-    from bridge.models.rope import inverse_frequencies
+    from bridge.models.modules.rope import inverse_frequencies
 
     try:
         inverse_frequencies(parameters, rotary_base=DEFAULT_THETA, dim=dim, seq_len=length, max_sequence_length=length)

@@ -1,6 +1,6 @@
 """Multi-latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) as transformers computes it.
 
-megatron-core's MLASelfAttention with the rotary formulas of `bridge.models.rope`, an epsilon of its own in the norms
+megatron-core's MLASelfAttention with the rotary formulas of `bridge.models.modules.rope`, an epsilon of its own in the norms
 of the two latents, and YaRN's factor on the softmax scale. It serves the local layers and Transformer Engine's.
 """
 
@@ -13,9 +13,9 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
 from bridge import platform
-from bridge.models import rope
 from bridge.models.mcore_config import MLAConfig
-from bridge.models.rope import ScaledRotaryEmbedding
+from bridge.models.modules import rope
+from bridge.models.modules.rope import ScaledRotaryEmbedding
 
 
 class LatentAttention(MLASelfAttention):

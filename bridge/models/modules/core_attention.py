@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bridge import platform
 from bridge.errors import ConfigError
-from bridge.models.scales import softcap
+from bridge.models.modules.scales import softcap
 
 # TransformerConfig fields that ask something of the core attention which this one does not do; their harmless values.
 REFUSED_FIELDS = (

@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from bridge.errors import ConfigError
-from bridge.models.norm import Norm
+from bridge.models.modules.norm import Norm
 
 
 @cache

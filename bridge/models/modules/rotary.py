@@ -4,10 +4,10 @@ from typing import Any
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-from bridge.models.latent_attention import LatentRotaryEmbedding, share_rotary_embedding
-from bridge.models.local_rope import GlobalAndLocalRotary
 from bridge.models.mcore_config import MLAConfig
-from bridge.models.rope import ScaledRotaryEmbedding
+from bridge.models.modules.latent_attention import LatentRotaryEmbedding, share_rotary_embedding
+from bridge.models.modules.local_rope import GlobalAndLocalRotary
+from bridge.models.modules.rope import ScaledRotaryEmbedding
 
 
 def place_rotary_embeddings(model: Any, *, rotary_base: float) -> None:

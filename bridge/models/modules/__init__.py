@@ -1,0 +1,1 @@
+"""Modules of ours inside megatron-core models: what it lacks, or computes unlike transformers."""
