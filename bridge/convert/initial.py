@@ -13,7 +13,7 @@ from bridge.convert.described import check, model_of
 from bridge.errors import ConfigError
 from bridge.models import family
 from bridge.models.hf import config as hf_config
-from bridge.weights import live, locate
+from bridge.weights import into_model, locate
 from bridge.weights.dist_files import open_dist
 from bridge.weights.hf_files import main_dtype
 from bridge.weights.ledger import OPTIMIZER_PREFIXES
@@ -36,11 +36,11 @@ def load_initial(model: Sequence[torch.nn.Module], path: str | Path, routed: Rou
     vocab_size = routed.gpt["vocab_size"]
     if locate.is_megatron(path):
         dist = open_dist(locate.locate(path, key=key).directory)
-        live.load_megatron(model, dist, table=facts.table(section), vocab_size=vocab_size)
+        into_model.load_megatron(model, dist, table=facts.table(section), vocab_size=vocab_size)
     else:
         hf = open_source(path)
         table = facts.table(section, spelling=facts.spelling(section, hf.tensors))
-        live.load_hf(model, hf, table=table, vocab_size=vocab_size)
+        into_model.load_hf(model, hf, table=table, vocab_size=vocab_size)
 
 
 def same_section(path: Path, routed: Routed, *, key: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from bridge.convert.described import model_of
 from bridge.convert.skeleton import Skeleton, skeleton
 from bridge.errors import ConversionError
 from bridge.models import gpt
-from bridge.weights import compare, live, locate
+from bridge.weights import compare, into_model, locate
 from bridge.weights.dist_files import DistFiles, open_dist
 from bridge.weights.hf_files import HfFiles, main_dtype
 from bridge.weights.key_layouts import canonical
@@ -132,7 +132,7 @@ def _megatron_logits(bones: Skeleton, dist: DistFiles, prompts: Sequence[Tensor]
     vocab_size = routed.gpt["vocab_size"]
     with parallel.single_process(routed.transformer):
         model = gpt.build(routed, dtype=torch.float32)
-        live.load_megatron(model, dist, table=bones.table, vocab_size=vocab_size)
+        into_model.load_megatron(model, dist, table=bones.table, vocab_size=vocab_size)
         chunk = model[0].eval()
         logits = []
         for ids in prompts:

@@ -16,10 +16,10 @@ from bridge.config import effect
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
 from bridge.models.layer_spec import block_spec, prediction_spec
-from bridge.models.live import check_live
 from bridge.models.mcore_config import Config, MLAConfig, transformer_config
 from bridge.models.modules import scales
 from bridge.models.modules.rotary import place_rotary_embeddings
+from bridge.models.settings_of_model import check_live
 
 __all__ = ["GPT", "build", "check_live", "padded_vocab_size", "transformer_config"]
 

@@ -11,7 +11,7 @@ from megatron.core.utils import unwrap_model
 
 from bridge import parallel
 from bridge.config.routing import Routed
-from bridge.models.live import check_live, same, same_fields
+from bridge.models.settings_of_model import check_live, same, same_fields
 from bridge.optim.optimizer import typed
 
 

@@ -15,7 +15,7 @@ from bridge.config.routing import route
 from bridge.errors import ConversionError
 from bridge.models import family, gpt
 from bridge.models.hf import config as hf_config
-from bridge.weights import live, shards
+from bridge.weights import into_model, shards
 from bridge.weights.hf_files import open_hf
 from tests import families, hf_models
 
@@ -31,7 +31,7 @@ def mcore_logits(
     with parallel.single_process():
         (model,) = gpt.build(routed, dtype=dtype)
         table = family.by_name(routed.family).table(section)
-        live.load_hf([model], open_hf(directory), table=table, vocab_size=section["vocab_size"])
+        into_model.load_hf([model], open_hf(directory), table=table, vocab_size=section["vocab_size"])
         model.eval()
         ids = ids.to(platform.device())
         with torch.no_grad():

@@ -10,7 +10,7 @@ from bridge import parallel
 from bridge.config.routing import route
 from bridge.models import family, gpt
 from bridge.models.hf import config as hf_config
-from bridge.weights import live, shards
+from bridge.weights import into_model, shards
 from bridge.weights.hf_files import open_hf
 from tests import hf_models
 from tests.distributed import run_distributed
@@ -76,7 +76,7 @@ def _step(routed: Any, section: dict[str, Any], directory: str) -> tuple[float, 
 
     chunks = gpt.build(routed)
     table = family.by_name(routed.family).table(section)
-    live.load_hf(chunks, open_hf(directory), table=table, vocab_size=section["vocab_size"])
+    into_model.load_hf(chunks, open_hf(directory), table=table, vocab_size=section["vocab_size"])
     config = chunks[0].config
     config.finalize_model_grads_func = finalize_model_grads
     config.calculate_per_token_loss = True

@@ -17,7 +17,7 @@ from bridge.convert.import_ import import_hf
 from bridge.errors import ConfigError, ConversionError
 from bridge.models import family, gpt
 from bridge.models.hf import config as hf_config
-from bridge.weights import live
+from bridge.weights import into_model
 from bridge.weights.hf_files import open_hf
 from tests import hf_models, hf_predictions
 
@@ -29,7 +29,7 @@ def build(directory: Path) -> tuple[gpt.GPT, dict[str, Any]]:
     section = hf_config.to_mcore(hf_config.read(directory))
     (model,) = gpt.build(route({"model": {**section, "calculate_per_token_loss": True}}), dtype=torch.float32)
     table = family.by_name(section["family"]).table(section)
-    live.load_hf([model], open_hf(directory), table=table, vocab_size=section["vocab_size"])
+    into_model.load_hf([model], open_hf(directory), table=table, vocab_size=section["vocab_size"])
     return model, section
 
 
