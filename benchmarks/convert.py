@@ -148,8 +148,8 @@ def _timed(step: Callable[[Path, Path, int | None], None], source: str, target: 
 
 
 def _interpreter(source: Path, _: Path, __: int | None) -> None:
-    from bridge.convert.skeleton import skeleton
     from bridge.models.hf import config as hf_config
+    from bridge.sources.skeleton import skeleton
 
     skeleton(hf_config.to_mcore(hf_config.read(source)))
 

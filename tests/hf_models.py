@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bridge.convert import reference
 from bridge.models.family import by_name as family_of
+from bridge.sources import reference
 from tests import families, hf_predictions
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bridge.convert import reference
+from bridge.sources import reference
 
 # Name in the files -> whether it is [hidden, 2 * hidden] or a norm's weight.
 OF_A_MODULE = {"enorm": False, "hnorm": False, "eh_proj": True, "shared_head.norm": False}

@@ -17,14 +17,14 @@ from bridge.api.saving import Assets
 from bridge.api.tasks import ConversionTask, HFWeightTuple, chunks_of, describe, stream, tasks
 from bridge.config import effect, layout
 from bridge.config.routing import route
-from bridge.convert.described import model_of
 from bridge.convert.export import export_hf
 from bridge.convert.import_ import import_hf
-from bridge.convert.initial import load_initial, same_section, stored_dtype
 from bridge.errors import BridgeError, ConfigError, ConversionError
 from bridge.models import family
 from bridge.models.hf import config as hf_config
 from bridge.models.mcore_config import transformer_config
+from bridge.sources.described import model_of
+from bridge.sources.load import load_initial, same_section, stored_dtype
 from bridge.weights import locate
 
 

@@ -11,10 +11,10 @@ from bridge.api import groups, saving
 from bridge.api.tasks import describe, stream, tasks
 from bridge.config.annotation import DTYPES
 from bridge.config.routing import route
-from bridge.convert.initial import load_initial, read_section, stored_dtype
 from bridge.errors import ConfigError, did_you_mean
 from bridge.models import gpt
 from bridge.models.gpt import GPT
+from bridge.sources.load import load_initial, read_section, stored_dtype
 from bridge.weights import locate, shards
 
 

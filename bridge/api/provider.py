@@ -16,11 +16,11 @@ from bridge.api.source import refuse
 from bridge.config import annotation, effect, layout, mcore_fields, own_fields
 from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.config.routing import Routed, route
-from bridge.convert.initial import load_initial
 from bridge.errors import ConfigError, did_you_mean
 from bridge.models import ddp, family, gpt
 from bridge.models.hf import config as hf_config
 from bridge.models.mcore_config import ACTIVATIONS, TYPED
+from bridge.sources.load import load_initial
 
 Hook = Callable[[list[Any]], list[Any] | None]
 PRECISION = ("bf16", "fp16", "params_dtype")

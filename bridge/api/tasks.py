@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from bridge.config.routing import Routed, route
-from bridge.convert.initial import model_section
 from bridge.errors import ConfigError
 from bridge.models import family
+from bridge.sources.load import model_section
 from bridge.weights import names, shards
 from bridge.weights.ledger import Move, plan
 from bridge.weights.progress import Progress

@@ -1,4 +1,4 @@
-"""What `convert.py` does, one file per mode, and loading a model's first weights. Above models, below training."""
+"""What `convert.py` does, one file per mode."""
 
 from typing import TYPE_CHECKING
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from bridge.config.schema import ConvertConfig
-from bridge.convert.described import model_of
-from bridge.convert.skeleton import skeleton, torch_dtype
 from bridge.models.hf import config as hf_config
+from bridge.sources.described import model_of
+from bridge.sources.skeleton import skeleton, torch_dtype
 from bridge.weights import locate
 from bridge.weights.dist_files import open_dist
 from bridge.weights.hf_assets import GENERATION, copy_assets

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 
 from bridge.config.schema import ConvertConfig
-from bridge.convert.skeleton import skeleton, torch_dtype
 from bridge.models.hf import config as hf_config
 from bridge.models.hf import sizes as hf_sizes
+from bridge.sources.skeleton import skeleton, torch_dtype
 from bridge.weights import locate
 from bridge.weights.hf_assets import copy_assets
 from bridge.weights.output import new_directory

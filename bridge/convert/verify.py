@@ -11,11 +11,11 @@ from torch import Tensor
 from bridge import parallel, platform
 from bridge.config.routing import Routed
 from bridge.config.schema import ConvertConfig
-from bridge.convert import reference as hf_reference
-from bridge.convert.described import model_of
-from bridge.convert.skeleton import Skeleton, skeleton
 from bridge.errors import ConversionError
 from bridge.models import gpt
+from bridge.sources import reference as hf_reference
+from bridge.sources.described import model_of
+from bridge.sources.skeleton import Skeleton, skeleton
 from bridge.weights import compare, into_model, locate
 from bridge.weights.dist_files import DistFiles, open_dist
 from bridge.weights.hf_files import HfFiles, main_dtype

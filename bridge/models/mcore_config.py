@@ -93,8 +93,7 @@ WITHOUT_STORAGE = {
     "transformer_impl": "local",
     "moe_grouped_gemm": False,
 }
-# megatron-core's own rotary embedding of latent attention is replaced (bridge.models.modules.latent_attention), and the fused
-# kernel that goes with it.
+# bridge.models.modules.latent_attention replaces megatron-core's own rotary embedding, and the fused kernel with it.
 LATENT: dict[str, Any] = {"rope_type": "rope", "rotary_scaling_factor": 1.0, "apply_rope_fusion": False}
 
 

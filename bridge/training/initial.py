@@ -6,7 +6,7 @@ from typing import Any
 from bridge import parallel
 from bridge.config.routing import Routed
 from bridge.config.run_config import RunConfig
-from bridge.convert.initial import load_initial
+from bridge.sources.load import load_initial
 from bridge.weights import locate
 from bridge.weights.hf_assets import copy_assets, copy_tokenizer
 

@@ -12,12 +12,12 @@ from bridge import parallel
 from bridge.config.routing import route
 from bridge.convert.export import export_hf
 from bridge.convert.import_ import import_hf
-from bridge.convert.initial import load_initial
 from bridge.convert.verify import verify
 from bridge.errors import ConfigError, ConversionError
 from bridge.launch.convert import main
 from bridge.models import gpt
 from bridge.models.hf import config as hf_config
+from bridge.sources.load import load_initial
 from bridge.weights import locate
 from bridge.weights.dist_files import open_dist
 from tests import plain_megatron

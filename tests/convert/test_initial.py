@@ -10,10 +10,10 @@ import bridge
 from bridge import parallel
 from bridge.config.routing import route
 from bridge.convert.import_ import import_hf
-from bridge.convert.initial import load_initial
 from bridge.errors import BridgeError, ConfigError, ConversionError
 from bridge.models import gpt
 from bridge.models.hf import config as hf_config
+from bridge.sources.load import load_initial
 from tests import hf_models
 from tests.distributed import run_distributed
 

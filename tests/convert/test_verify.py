@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bridge.config.schema import ConvertConfig
-from bridge.convert import reference, run
+from bridge.convert import run
 from bridge.convert.import_ import import_hf
 from bridge.convert.verify import describe, verify
 from bridge.errors import ConversionError
+from bridge.sources import reference
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import torch
 
 from bridge import parallel, platform
 from bridge.config.routing import route
-from bridge.convert.initial import load_initial, read_section
 from bridge.models import gpt
+from bridge.sources.load import load_initial, read_section
 
 pytestmark = pytest.mark.gpu
 

@@ -23,7 +23,7 @@ THREE_LAYERS = {**DENSE, "num_layers": 3, "window_attn_skip_freq": [0, 1, 0]}
 SIX_LAYERS = {**DENSE, "num_layers": 6, "window_attn_skip_freq": [0, 1, 0, 1, 1, 0]}
 
 _EXPERTS: dict[str, Any] = {**EXPERTS, **MODEL, "family": "qwen3_moe", "num_layers": 4, "moe_layer_freq": [0, 1, 0, 1]}
-# The router of bridge.models.modules.router (softmax scores and a bias, as ERNIE 4.5 has them), every token sent to every rank.
+# The router of bridge.models.modules.router (softmax scores and a bias, as in ERNIE 4.5); every token to every rank.
 ALLGATHER = {
     **_EXPERTS,
     "moe_router_score_function": "softmax",

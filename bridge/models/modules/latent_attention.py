@@ -1,7 +1,7 @@
 """Multi-latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) as transformers computes it.
 
-megatron-core's MLASelfAttention with the rotary formulas of `bridge.models.modules.rope`, an epsilon of its own in the norms
-of the two latents, and YaRN's factor on the softmax scale. It serves the local layers and Transformer Engine's.
+megatron-core's MLASelfAttention with the rotary formulas of `bridge.models.modules.rope`, an epsilon of its own in the
+norms of the two latents, and YaRN's factor on the softmax scale. It serves the local layers and Transformer Engine's.
 """
 
 import copy

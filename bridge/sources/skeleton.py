@@ -34,9 +34,9 @@ def skeleton(section: Mapping[str, Any], *, hf_names: Collection[str] = (), spel
     with parallel.single_process(routed.transformer):
         model = gpt.build(routed, meta=True)
         targets, object_keys = shards.targets(model), shards.object_keys(model)
-    facts = family.by_name(routed.family)
-    spelling = spelling or facts.spelling(section, hf_names)
-    table = facts.table(section, spelling=spelling)
+    its_family = family.by_name(routed.family)
+    spelling = spelling or its_family.spelling(section, hf_names)
+    table = its_family.table(section, spelling=spelling)
     moves = plan(table, targets, vocab_size=routed.gpt["vocab_size"])
     return Skeleton(dict(section), routed, spelling, table, moves, object_keys)
 

@@ -9,10 +9,10 @@ import torch
 from bridge import parallel
 from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.config.routing import Routed
-from bridge.convert.described import check, model_of
 from bridge.errors import ConfigError
 from bridge.models import family
 from bridge.models.hf import config as hf_config
+from bridge.sources.described import check, model_of
 from bridge.weights import into_model, locate
 from bridge.weights.dist_files import open_dist
 from bridge.weights.hf_files import main_dtype
@@ -32,14 +32,14 @@ def load_initial(model: Sequence[torch.nn.Module], path: str | Path, routed: Rou
     """
     path = Path(path).expanduser().absolute()
     section = same_section(path, routed, key=key)
-    facts = family.by_name(routed.family)
+    its_family = family.by_name(routed.family)
     vocab_size = routed.gpt["vocab_size"]
     if locate.is_megatron(path):
         dist = open_dist(locate.locate(path, key=key).directory)
-        into_model.load_megatron(model, dist, table=facts.table(section), vocab_size=vocab_size)
+        into_model.load_megatron(model, dist, table=its_family.table(section), vocab_size=vocab_size)
     else:
         hf = open_source(path)
-        table = facts.table(section, spelling=facts.spelling(section, hf.tensors))
+        table = its_family.table(section, spelling=its_family.spelling(section, hf.tensors))
         into_model.load_hf(model, hf, table=table, vocab_size=vocab_size)
 
 

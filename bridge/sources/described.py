@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge.config.architecture import NOT_ARCHITECTURE
-from bridge.convert import facts
 from bridge.errors import ConfigError
 from bridge.models import family
 from bridge.models.hf import config as hf_config
+from bridge.sources import told
 from bridge.weights import locate
 from bridge.weights.common_state import COMMON, megatron_args
 from bridge.weights.dist_files import DistFiles, open_dist
@@ -65,14 +65,14 @@ def model_of(
         hf_config.tell_unread(config)
         check(section, dist, source="reference")
         return Described(section, "reference", reference)
-    told, args = _own_facts(dist)
-    section = _filled(model or {}, told.model | args)
-    missing = [name for name in facts.untold(section) if model is None or name not in facts.MAY_BE_DEFAULT]
+    facts, args = _own_facts(dist)
+    section = _filled(model or {}, facts.model | args)
+    missing = [name for name in told.untold(section) if model is None or name not in told.MAY_BE_DEFAULT]
     if missing:
         none = f"{key}: {found.directory} has no model.yaml, and nothing in it tells"
         subject = none if model is None else "model: lacks"
-        known = [f"{name}={_text(value)}" for name, value in (told.model | args).items()]
-        raise ConfigError(f"{subject} {', '.join(missing)} (known: {', '.join([*known, *told.hints])}); {ask}")
+        known = [f"{name}={_text(value)}" for name, value in (facts.model | args).items()]
+        raise ConfigError(f"{subject} {', '.join(missing)} (known: {', '.join([*known, *facts.hints])}); {ask}")
     check(section, dist, source="model")
     return Described(section, "model", found.root / locate.HF_ASSETS)
 
@@ -83,11 +83,11 @@ def check(section: Mapping[str, Any], dist: DistFiles, *, source: str) -> None:
     `source` is what the message calls the place the section comes from. Shapes that follow from several facts are for
     `ledger.check_megatron`.
     """
-    told, args = _own_facts(dist)
+    facts, args = _own_facts(dist)
     full = family.complete(section)
-    wrong = {name: full.get(name) for name in SHOWN if full.get(name) != told.model.get(name)}
+    wrong = {name: full.get(name) for name in SHOWN if full.get(name) != facts.model.get(name)}
     for name, value in wrong.items():
-        shown, evidence = told.model.get(name), told.evidence.get(name, "no tensor of that kind")
+        shown, evidence = facts.model.get(name), facts.evidence.get(name, "no tensor of that kind")
         raise ConfigError(
             f"{source}: {name} is {value!r}, but {dist.directory} has {shown!r} ({evidence}); "
             "describe the model it holds"
@@ -101,8 +101,8 @@ def check(section: Mapping[str, Any], dist: DistFiles, *, source: str) -> None:
             )
 
 
-def _own_facts(dist: DistFiles) -> tuple[facts.Facts, dict[str, Any]]:
-    return facts.of_tensors(canonical(dist)), facts.of_args(megatron_args(dist.directory))
+def _own_facts(dist: DistFiles) -> tuple[told.Facts, dict[str, Any]]:
+    return told.of_tensors(canonical(dist)), told.of_args(megatron_args(dist.directory))
 
 
 def _filled(given: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,10 +110,10 @@ def _filled(given: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any
     section = {name: value for name, value in given.items() if value is not None}
     if "family" not in section:
         return dict(known) | section
-    parts = family.by_name(section["family"])
-    words = parts.constants.keys() | {name for part in parts.parts for name in part.model_keys}
+    its_family = family.by_name(section["family"])
+    words = its_family.constants.keys() | {name for part in its_family.parts for name in part.model_keys}
     own = {name: value for name, value in known.items() if name in words}
-    return {"family": section["family"], **parts.constants, **own, **section}
+    return {"family": section["family"], **its_family.constants, **own, **section}
 
 
 def _text(value: Any) -> str:

@@ -24,7 +24,7 @@ def load(directory: Path | str, *, attn_implementation: str = "eager", files: Hf
     logging.set_verbosity_error()  # its list of tensors it has no place for: the conversion accounts for every one
     kind = hf_config.read(directory).get("model_type")
     families = map(family.by_name, family.known_names())
-    class_of = next((facts.class_of for facts in families if facts.model_type == kind), None)
+    class_of = next((one.class_of for one in families if one.model_type == kind), None)
     if not class_of and kind not in CONFIG_MAPPING:
         raise ConversionError(f"{directory}: model_type {kind!r} is not in transformers, so no logits can be compared")
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attn_implementation}
