@@ -15,17 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge import runs
 from bridge.command_line import DONE, Parser, guarded
 from bridge.config import durations
 from bridge.errors import ConfigError, did_you_mean
-from bridge.runs import Run
+from bridge.runs import read
+from bridge.runs.read import Run
 
 HEADER = ("run", "state", "step", "loss", "eval loss", "tokens/s", "last line", "eta", "by / error")
 RIGHT = frozenset({"step", "loss", "eval loss", "tokens/s", "last line", "eta"})
 STATE_COLORS = {"running": "36", "done": "32", "failed": "31", "invalid": "31", "died": "31", "stopped": "33"}  # ANSI
 GAP = "  "
-STATES = ("running", "pending", *sorted(runs.ENDED))
+STATES = ("running", "pending", *sorted(read.ENDED))
 SORTABLE = ("name", "state", "step", "loss", "eval_loss", "tokens_per_second", "age", "eta")  # fields of Run
 AGE_UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))  # the first of which there are at least two, else s
 
@@ -84,7 +84,7 @@ def collect(directories: Sequence[Path]) -> list[Run]:
     """
     found: dict[Path, Run] = {}
     for directory in directories:
-        for run in runs.find(directory):
+        for run in read.find(directory):
             name = str(run.path) if len(directories) > 1 else run.name
             found.setdefault(run.path.resolve(), run._replace(name=name))
     if not found:
@@ -122,7 +122,7 @@ def _painted(line: str, state: str, first: str, *, color: bool) -> str:
 def _cells(run: Run) -> tuple[str, ...]:
     step = "-" if run.step is None else f"{run.step}/{run.steps}" if run.steps else str(run.step)
     return (
-        runs.one_line(run.name),
+        read.one_line(run.name),
         run.state,
         step,
         number(run.loss),
@@ -130,7 +130,7 @@ def _cells(run: Run) -> tuple[str, ...]:
         "-" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}",
         "-" if run.age is None else age(run.age),
         "-" if run.eta is None else durations.text(run.eta),
-        runs.one_line(run.error or run.where or ""),
+        read.one_line(run.error or run.where or ""),
     )
 
 

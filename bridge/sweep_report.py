@@ -6,17 +6,17 @@ from elsewhere: it can be mailed or kept. Exit codes: 0, or 2 when there is noth
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge import runs
 from bridge.command_line import DONE, Parser, guarded
 from bridge.errors import ConfigError
-from bridge.runs import Run
+from bridge.files import write_text
+from bridge.runs import read
+from bridge.runs.read import Run
 
 PAGE = Path(__file__).with_suffix(".html")
 PLACE = "/*DATA*/"  # in PAGE, where the data goes
@@ -69,11 +69,11 @@ def _command(arguments: Sequence[str] | None) -> int:
 
 def page(directory: Path) -> str:
     """The HTML page on the runs at and below `directory`. ConfigError when there is none or it is no directory."""
-    found = runs.find(directory)
-    announced = {str(row.get("job")): _values(row.get("overrides")) for row in runs.sweep_rows(directory)}
+    found = read.find(directory)
+    announced = {str(row.get("job")): _values(row.get("overrides")) for row in read.sweep_rows(directory)}
     if not found:
         raise ConfigError(f"{directory}: no run in it; give the directory of a sweep or of runs")
-    given = {run.path: _values(runs.overrides(run.path)) for run in found}
+    given = {run.path: _values(read.overrides(run.path)) for run in found}
     keys = differing(list(given.values()), swept=[key for values in announced.values() for key in values])
     jobs = [_job(run, given[run.path] or announced.get(run.path.name, {})) for run in found]
     data = {
@@ -108,13 +108,13 @@ def _job(run: Run, values: Mapping[str, str]) -> Job:
     evaluation: list[Point] = []
     reached: dict[int, tuple[int | None, float]] = {}  # step -> tokens and seconds when it was done
     seconds = 0.0
-    for line in runs.metrics(run.path):
+    for line in read.metrics(run.path):
         step, tokens = line["step"], line.get("consumed_tokens")
         if "eval_loss" not in line and "saved_step" not in line:
-            seconds += runs.number(line.get("step_seconds")) or math.nan
+            seconds += read.number(line.get("step_seconds")) or math.nan
             reached[step] = tokens if isinstance(tokens, int) else None, seconds
         for name, curve in (("loss", train), ("eval_loss", evaluation)):
-            value = runs.number(line.get(name))
+            value = read.number(line.get(name))
             if value is not None:
                 curve.append(Point(step, value, *reached.get(step, (None, math.nan))))
     return Job(run, values, train, evaluation)
@@ -133,7 +133,7 @@ def _rank(job: Job) -> tuple[int, float, list[tuple[int, int | str]]]:
         group = 2
     else:
         group = 0 if job.run.state == "done" else 1
-    return group, math.inf if loss is None or math.isnan(loss) else loss, runs.natural(job.run.name)
+    return group, math.inf if loss is None or math.isnan(loss) else loss, read.natural(job.run.name)
 
 
 def _plain(job: Job, keys: Sequence[str]) -> dict[str, Any]:
@@ -187,10 +187,8 @@ def _embedded(data: object) -> str:
 
 def _write(text: str, target: Path) -> None:
     """Atomically: a page that is open in a browser and reloaded is never half a page."""
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target)
+        write_text(text, target)
     except OSError as error:
         raise ConfigError(f"{target}: cannot be written ({error.strerror}); set --output FILE") from error
 

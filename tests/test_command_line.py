@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.launch.result import Result
+from bridge.runs.result import Result
 from tests.test_status import run_dir
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from bridge import runs, status
-from bridge.launch.result import Result, write_rank_error, write_result
-from bridge.launch.run_dir import claimed
+from bridge import status
+from bridge.runs import read
+from bridge.runs.claim import claimed
+from bridge.runs.result import Result, write_rank_error, write_result
 from tests.training.runs import config
 
 GARBAGE = (b"", b"\x00\xff\xfe\x80", b"[", b"{}", b"null", b'{"status": 3, "step": "x"}', b"[" * 100_000, b"- : [\n\t!")
@@ -40,8 +41,8 @@ def evaluation(step: int, loss: float) -> str:
     return json.dumps({"step": step, "eval_loss": loss}) + "\n"
 
 
-def found(root: Path) -> dict[str, runs.Run]:
-    return {run.name: run for run in runs.find(root)}
+def found(root: Path) -> dict[str, read.Run]:
+    return {run.name: run for run in read.find(root)}
 
 
 def test_every_state(tmp_path, capsys):
@@ -180,7 +181,7 @@ def test_only_the_end_of_a_long_file_is_read(tmp_path):
         file.truncate(1 << 40)  # sparse
         file.seek(0, os.SEEK_END)
         file.write(("\n" + evaluation(1000, 2.5) + training(1001, 2.25)).encode())
-    (run,) = runs.find(tmp_path)
+    (run,) = read.find(tmp_path)
     assert (run.step, run.loss, run.eval_loss) == (1001, 2.25, 2.5)
 
 
@@ -191,7 +192,7 @@ def test_jobs_without_files_of_their_own(tmp_path):
     rows = [{**row, "job": 2, "status": "done"}, {**row, "job": 10, "status": "invalid", "error": "a: is wrong"}]
     rows = [{**each, "run_dir": f"{each['run_dir']}{each['job']}"} for each in rows]
     (tmp_path / "sweeps" / "s" / "sweep.json").write_text(json.dumps(rows))
-    listed = runs.find(tmp_path)
+    listed = read.find(tmp_path)
     assert [(run.name, run.state, run.error) for run in listed] == [
         ("sweeps/s/2", "done", None),
         ("sweeps/s/10", "invalid", "a: is wrong"),
@@ -213,11 +214,11 @@ def test_slurm_is_asked_about_jobs_that_nobody_holds(tmp_path, monkeypatch):
     for job, result in [(1, Result("stopped", 5)), (2, None), (3, None), (4, Result("done", 20)), (5, None)]:
         path = run_dir(tmp_path / "runs", f"r{job}", result=result)
         (path / "job.json").write_text(json.dumps({"slurm_job_id": str(job)}))
-    assert {run.state for run in runs.find(tmp_path / "runs")} == {"stopped", "pending", "done"}  # no Slurm here
+    assert {run.state for run in read.find(tmp_path / "runs")} == {"stopped", "pending", "done"}  # no Slurm here
 
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     with claimed(config(tmp_path / "runs", name="r5"), overrides=[]):
-        listed = {run.name: (run.state, run.where or run.error) for run in runs.find(tmp_path / "runs")}
+        listed = {run.name: (run.state, run.where or run.error) for run in read.find(tmp_path / "runs")}
     assert listed == {
         "r1": ("pending", "Slurm job 1"),
         "r2": ("running", "Slurm job 2"),

@@ -18,15 +18,16 @@ MAX_FUNCTION_LINES = 60
 # A package imports from rows above its own, and from itself; further pairs are listed below.
 LEVELS = (
     {"errors"},
+    {"files"},
     {"command_line", "config", "platform", "parallel"},
     {"weights"},
+    {"runs"},
     {"models", "peft", "data", "optim"},
     {"checkpoint", "sources"},
     {"convert"},
     {"training", "api"},
     {"estimate", "generate"},
     {"launch"},
-    {"runs"},
     {"status", "sweep_report"},
 )
 WITHIN_A_LEVEL = {("parallel", "platform"), ("command_line", "platform")}
@@ -111,6 +112,26 @@ def test_an_environment_variable_of_ours_is_named_once():
         name for path in SOURCES for name in re.findall(r'^[A-Z_]+ = "(BRIDGE_\w+)"', path.read_text(), re.MULTILINE)
     ]
     assert len(named) > 3 and len(named) == len(set(named)), sorted(named)
+
+
+def test_files_of_a_run_are_named_in_one_place():
+    """Who writes and who reads a file of the run directory takes its name from bridge/runs/run_files.py."""
+    from bridge.runs import run_files
+    from bridge.weights import pointer
+
+    names = {
+        value for name, value in vars(run_files).items() if name.isupper() and isinstance(value, str) and "." in value
+    }
+    assert {"config.yaml", "metrics.jsonl", "result.json"} <= names
+    homes = ("bridge/runs/run_files.py", "bridge/weights/pointer.py")
+    wrong = [
+        f"{_name(path)}:{node.lineno}: {node.value}"
+        for path in SOURCES
+        if _name(path) not in homes
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in names | {pointer.LATEST}
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_files_and_functions_are_short():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bridge import sweep_report
-from bridge.launch.result import Result
+from bridge.runs.result import Result
 from bridge.sweep_report import Point
 from tests.test_status import evaluation, run_dir, training
 

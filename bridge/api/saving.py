@@ -13,7 +13,7 @@ from bridge.api.tasks import ConversionTask, Described, specs_of, stream, tasks
 from bridge.convert.export import write_assets
 from bridge.errors import BridgeError, ConversionError
 from bridge.models.hf import config as hf_config
-from bridge.weights import locate, shards
+from bridge.weights import locate, pointer, shards
 from bridge.weights.hf_assets import copy_assets
 from bridge.weights.hf_files import HfWriter, parse_size
 from bridge.weights.output import new_directory
@@ -113,14 +113,14 @@ def save_megatron(
     """
     with _rank0_directory(new_directory, path, overwrite=overwrite, key="path") as root:
         if root is not None:
-            locate.iteration_directory(root, iteration=0).mkdir()
+            pointer.iteration_directory(root, iteration=0).mkdir()
         shared = Path(shards.all_gather(root and str(root))[0])
-        checkpoint.save_weights(locate.iteration_directory(shared, iteration=0), model)
+        checkpoint.save_weights(pointer.iteration_directory(shared, iteration=0), model)
         if root is not None:
             locate.write_model_section(root, described.section)
             (root / locate.HF_ASSETS).mkdir()
             assets.write(root / locate.HF_ASSETS)
-            (root / locate.LATEST).write_text("0", encoding="utf-8")
+            pointer.write(root, iteration=0)
     parallel.barrier()
 
 

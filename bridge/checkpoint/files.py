@@ -12,8 +12,9 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from bridge.errors import DamagedError
-from bridge.weights.locate import LATEST, iteration_directory, locate
+from bridge.weights import pointer
+from bridge.weights.locate import locate, root_of
+from bridge.weights.pointer import LATEST
 
 SAVING, REMOVING = ".saving_", ".removing_"
 
@@ -23,28 +24,14 @@ def iterations(path: Path) -> list[Path]:
 
     Raises ConfigError, naming `path`, when it is none of these.
     """
-    root = next((root for root in (path, path / "checkpoints") if (root / LATEST).is_file()), None)
+    root = root_of(path)
     if root is not None:
         found = {directory for directory in root.glob("iter_*") if directory.is_dir()}
-        latest = newest(root)
+        latest = pointer.read(root)
         return sorted(found if latest is None else {*found, latest})
     if re.fullmatch(r"iter_\d+", path.name) and path.is_dir():
         return [path]
     return [locate(path, key="path").directory]
-
-
-def newest(root: Path) -> Path | None:
-    """The directory that `latest` names, or None before the first save. Raises DamagedError when it names none."""
-    pointer = root / LATEST
-    try:
-        text = pointer.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{pointer}: cannot be read ({error})") from error
-    if not text.isdigit():
-        raise DamagedError(f"{pointer}: holds {text!r}, not an iteration number")
-    return iteration_directory(root, iteration=int(text))
 
 
 def publish(unfinished: Path, final: Path, *, flushed: Collection[str] = ()) -> None:
@@ -64,10 +51,10 @@ def publish(unfinished: Path, final: Path, *, flushed: Collection[str] = ()) -> 
 
 def point_at(iteration: Path) -> None:
     """Make a directory the latest checkpoint beside it; a kill leaves the earlier one the latest, or this."""
-    pointer = iteration.with_name(f"{SAVING}latest")
-    pointer.write_text(str(int(iteration.name.removeprefix("iter_"))))
-    flush(pointer)
-    pointer.replace(iteration.with_name(LATEST))
+    unfinished = iteration.with_name(f"{SAVING}latest")
+    unfinished.write_text(str(pointer.iteration_of(iteration)))
+    flush(unfinished)
+    unfinished.replace(iteration.with_name(LATEST))
     flush(iteration.parent)
 
 

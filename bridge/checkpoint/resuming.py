@@ -12,10 +12,11 @@ from bridge.checkpoint.agree import FAILURES, on_main, together
 from bridge.checkpoint.content import Progress, Trainable
 from bridge.config.schema import Checkpoint
 from bridge.errors import BridgeError, ConfigError, DamagedError
-from bridge.weights import locate
+from bridge.weights import locate, pointer
 from bridge.weights.dist_files import open_dist
-from bridge.weights.locate import LATEST, CheckpointPath
+from bridge.weights.locate import CheckpointPath
 from bridge.weights.plain_objects import check_plain
+from bridge.weights.pointer import LATEST
 from bridge.weights.shards import all_gather
 
 
@@ -64,7 +65,7 @@ def resume(root: Path, state: Trainable, options: Checkpoint, *, reseed: Callabl
 
 def _candidates(root: Path) -> list[Path]:
     """The iteration that `latest` names, then the older ones, newest first."""
-    newest = files.newest(root)
+    newest = pointer.read(root)
     assert newest is not None
     older = [path for path in root.glob("iter_*") if re.fullmatch(r"iter_\d+", path.name) and path.name < newest.name]
     return [newest, *sorted(older, reverse=True)]

@@ -17,8 +17,9 @@ from bridge.checkpoint.agree import FAILURES, on_main, reason, together
 from bridge.checkpoint.content import Progress, Trainable
 from bridge.checkpoint.writing import Writing
 from bridge.errors import BridgeError, RunError
-from bridge.weights.locate import iteration_directory
+from bridge.weights import pointer
 from bridge.weights.plain_objects import check_plain
+from bridge.weights.pointer import iteration_directory
 from bridge.weights.shards import all_gather
 
 
@@ -117,7 +118,7 @@ class Saver:
 
     def retain(self) -> None:
         """Remove the iterations beyond `keep_last`; rank 0."""
-        if self.keep_last is not None and (newest := files.newest(self.root)) is not None:
+        if self.keep_last is not None and (newest := pointer.read(self.root)) is not None:
             files.retain(newest, keep=self.keep_last, spare=self.in_use())
 
     def _finalize(self, *, blocking: bool) -> list[Saved]:
@@ -157,7 +158,7 @@ class Saver:
             raise
         except FAILURES as error:
             self.discard()
-            latest = files.newest(self.root)
+            latest = pointer.read(self.root)
             kept = "there is no earlier checkpoint" if latest is None else f"{latest.name} stays the latest checkpoint"
             why = reason(error)
             if isinstance(error, CheckpointException):  # on all ranks, but only rank 0 has been told why

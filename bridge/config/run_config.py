@@ -14,6 +14,7 @@ from bridge.config import effect, modules, routing, sections
 from bridge.config.routing import Routed
 from bridge.config.schema import Checkpoint, ConvertConfig, Init, Launch, Log, Rerun, Scheduler, Train
 from bridge.errors import ConfigError
+from bridge.files import read_yaml
 
 # A name becomes a directory, part of commands and an argument of Slurm. `=` and `,` come from override_dirname.
 NAME_CHARACTERS = "letters, digits, '_', '-', '.', '=', ',', '+', '@', ':', '~' and, between parts of up to 255, '/'"
@@ -97,12 +98,9 @@ def from_dict(config: Mapping[str, Any]) -> RunConfig:
 
 def read(path: Path | str) -> RunConfig:
     """The configuration in a config.yaml written by `write`. Raises ConfigError when it is missing or not legal."""
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give the config.yaml of a run directory") from None
-    except yaml.YAMLError as error:  # among them tags that would make Python objects
-        raise ConfigError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+    if not Path(path).exists():
+        raise ConfigError(f"{path}: no such file; give the config.yaml of a run directory")
+    loaded = read_yaml(Path(path))
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: holds no configuration; give the config.yaml of a run directory")
     for section, names in _FORMER.items():

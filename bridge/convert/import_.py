@@ -8,7 +8,7 @@ from bridge.config.schema import ConvertConfig
 from bridge.models.hf import config as hf_config
 from bridge.models.hf import sizes as hf_sizes
 from bridge.sources.skeleton import skeleton, torch_dtype
-from bridge.weights import locate
+from bridge.weights import locate, pointer
 from bridge.weights.hf_assets import copy_assets
 from bridge.weights.output import new_directory
 from bridge.weights.quantized import open_source
@@ -60,7 +60,7 @@ def import_hf(
         files = open_source(hf, dtype=dtype)
         hf_sizes.check_stored(section, [spec.shape for spec in specs_of(files).values()], source=hf)
         bones = skeleton(section, hf_names=files.tensors)
-        directory = locate.iteration_directory(root, iteration=0)
+        directory = pointer.iteration_directory(root, iteration=0)
         directory.mkdir()
         summary = import_tensors(
             files,
@@ -76,5 +76,5 @@ def import_hf(
         locate.write_model_section(root, bones.section)
         (root / locate.HF_ASSETS).mkdir()
         copy_assets(hf, root / locate.HF_ASSETS)
-        (root / locate.LATEST).write_text("0", encoding="utf-8")
+        pointer.write(root, iteration=0)
     return summary

@@ -28,9 +28,10 @@ from bridge.launch import (
 )
 from bridge.launch.environment import python_path
 from bridge.launch.ranks import Prepared
-from bridge.launch.result import EXIT_CODES, Result, read_result, result_path
-from bridge.launch.run_dir import check_resumable, claimed, finished
 from bridge.launch.worker import leave
+from bridge.runs import run_files
+from bridge.runs.claim import check_resumable, claimed, finished
+from bridge.runs.result import EXIT_CODES, Result, read_result
 from bridge.training.environment import COMMAND
 
 INTERRUPTED = 130  # what shells report after SIGINT
@@ -173,7 +174,7 @@ def train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> Re
             slurm.run([prepared])
         return prepared.result
     with claimed(config, overrides=job.overrides, swept=swept) as claim:
-        (claim.path / "job.json").unlink(missing_ok=True)
+        (claim.path / run_files.SLURM_JOB).unlink(missing_ok=True)
         ranks.print_start(claim, num_processes=num_devices)
         fields, restarts = config.routed().transformer, config.launch.max_restarts
         result = spawn.run_workers(
@@ -225,7 +226,7 @@ def _earlier(config: RunConfig, job: compose.Job) -> Result | None:
     result = sweep.earlier_result(config, job)
     if result is not None:
         print(f"run {config.run_dir}: {result.status} in an earlier start; remove it to run it again", flush=True)
-        result_path(config.run_dir).touch()  # belongs to this start, too: `collected` goes by the time
+        (config.run_dir / run_files.RESULT).touch()  # belongs to this start, too: `collected` goes by the time
     return result
 
 

@@ -20,7 +20,7 @@ from bridge.launch.environment import num_cores, worker_environment
 from bridge.platform.processes import of_child
 
 if TYPE_CHECKING:
-    from bridge.launch.run_dir import Claim
+    from bridge.runs.claim import Claim
 
 WORKER = "bridge.launch.worker"
 # With one of these a command trains nothing, or elsewhere; only time is lost when the guess is wrong.

@@ -18,7 +18,7 @@ from pathlib import Path
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from bridge.launch.result import EXIT_CODES, Result, killed, write_rank_error
+from bridge.runs.result import EXIT_CODES, Result, killed, write_rank_error
 
 
 def main() -> None:

@@ -10,8 +10,9 @@ from bridge.config.run_config import RunConfig
 from bridge.config.schema import Init
 from bridge.errors import ConfigError
 from bridge.launch import spawn
-from bridge.launch.result import Result
-from bridge.launch.run_dir import claimed, latest_step
+from bridge.runs import run_files
+from bridge.runs.claim import claimed, latest_step
+from bridge.runs.result import Result
 
 
 def subject(config: RunConfig, *, run_dir: Path) -> RunConfig:
@@ -38,7 +39,7 @@ def run(config: RunConfig, *, overrides: list[str], swept: Sequence[str] | None,
     if swept is None:
         return in_own_directory(config, work)
     path = config.run_dir
-    if latest_step(path) is not None or (path / "metrics.jsonl").exists():
+    if latest_step(path) is not None or (path / run_files.METRICS).exists():
         raise ConfigError(f"name: {path} holds a training run, which an evaluation leaves alone; set another name=")
     return work(config)
 

@@ -9,7 +9,7 @@ from bridge import platform
 from bridge.config import modules, sections
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
-from bridge.launch.run_dir import latest_step
+from bridge.runs.claim import latest_step
 from bridge.weights import locate
 
 

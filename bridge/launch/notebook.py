@@ -20,6 +20,7 @@ from bridge.errors import BridgeError, ConfigError, RunError
 from bridge.launch import early
 from bridge.launch.environment import python_path
 from bridge.platform.processes import die_with_parent, of_child
+from bridge.runs import run_files
 from bridge.training.environment import COMMAND
 
 INTERRUPTED = 130  # what shells report after SIGINT
@@ -40,7 +41,7 @@ class Outcome:
     @property
     def metrics(self) -> Path:
         """The run's metrics.jsonl: one JSON object per step, evaluation or save."""
-        return self.run_dir / "metrics.jsonl"
+        return self.run_dir / run_files.METRICS
 
 
 def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> RunConfig:

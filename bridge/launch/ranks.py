@@ -18,9 +18,11 @@ from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.launch import evaluation, torchrun
 from bridge.launch.environment import num_cores, worker_environment
-from bridge.launch.result import Result, log_path, print_error
-from bridge.launch.run_dir import Claim, claimed, latest_step
 from bridge.launch.worker import execute, kept_output
+from bridge.runs import run_files
+from bridge.runs.claim import Claim, claimed, latest_step
+from bridge.runs.result import Result, print_error
+from bridge.runs.run_files import rank_file
 from bridge.weights.locate import HF_ASSETS, has_tokenizer
 
 PORTS = (10000, 20000)  # first and how many: below the ports that Linux gives to outgoing connections
@@ -85,7 +87,7 @@ def print_next(config: RunConfig, result: Result) -> None:
         return
     print("next:")
     print(f"  python convert.py mode=export megatron={config.run_dir} hf={config.run_dir}/export")
-    if has_tokenizer(config.run_dir / "checkpoints" / HF_ASSETS):
+    if has_tokenizer(config.run_dir / run_files.CHECKPOINTS / HF_ASSETS):
         print(f"  python -m bridge.generate path={config.run_dir} prompt='def '")
     sys.stdout.flush()
 
@@ -120,7 +122,7 @@ def _work(config: RunConfig) -> Result:
 
 def _execute(config: RunConfig) -> Result:
     rank = torchrun.rank()
-    with kept_output(log_path(config.run_dir, rank=rank), on_console=rank == 0) as console:
+    with kept_output(rank_file(config.run_dir, "log", rank=rank), on_console=rank == 0) as console:
         return execute(config, rank=rank, terminal=console)
 
 

@@ -17,9 +17,10 @@ from typing import Any
 
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
-from bridge.launch import slurm_states
-from bridge.launch.result import Result, first_rank_error, read_result, write_json, write_result
+from bridge.files import write_json
 from bridge.launch.slurm_job import RunJob
+from bridge.runs import run_files, slurm_states
+from bridge.runs.result import Result, first_rank_error, read_result, write_result
 
 SRUN_ARGS = ("--kill-on-bad-exit=1", "--open-mode=append")  # append: a requeued job keeps its earlier output
 TARGET = "hydra_plugins.bridge_slurm.SlurmLauncher"
@@ -53,7 +54,7 @@ def processes_per_node(config: RunConfig, options: Mapping[str, Any]) -> int:
 def check_free(run_dir: Path) -> None:
     """ConfigError when an unfinished Slurm job is to train in `run_dir`: waiting in the queue, it holds no lock."""
     try:
-        job_id = str(json.loads((run_dir / "job.json").read_text(encoding="utf-8"))["slurm_job_id"])
+        job_id = str(json.loads((run_dir / run_files.SLURM_JOB).read_text(encoding="utf-8"))["slurm_job_id"])
     except FileNotFoundError:
         return
     state = (slurm_states.states([job_id]) or {}).get(job_id)
@@ -108,7 +109,8 @@ def _submit(job: Queued) -> None:
         raise ConfigError(refused_by_sbatch(error)) from None
     except RuntimeError as error:  # no srun on the path
         raise ConfigError(f"hydra/launcher: slurm, but {error} run this where sbatch works") from None
-    write_json({"slurm_job_id": job.job_id, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, run_dir / "job.json")
+    submitted = {"slurm_job_id": job.job_id, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    write_json(submitted, run_dir / run_files.SLURM_JOB)
     shape = f"{job.config.train.num_nodes} x {job.processes_per_node} processes"
     print(f"Slurm job {job.job_id}: {run_dir}, {shape}", flush=True)
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
-
 from bridge.config import run_config
+from bridge.files import read_yaml
 from bridge.launch import ranks, torchrun
 from bridge.launch.ranks import Prepared
-from bridge.launch.result import EXIT_CODES
 from bridge.launch.worker import leave
+from bridge.runs import run_files
+from bridge.runs.result import EXIT_CODES
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class RunJob:
 
     def _prepared(self) -> Prepared:
         folder = Path(self.run_dir)
-        overrides = yaml.safe_load((folder / "overrides.yaml").read_text(encoding="utf-8"))
-        return Prepared(run_config.read(folder / "config.yaml"), overrides)
+        overrides = read_yaml(folder / run_files.OVERRIDES)
+        return Prepared(run_config.read(folder / run_files.CONFIG), overrides)
 
 
 @contextmanager

@@ -17,10 +17,11 @@ import psutil
 from bridge.launch import early, process_tree, tether
 from bridge.launch.early import WORKER
 from bridge.launch.environment import worker_environment
-from bridge.launch.result import Result, first_rank_error, forget, killed, read_result, write_result
-from bridge.launch.run_dir import Claim, latest_step
 from bridge.launch.worker import STARTED
 from bridge.platform.processes import of_child
+from bridge.runs.claim import Claim, latest_step
+from bridge.runs.result import Result, first_rank_error, forget, killed, read_result, write_result
+from bridge.runs.run_files import launcher_log
 
 ELASTIC = "bridge.launch.elastic"
 MOST_FRUITLESS = 2  # restarts in a row without a newer checkpoint
@@ -66,9 +67,9 @@ def _run_once(
     else:
         elastic = ["-m", ELASTIC, str(claim.path), "--standalone", f"--nproc-per-node={num_devices}", *entry]
         # Torch elastic's own report of a failure goes to a file: the driver prints the cause in one line.
-        with _launcher_log(claim).open("ab") as log:
+        with launcher_log(claim.path).open("ab") as log:
             _, stopping = _watch([sys.executable, *elastic], environment, claim, stderr=log, saves=saves)
-        last_resort = f"a worker died without an error of its own; see {_launcher_log(claim)}"
+        last_resort = f"a worker died without an error of its own; see {launcher_log(claim.path)}"
     result = first_rank_error(claim.path) or read_result(claim.path)
     if result is None:  # asked to stop before there was anything to save, or died in a way no process can report itself
         result = _broken_off(claim, before=before) if stopping else Result("failed", error=last_resort)
@@ -84,13 +85,9 @@ def _broken_off(claim: Claim, *, before: int | None) -> Result:
     return Result("stopped", step=after)
 
 
-def _launcher_log(claim: Claim) -> Path:
-    return claim.path / "logs" / "launcher.log"
-
-
 def _tell(claim: Claim, line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-    with _launcher_log(claim).open("a", encoding="utf-8") as log:
+    with launcher_log(claim.path).open("a", encoding="utf-8") as log:
         log.write(f"{line}\n")
 
 

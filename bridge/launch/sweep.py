@@ -7,24 +7,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.errors import BridgeError, ConfigError
+from bridge.files import read_yaml, write_json
 from bridge.launch.compose import Job, Point, swept_among
-from bridge.launch.result import (
+from bridge.runs import run_files
+from bridge.runs.claim import is_of
+from bridge.runs.result import (
     EXIT_CODES,
     Result,
     first_rank_error,
     invalid,
     print_error,
     read_result,
-    result_path,
     unexpected,
-    write_json,
 )
-from bridge.launch.run_dir import is_of
 
 MOST_WRONG = 10  # lines about wrong jobs of a sweep
 
@@ -143,7 +141,7 @@ def check_suggestion(job: Job) -> None:
     if not job.suggested:
         return
     try:
-        saved = yaml.safe_load((job.directory / "overrides.yaml").read_text(encoding="utf-8"))
+        saved = read_yaml(job.directory / run_files.OVERRIDES)
     except FileNotFoundError:
         return
     if saved and not set(job.swept) <= set(saved):
@@ -173,13 +171,13 @@ def collected(directory: Path, *, since: float, jobs: Sequence[Job]) -> list[Row
     jobs: those of a grid; a sweeper that suggests jobs tells nobody where they are.
     """
     numbers = {job.directory: job.number for job in jobs}
-    files = sorted(directory.rglob(result_path(Path()).name))
+    files = sorted(directory.rglob(run_files.RESULT))
     recent = [file.parent for file in files if file.stat().st_mtime >= since]
     rows = []
     for place, folder in enumerate(recent):
         result = read_result(folder)
         if result is not None:
-            overrides = yaml.safe_load((folder / "overrides.yaml").read_text(encoding="utf-8"))
+            overrides = read_yaml(folder / run_files.OVERRIDES)
             number = numbers.get(folder)
             if number is None:
                 number = int(folder.name) if folder.name.isdigit() else place
@@ -209,7 +207,7 @@ def exit_code(rows: Sequence[Row]) -> int:
 
 def summarize(rows: Sequence[Row], directory: Path) -> None:
     """Print one line per job and write `directory`/sweep.json."""
-    path = directory / "sweep.json"
+    path = directory / run_files.SWEEP
     directory.mkdir(parents=True, exist_ok=True)
     write_json([_record(row, directory) for row in rows], path)
     header = ("job", "status", "step", "eval loss", "overrides", "error")

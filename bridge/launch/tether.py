@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from bridge.launch import process_tree
-from bridge.launch.result import EXIT_CODES
+from bridge.runs.result import EXIT_CODES
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 WORKERS = ("bridge.launch.worker", "bridge.launch.elastic", "submitit.core._submit")

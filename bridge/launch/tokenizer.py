@@ -6,7 +6,8 @@ from pathlib import Path
 from bridge.config import modules, run_config
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
-from bridge.launch.run_dir import latest_step
+from bridge.runs import run_files
+from bridge.runs.claim import latest_step
 from bridge.weights import locate
 
 
@@ -42,6 +43,6 @@ def _with(config: RunConfig, tokenizer: str | None) -> RunConfig:
 
 def _of_run(run_dir: Path) -> str | None:
     """data.tokenizer in the configuration of a run that has a checkpoint; without a configuration it is refused."""
-    saved = run_dir / "config.yaml"
+    saved = run_dir / run_files.CONFIG
     tokenizer: str | None = run_config.read(saved).data.get("tokenizer") if saved.is_file() else None
     return tokenizer

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bridge.config.run_config import RunConfig
-from bridge.launch.result import EXIT_CODES, Result, write_json, write_rank_error, write_result
+from bridge.files import write_json
+from bridge.runs import run_files
+from bridge.runs.result import EXIT_CODES, Result, write_rank_error, write_result
+from bridge.runs.run_files import rank_file, rank_files
 
 if TYPE_CHECKING:
     from bridge.training.pulse import Pulse
@@ -89,12 +92,12 @@ def _tell(pulse: "Pulse", config: RunConfig, rank: int) -> None:
     print(f"no progress: rank {rank} is {phase}, step {step}. The stacks of its threads:", file=sys.stderr, flush=True)
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
     stuck = Stuck(step, PHASES.index(phase), phase, os.uname().nodename)
-    write_json(stuck, _place_path(config.run_dir, rank))
+    write_json(stuck, rank_file(config.run_dir, "hang", rank=rank))
     time.sleep(GRACE)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     found = described(_places(config.run_dir), world_size=world_size)
     error = f"no progress within launch.hang_timeout={config.launch.hang_timeout}: {found}"
-    result = Result("failed", error=f"{error}; stacks in {config.run_dir / 'logs'}/rank_N.log")
+    result = Result("failed", error=f"{error}; stacks in {config.run_dir / run_files.LOGS}/rank_N.log")
     write_rank_error(result, config.run_dir, rank=rank)
     if rank == 0:
         write_result(result, config.run_dir)
@@ -122,10 +125,5 @@ def _named(ranks: list[int]) -> str:
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}{more}"
 
 
-def _place_path(run_dir: Path, rank: int) -> Path:
-    return run_dir / "logs" / f"rank_{rank}.hang"
-
-
 def _places(run_dir: Path) -> dict[int, Stuck]:
-    files = (run_dir / "logs").glob("rank_*.hang")
-    return {int(file.stem.removeprefix("rank_")): Stuck(*json.loads(file.read_text())) for file in files}
+    return {rank: Stuck(*json.loads(file.read_text())) for rank, file in rank_files(run_dir, "hang")}

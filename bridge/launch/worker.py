@@ -4,6 +4,8 @@ Without RUN_DIR the driver tells it later (bridge.launch.early).
 """
 
 from bridge.platform.processes import die_with_parent
+from bridge.runs import run_files
+from bridge.runs.run_files import rank_file
 
 if __name__ == "__main__":
     # No run outlives its driver unseen. SIGKILL: saves are crash safe, and it also ends one that hangs in a collective.
@@ -24,9 +26,9 @@ from bridge.config.run_config import RunConfig
 from bridge.data import loader_server
 from bridge.errors import BridgeError, RunError, Stopped
 from bridge.launch import early, live_line, memory, watchdog
-from bridge.launch.result import Result, log_path, unexpected, write_rank_error, write_result
 from bridge.platform.memory import is_out_of_memory
 from bridge.platform.processes import skip_last_collection
+from bridge.runs.result import Result, unexpected, write_rank_error, write_result
 from bridge.training.pulse import Pulse
 
 STARTED = "BRIDGE_STARTED"  # environment: the time.time() at which the run was started, before any restart
@@ -37,8 +39,8 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which `tether` blocks below a launcher
     run_dir = Path(sys.argv[1]) if len(sys.argv) > 1 else early.run_dir()
     rank = int(os.environ.get("RANK", "0"))
-    with kept_output(log_path(run_dir, rank=rank), on_console=rank == 0) as console:
-        result = execute(run_config.read(run_dir / "config.yaml"), rank=rank, terminal=console)
+    with kept_output(rank_file(run_dir, "log", rank=rank), on_console=rank == 0) as console:
+        result = execute(run_config.read(run_dir / run_files.CONFIG), rank=rank, terminal=console)
     # A save is told by result.json: torch elastic would take any exit code but 0 for a failure. Without one the other
     # ranks, if they have not been asked to stop, must not wait for this one.
     leave(0 if result.status == "stopped" and result.step is not None else result.exit_code)
@@ -116,9 +118,9 @@ def execute(config: RunConfig, *, rank: int, terminal: int | None = None) -> Res
     except Exception as error:
         # A loss that is not finite comes out of the same samples and weights again.
         result = unexpected(error, repeats=isinstance(error, FloatingPointError))
-        _log(result.traceback or "", log_path(config.run_dir, rank=rank))
+        _log(result.traceback or "", rank_file(config.run_dir, "log", rank=rank))
         if is_out_of_memory(error):
-            log = log_path(config.run_dir, rank=rank)
+            log = rank_file(config.run_dir, "log", rank=rank)
             result = Result("failed", error=f"{memory.explained(config)} (the traceback is in {log})")
     if result.error is not None:
         write_rank_error(result, config.run_dir, rank=rank)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bridge.errors import BridgeError
 from bridge.platform.processes import die_with_parent, of_child
+from bridge.runs import run_files
 
 LOG = "hf_export.log"
 LOWEST_PRIORITY = 19
@@ -24,7 +25,7 @@ class HfExports:
     """The exports of one run, by rank 0. failures: a line for each that did not work."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.target, self._log = run_dir / "hf", run_dir / "logs" / LOG
+        self.target, self._log = run_dir / run_files.HF, run_dir / run_files.LOGS / LOG
         self.failures: list[str] = []
         self._waiting: list[Path] = []
         self._running: tuple[Path, subprocess.Popen[bytes]] | None = None

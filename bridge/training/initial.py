@@ -7,7 +7,7 @@ from bridge import parallel
 from bridge.config.routing import Routed
 from bridge.config.run_config import RunConfig
 from bridge.sources.load import load_initial
-from bridge.weights import locate
+from bridge.weights import locate, pointer
 from bridge.weights.hf_assets import copy_assets, copy_tokenizer
 
 
@@ -27,7 +27,7 @@ def describe(root: Path, config: RunConfig, *, tokenizer: Path | None) -> None:
 
     The Hugging Face files come from init.path, except for the tokenizer when the data has one of its own.
     """
-    if (root / locate.LATEST).is_file():
+    if (root / pointer.LATEST).is_file():
         return
     assets = root / locate.HF_ASSETS
     assets.mkdir(parents=True, exist_ok=True)

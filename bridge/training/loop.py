@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any, Literal
 
 from bridge import parallel
-from bridge.checkpoint import Progress, files
+from bridge.checkpoint import Progress
 from bridge.optim import schedule
+from bridge.runs import run_files
 from bridge.training import batches, flops
 from bridge.training.batches import Batch
 from bridge.training.evaluate import evaluate
@@ -22,7 +23,8 @@ from bridge.training.setup import Job
 from bridge.training.step import pass_over, shape_of, train_step
 from bridge.training.stop import Stop
 from bridge.training.stragglers import Stragglers
-from bridge.weights.locate import iteration_directory
+from bridge.weights import pointer
+from bridge.weights.pointer import iteration_directory
 
 
 class HardwareFault(RuntimeError):
@@ -126,7 +128,7 @@ def _save(job: Job, progress: Progress, saves: Saves, pulse: Pulse) -> None:
 def _end_for_rerun(job: Job, *, progress: Progress, ending: Ending, rerun: Rerun, saves: Saves, pulse: Pulse) -> None:
     """Save what megatron-core's rerun state machine wants kept. Raises HardwareFault when that was its last word."""
     saves.finish()
-    there = files.newest(job.checkpoints) == iteration_directory(job.checkpoints, iteration=progress.step)
+    there = pointer.read(job.checkpoints) == iteration_directory(job.checkpoints, iteration=progress.step)
     if ending.save and not there:
         _save(job, progress, saves, pulse)
         saves.finish()
@@ -169,7 +171,7 @@ def _training_batches(job: Job, pulse: Pulse) -> list[Iterator[Batch]]:
 
 def _recorded(iterator: Iterator[Batch], job: Job) -> Iterator[Batch]:
     """`iterator`; of the ranks that read the same samples one writes their ids into RUN_DIR/sample_ids."""
-    directory = job.config.run_dir / "sample_ids"
+    directory = job.config.run_dir / run_files.SAMPLE_IDS
     if parallel.is_main():
         batches.forget_after(job.progress.step, directory)
     parallel.barrier()

@@ -21,12 +21,13 @@ import yaml
 from bridge import platform
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError, RunError
+from bridge.files import write_text
+from bridge.runs import run_files
 from bridge.training import environment
 from bridge.training.console import Console
 from bridge.training.loss_policy import LossPolicy, Verdict
 from bridge.training.step import StepResult, global_means
 
-METRICS = "metrics.jsonl"
 TRAINING = (
     "step",  # number of the optimizer step, from 1
     "loss",  # nats per token, mean over the global batch; null when it is not finite or the step was passed over
@@ -138,11 +139,9 @@ class JsonLines:
     """RUN_DIR/metrics.jsonl, cut back to the step a run resumes from so that no step appears twice."""
 
     def __init__(self, run_dir: Path, *, resumed_step: int) -> None:
-        path = run_dir / METRICS
+        path = run_dir / run_files.METRICS
         kept = [line for line in read(run_dir) if line["step"] <= resumed_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
+        write_text("".join(json.dumps(line) + "\n" for line in kept), path)
         self.file = path.open("a", buffering=1)
 
     def write(self, line: Values) -> None:
@@ -156,7 +155,7 @@ class JsonLines:
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; a line cut short by a kill is left out."""
-    path = run_dir / METRICS
+    path = run_dir / run_files.METRICS
     lines = []
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:

@@ -19,7 +19,9 @@ from megatron.core.rerun_state_machine import RerunDataIterator, RerunMode, Reru
 
 from bridge import parallel, platform
 from bridge.config.run_config import RunConfig
+from bridge.files import write_json
 from bridge.platform.random_state import set_tracker_state, tracker_state
+from bridge.runs.run_files import rank_file
 from bridge.training.loss_policy import LossPolicy
 from bridge.weights.shards import all_gather
 
@@ -55,7 +57,7 @@ class Rerun:
         self.policy, self.train = policy, config.train
         self.path = config.run_dir / STATE
         self.machine: RerunStateMachine | None = None
-        self.rejected = config.run_dir / "logs" / f"rank_{parallel.rank()}.rejected"
+        self.rejected = rank_file(config.run_dir, "rejected", rank=parallel.rank())
         mcore.destroy_rerun_state_machine()
         if config.rerun.mode == "disabled":
             return
@@ -128,9 +130,7 @@ class Rerun:
             ranks = all_gather(_plain(self.machine))
             common = {"step": step, "mode": self.machine.mode.value, "state": self.machine.state.value}
             if parallel.is_main():
-                temporary = self.path.with_suffix(".tmp")
-                temporary.write_text(json.dumps({**common, "ranks": ranks}, indent=1))
-                temporary.replace(self.path)
+                write_json({**common, "ranks": ranks}, self.path)
         elif not ending.resumable and parallel.is_main():
             self.path.unlink(missing_ok=True)
 

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from bridge import parallel
-from bridge.checkpoint import Progress, Saved, Saver, files
+from bridge.checkpoint import Progress, Saved, Saver
 from bridge.errors import RunError
 from bridge.training import initial
 from bridge.training.hf_exports import HfExports
 from bridge.training.metrics import Report
 from bridge.training.setup import Job
+from bridge.weights import pointer
 
 
 class Saves:
@@ -26,7 +27,7 @@ class Saves:
             write_timeout=options.write_timeout,
             in_use=self._exports.in_use if self._exports else tuple,
         )
-        if self._exports is not None and (newest := files.newest(job.checkpoints)) is not None:
+        if self._exports is not None and (newest := pointer.read(job.checkpoints)) is not None:
             self._exports.catch_up(newest)
         self._step = job.progress.step
 

@@ -20,6 +20,7 @@ from bridge.models import ddp, gpt
 from bridge.optim import optimizer as optimizers
 from bridge.optim import schedule
 from bridge.platform import user_buffers
+from bridge.runs import run_files
 from bridge.training import initial, settings
 
 
@@ -49,7 +50,7 @@ class Job:
 
     @property
     def checkpoints(self) -> Path:
-        return self.config.run_dir / "checkpoints"
+        return self.config.run_dir / run_files.CHECKPOINTS
 
     @property
     def transformer(self) -> TransformerConfig:
@@ -110,7 +111,7 @@ def build(config: RunConfig, data: Data) -> Job:
     Process groups must exist (`bridge.parallel.initialize`).
     """
     routed = per_token_loss(config.routed())
-    root = config.run_dir / "checkpoints"
+    root = config.run_dir / run_files.CHECKPOINTS
     resuming = checkpoint.has_checkpoint(root)
     chunks = gpt.build(routed, wrap=True) if resuming else build_model(config, routed=routed)
     model = ddp.wrap(chunks, DistributedDataParallelConfig(**routed.ddp))

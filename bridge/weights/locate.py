@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, DamagedError
+from bridge.files import read_yaml
+from bridge.weights import pointer
+from bridge.weights.pointer import LATEST, iteration_of
 
-LATEST = "latest_checkpointed_iteration.txt"
+CHECKPOINTS = "checkpoints"
 MODEL_YAML = "model.yaml"
 HF_ASSETS = "hf"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")  # of any kind; whether they load AutoTokenizer knows
-RELEASE = "release"
 TORCH_DIST = "torch_dist"
 
 
@@ -31,11 +33,6 @@ class CheckpointPath(NamedTuple):
     root: Path
     iteration: int
     directory: Path
-
-
-def iteration_directory(root: str | Path, *, iteration: int) -> Path:
-    """ROOT/iter_0000100, megatron's own naming."""
-    return Path(root) / f"iter_{iteration:07d}"
 
 
 def is_hf(path: str | Path) -> bool:
@@ -51,7 +48,7 @@ def has_tokenizer(directory: Path) -> bool:
 def is_megatron(path: str | Path) -> bool:
     """Whether `locate` has something to look at: a run directory, a checkpoint root or an iteration directory."""
     path = Path(path)
-    return _root(path) is not None or _iteration(path) is not None or _format(path) is not None
+    return root_of(path) is not None or iteration_of(path) is not None or _format(path) is not None
 
 
 def check_model(path: str | Path, *, key: str) -> None:
@@ -78,18 +75,18 @@ def locate(path: str | Path, *, key: str = "megatron") -> CheckpointPath:
     path = Path(path).expanduser().absolute()
     if not path.is_dir():
         raise ConfigError(f"{key}: {path} is not a directory; give a run directory or a Megatron checkpoint")
-    if _iteration(path) is not None:
+    if iteration_of(path) is not None:
         root = path.parent
     elif _format(path) is not None:
         root = path
     else:
-        found = _root(path)
+        found = root_of(path)
         if found is None:
             kind = "a Hugging Face directory" if is_hf(path) else "neither a run nor a Megatron checkpoint"
             raise ConfigError(f"{key}: {path} is {kind}; give a directory with checkpoints/, {LATEST} or metadata.json")
         root, path = found, _latest(found, key=key)
     _check_format(path, key=key)
-    return CheckpointPath(root, _iteration(path) or 0, path)
+    return CheckpointPath(root, iteration_of(path) or 0, path)
 
 
 def assets(path: str | Path, *, key: str = "megatron") -> Path:
@@ -105,10 +102,7 @@ def read_model_section(root: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"{file} is missing; write the checkpoint's `model` section (see the run's config.yaml) there"
         )
-    try:
-        section = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not readable as YAML ({' '.join(str(error).split())})") from error
+    section = read_yaml(file)
     if not isinstance(section, dict):
         raise ConfigError(f"{file}: holds no mapping; it must be the checkpoint's `model` section")
     return section
@@ -119,24 +113,18 @@ def write_model_section(root: str | Path, section: dict[str, Any]) -> None:
     (Path(root) / MODEL_YAML).write_text(yaml.safe_dump(section, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _root(path: Path) -> Path | None:
-    return next((root for root in (path, path / "checkpoints") if (root / LATEST).is_file()), None)
-
-
-def _iteration(path: Path) -> int | None:
-    if path.name == RELEASE:
-        return 0
-    number = path.name.removeprefix("iter_")
-    return int(number) if number != path.name and number.isdigit() else None
+def root_of(path: Path) -> Path | None:
+    """`path`, or the directory of a run's checkpoints in it, whichever has a pointer to an iteration."""
+    return next((root for root in (path, path / CHECKPOINTS) if (root / LATEST).is_file()), None)
 
 
 def _latest(root: Path, *, key: str) -> Path:
-    text = (root / LATEST).read_text(encoding="utf-8").strip()
-    if text == RELEASE:
-        return root / RELEASE
-    if not text.isdigit():
-        raise ConfigError(f"{key}: {root / LATEST} holds {text!r}, not an iteration number")
-    return iteration_directory(root, iteration=int(text))
+    try:
+        latest = pointer.read(root)
+    except DamagedError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    assert latest is not None  # `_root` has found the file
+    return latest
 
 
 def _format(path: Path) -> str | None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import FrameType
 
 from bridge.errors import ConversionError
-from bridge.weights.locate import LATEST, is_hf
+from bridge.weights.locate import is_hf
+from bridge.weights.pointer import LATEST
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 

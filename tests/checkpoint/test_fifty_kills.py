@@ -56,13 +56,14 @@ def begun_saves(run: Any) -> set[tuple[str, int]]:
 
 def check_what_is_there(root: Path) -> int:
     """Every iteration with a name is whole. The step of the latest, 0 before the first."""
-    from bridge.checkpoint import checksums, files
+    from bridge.checkpoint import checksums
+    from bridge.weights import pointer
 
     for directory in root.glob("iter_*"):
         recorded = checksums.read(directory)
         assert recorded.keys() == {path.name for path in directory.iterdir()} - {checksums.CHECKSUMS}
         assert checksums.size_faults(directory, recorded) + checksums.content_faults(directory, recorded) == []
-    newest = files.newest(root)
+    newest = pointer.read(root)
     assert newest is None or newest.is_dir()
     return 0 if newest is None else int(newest.name.removeprefix("iter_"))
 

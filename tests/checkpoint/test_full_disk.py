@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from bridge.errors import ConfigError
-from bridge.launch.run_dir import claimed
+from bridge.runs.claim import claimed
+from bridge.weights import pointer
 from tests.checkpoint.test_damage import executed
 from tests.distributed import run_distributed
 from tests.training.runs import config
@@ -72,7 +73,7 @@ def train_until_read_only(run: Any) -> Any:
 
     def after(root: Path) -> None:
         original(root)
-        if files.newest(root) is not None:
+        if pointer.read(root) is not None:
             subprocess.run(["mount", "--bind", str(root), str(root)], check=True)
             subprocess.run(["mount", "-o", "remount,bind,ro", str(root)], check=True)
 

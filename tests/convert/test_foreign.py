@@ -18,7 +18,7 @@ from bridge.launch.convert import main
 from bridge.models import gpt
 from bridge.models.hf import config as hf_config
 from bridge.sources.load import load_initial
-from bridge.weights import locate
+from bridge.weights import locate, pointer
 from bridge.weights.dist_files import open_dist
 from tests import plain_megatron
 from tests.distributed import run_distributed
@@ -64,7 +64,7 @@ def llama(tiny_hf, tmp_path):
     """The Hugging Face source, and the checkpoint as Megatron-LM's script lays it out: tracker file and iteration."""
     source, root = tiny_hf("llama"), tmp_path / "run"
     save("llama", source, root / "iter_0001000")
-    (root / locate.LATEST).write_text("1000")
+    (root / pointer.LATEST).write_text("1000")
     return source, root
 
 

@@ -12,7 +12,7 @@ import bridge
 from bridge import parallel
 from bridge.errors import ConfigError
 from bridge.models.hf import config as hf_config
-from bridge.weights import locate
+from bridge.weights import locate, pointer
 from tests import families, hf_models
 from tests.distributed import run_distributed
 
@@ -53,10 +53,10 @@ def load_and_save(directories: dict[str, Path], layout: str, target: Path) -> di
         model = bridge.load_model(directory, parallelism=LAYOUTS[layout][1])
         wrong[name] = differences(export(model), directory)
         root = target / name
-        folder = locate.iteration_directory(root, iteration=7)
+        folder = pointer.iteration_directory(root, iteration=7)
         if parallel.is_main():
             folder.mkdir(parents=True)
-            (root / locate.LATEST).write_text("7")
+            (root / pointer.LATEST).write_text("7")
             (root / locate.MODEL_YAML).write_text(yaml.safe_dump(hf_config.to_mcore(hf_config.read(directory))))
         parallel.barrier()
         state = {}

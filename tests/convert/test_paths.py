@@ -9,7 +9,7 @@ import pytest
 from bridge.config.schema import ConvertConfig
 from bridge.convert import paths
 from bridge.errors import BridgeError
-from bridge.weights.locate import LATEST
+from bridge.weights.pointer import LATEST
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ import pytest
 
 from bridge.config.schema import Checkpoint, Init, Launch, Log, Train, Wandb
 from bridge.errors import ConfigError
-from bridge.launch import inputs, result
-from bridge.launch.result import Result
-from bridge.launch.run_dir import claimed, finished
+from bridge.launch import inputs
 from bridge.platform import devices
+from bridge.runs import result, run_files
+from bridge.runs.claim import claimed, finished
+from bridge.runs.result import Result
 from tests.training import runs
 
 
@@ -142,5 +143,5 @@ def test_a_finished_run(tmp_path: Path):
     assert finished(changed(config, train=Train(steps=steps))) is None
     (directory / ".metadata").unlink()
     assert finished(config) is None
-    result.result_path(config.run_dir).write_text("{")
+    (config.run_dir / run_files.RESULT).write_text("{")
     assert finished(config) is None

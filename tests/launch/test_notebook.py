@@ -14,7 +14,7 @@ import pytest
 import bridge
 from bridge.errors import ConfigError, RunError
 from bridge.launch import notebook
-from bridge.launch.run_dir import latest_step
+from bridge.runs.claim import latest_step
 from tests.launch.commands import TINY, write_user_source
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from bridge.errors import ConfigError
 from bridge.launch import driver, spawn
-from bridge.launch.result import Result
-from bridge.launch.run_dir import Claim
+from bridge.runs.claim import Claim
+from bridge.runs.result import Result
 from bridge.training.metrics import read
 from tests.distributed import run_distributed
 from tests.launch.commands import TINY, train

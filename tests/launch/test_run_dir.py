@@ -8,7 +8,7 @@ import yaml
 
 from bridge.config import run_config
 from bridge.errors import ConfigError
-from bridge.launch.run_dir import claimed
+from bridge.runs.claim import claimed
 from tests.training import runs
 
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from bridge.launch import process_tree, spawn
-from bridge.launch.result import Result
+from bridge.runs.result import Result
 from tests.launch.commands import ROOT, TINY, is_the_crash, start, train, wait_for, write_user_source
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")

@@ -14,10 +14,11 @@ import yaml
 from hydra.errors import MissingConfigException
 from hydra.experimental.callback import Callback
 
-from bridge import runs, status, sweep_report
+from bridge import status, sweep_report
 from bridge.launch import compose, driver, hydra_errors, spawn
 from bridge.launch import sweep as sweeps
-from bridge.launch.result import Result, read_result, write_result
+from bridge.runs import read
+from bridge.runs.result import Result, read_result, write_result
 from tests.launch.commands import TINY, train, write_user_source
 
 # Optuna with a learning rate from 1e-4 to 1e-2; job 0 of the seed that is set has 2.4e-4, the others more than 3e-4.
@@ -290,12 +291,12 @@ def test_job_directories_named_after_their_overrides(sweep, tmp_path):
     assert sweep(*grid)[0] == 0
     first, second = (Path(row["run_dir"]).name for row in sweep.rows())
     assert "optimizer.lr=0.001,scheduler.lr_warmup_steps=0" in first and "optimizer.lr=0.002" in second
-    found = {run.path.name: run.state for run in runs.find(tmp_path / "runs")}
+    found = {run.path.name: run.state for run in read.find(tmp_path / "runs")}
     assert found == {first: "done", second: "done"}
     assert sweep(*grid)[0] == 0 and sweep.trained == []
     (elsewhere := tmp_path / "moved").mkdir()
     moved = sweep.directory.rename(elsewhere / "s")
-    assert {run.path for run in runs.find(elsewhere)} == {moved / first, moved / second}
+    assert {run.path for run in read.find(elsewhere)} == {moved / first, moved / second}
 
 
 def test_a_dry_run_of_a_sweep_writes_nothing(sweep, monkeypatch, tmp_path):
@@ -372,7 +373,7 @@ def test_a_directory_for_hydra_that_would_stay_empty(sweep, tmp_path):
     assert err.startswith(f"hydra.run.dir: {tmp_path / 'away'} would stay empty") and "set runs_dir and name" in err
     assert list(tmp_path.iterdir()) == []
     assert sweep(away, "hydra.job.chdir=true", multirun=False)[0] == 0
-    assert [run.path for run in runs.find(tmp_path)] == [tmp_path / "away" / "runs" / "s"]
+    assert [run.path for run in read.find(tmp_path)] == [tmp_path / "away" / "runs" / "s"]
 
 
 def test_ctrl_c_where_nothing_runs_is_one_line(sweep, monkeypatch):

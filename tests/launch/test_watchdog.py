@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from bridge.files import write_json
 from bridge.launch.watchdog import Stuck, described
+from bridge.runs.run_files import rank_file
 from tests.distributed import run_distributed
 from tests.training.runs import config
 
@@ -134,7 +136,7 @@ def test_a_rank_gives_up_with_the_one_it_waits_for(
     run = config(tmp_path, launch={"hang_timeout": "10s"})
     (run.run_dir / "logs").mkdir(parents=True)
     if another_gave_up:
-        watchdog.write_json(Stuck(2, 1, "reading data", "host"), watchdog._place_path(run.run_dir, 1))
+        write_json(Stuck(2, 1, "reading data", "host"), rank_file(run.run_dir, "hang", rank=1))
     pulse = places.Pulse()
     pulse.enter(places.STARTING, step=0)
     pulse.finish_step()

@@ -6,18 +6,18 @@ import sys
 import pytest
 
 from bridge.errors import ConfigError
-from bridge.weights import locate
+from bridge.weights import locate, pointer
 
 
 @pytest.fixture
 def run_dir(tmp_path):
     root = tmp_path / "run" / "checkpoints"
     for iteration in (50, 100):
-        directory = locate.iteration_directory(root, iteration=iteration)
+        directory = pointer.iteration_directory(root, iteration=iteration)
         directory.mkdir(parents=True)
         (directory / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
         (directory / ".metadata").touch()
-    (root / locate.LATEST).write_text("100\n")
+    (root / pointer.LATEST).write_text("100\n")
     return tmp_path / "run"
 
 
@@ -46,7 +46,7 @@ def test_unfinished_iteration(run_dir):
 
 
 def test_damaged_tracker(run_dir):
-    (run_dir / "checkpoints" / locate.LATEST).write_text("new")
+    (run_dir / "checkpoints" / pointer.LATEST).write_text("new")
     with pytest.raises(ConfigError, match="holds 'new', not an iteration number"):
         locate.locate(run_dir)
 
@@ -54,7 +54,7 @@ def test_damaged_tracker(run_dir):
 def test_release_of_megatron_lm(run_dir):
     root = run_dir / "checkpoints"
     (root / "iter_0000100").rename(root / "release")
-    (root / locate.LATEST).write_text("release")
+    (root / pointer.LATEST).write_text("release")
     for path in (run_dir, root / "release"):
         assert locate.locate(path) == (root, 0, root / "release")
 

@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from bridge.errors import ConversionError
-from bridge.weights.locate import LATEST
 from bridge.weights.output import new_directory
+from bridge.weights.pointer import LATEST
 
 
 def make(path, *, overwrite=False, then=lambda: None):

@@ -16,8 +16,9 @@ from bridge.config import run_config
 from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.config.run_config import RunConfig
 from bridge.errors import BridgeError, ConfigError
-from bridge.launch import result
-from bridge.weights import locate
+from bridge.files import read_yaml
+from bridge.runs import result, run_files
+from bridge.weights import locate, pointer
 
 # What a checkpoint is made of: another value would load wrong weights, optimizer state or samples. `train.seed` orders
 # the samples. Learning rates, steps, batch sizes, layouts and logging may change between resumes.
@@ -55,14 +56,14 @@ def claimed(config: RunConfig, *, overrides: list[str], swept: Sequence[str] | N
     """
     path = config.run_dir
     with _writing(path):
-        (path / "logs").mkdir(parents=True, exist_ok=True)
+        (path / run_files.LOGS).mkdir(parents=True, exist_ok=True)
         lock_fd = _lock(path, name=config.name)
     try:
         step = check_resumable(config, overrides=overrides, swept=swept)
         with _writing(path):
             result.forget(path)
-            run_config.write(config, path / "config.yaml")
-            (path / "overrides.yaml").write_text(yaml.safe_dump(overrides, sort_keys=False), encoding="utf-8")
+            run_config.write(config, path / run_files.CONFIG)
+            (path / run_files.OVERRIDES).write_text(yaml.safe_dump(overrides, sort_keys=False), encoding="utf-8")
         yield Claim(path, lock_fd, step)
     finally:
         os.close(lock_fd)
@@ -93,7 +94,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _lock(path: Path, *, name: str) -> int:
     """Take an exclusive flock, freed by the kernel when its last holder ends, however that happens."""
-    lock_fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    lock_fd = os.open(path / run_files.LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     if not _flocked(lock_fd):
         holder = os.read(lock_fd, 200).decode(errors="replace").strip() or "another process"
         os.close(lock_fd)
@@ -104,7 +105,12 @@ def _lock(path: Path, *, name: str) -> int:
 
 
 def _flocked(lock_fd: int) -> bool:
-    for pause in (0.05, 0.1, 0.2, 0.0):  # bridge.runs, to see whether a run is alive, holds its lock for an instant
+    for pause in (
+        0.05,
+        0.1,
+        0.2,
+        0.0,
+    ):  # `read`, to see whether a run is alive, holds its lock for an instant
         try:
             fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -115,13 +121,8 @@ def _flocked(lock_fd: int) -> bool:
 
 def latest_step(path: Path) -> int | None:
     """The step of the latest checkpoint in the run directory `path`, None without one."""
-    latest = path / "checkpoints" / "latest_checkpointed_iteration.txt"
-    if not latest.is_file():
-        return None
-    text = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if not text.isdigit():
-        raise ConfigError(f"{latest}: holds {text!r}, not a step; write the number of the checkpoint to go on from")
-    return int(text)
+    latest = pointer.read(path / run_files.CHECKPOINTS)
+    return None if latest is None else pointer.iteration_of(latest)
 
 
 def finished(config: RunConfig) -> result.Result | None:
@@ -140,13 +141,13 @@ def finished(config: RunConfig) -> result.Result | None:
 def is_of(config: RunConfig, path: Path) -> bool:
     """Whether `config` is the one in a run directory's config.yaml."""
     try:
-        return run_config.read(path / "config.yaml") == config
+        return run_config.read(path / run_files.CONFIG) == config
     except ConfigError:
         return False
 
 
 def _check_unchanged(config: RunConfig, path: Path) -> None:
-    saved_path = path / "config.yaml"
+    saved_path = path / run_files.CONFIG
     if not saved_path.is_file():
         raise ConfigError(f"name: {path} has checkpoints but no config.yaml to resume from; set another name=")
     saved, new = _fixed(run_config.read(saved_path)), _fixed(config)
@@ -171,10 +172,7 @@ def _check_steps(config: RunConfig, path: Path, *, done: int) -> None:
 
 def _check_same_job(overrides: Sequence[str], swept: Sequence[str], path: Path) -> None:
     """Job directories are numbered: another sweep of that name must not resume them as if they were its own."""
-    try:
-        saved = yaml.safe_load((path / "overrides.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path / 'overrides.yaml'}: not readable ({' '.join(str(error).split())})") from error
+    saved = read_yaml(path / run_files.OVERRIDES)
     missing = {o for o in overrides if o in swept or not o.startswith(FREE_IN_SWEEPS)} - set(saved)
     extra = {o for o in saved if not o.startswith(FREE_IN_SWEEPS)} - set(overrides)
     if missing or extra:

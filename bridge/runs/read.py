@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 import yaml
 
 from bridge.errors import ConfigError
-from bridge.launch import slurm_states
-from bridge.launch.result import EXIT_CODES, result_path
+from bridge.runs import run_files, slurm_states
+from bridge.runs.result import EXIT_CODES
+from bridge.runs.run_files import rank_file, rank_files
 
 ENDED = frozenset({"done", "stopped", "failed", "invalid", "died"})
 """States of a run that no process works on; the others are running and pending."""
 
-# A run directory has one of these; what lies below it in OWN_DIRECTORIES belongs to it and holds no other run.
-MARKS = frozenset({"overrides.yaml", "result.json", "metrics.jsonl", "lock", "job.json"})
-OWN_DIRECTORIES = frozenset({"checkpoints", "logs", "sample_ids", "tensorboard", "wandb", "hf"})
+# A run directory has one of these; what lies below it in run_files.DIRECTORIES belongs to it and holds no other run.
+MARKS = frozenset({run_files.OVERRIDES, run_files.RESULT, run_files.METRICS, run_files.LOCK, run_files.SLURM_JOB})
 MAX_STEP = 2**53  # more is damage, and no number to JavaScript
 TAIL_BYTES = 64 * 1024  # some hundred lines of metrics.jsonl
 
@@ -64,8 +64,8 @@ def find(directory: Path) -> list[Run]:
         folder = Path(path)
         if not MARKS.isdisjoint(files):
             found[folder] = read(folder, name=_relative(folder, directory))
-            below[:] = [name for name in below if name not in OWN_DIRECTORIES]
-        for row in sweep_rows(folder) if "sweep.json" in files else ():
+            below[:] = [name for name in below if name not in run_files.DIRECTORIES]
+        for row in sweep_rows(folder) if run_files.SWEEP in files else ():
             job = folder / str(row.get("directory") or Path(str(row.get("run_dir") or row.get("job"))).name)
             announced[job] = _announced(row, job, name=_relative(job, directory))
     return sorted(_asked_slurm((announced | found).values()), key=lambda run: natural(run.name))
@@ -84,7 +84,7 @@ def read(path: Path, *, name: str) -> Run:
     error = ended.get("error") if not holder else None
     if state == "died":
         error = _last_words(path)
-    job, steps, seconds = _json(path / "job.json"), _steps(path), _age(path / "metrics.jsonl")
+    job, steps, seconds = _json(path / run_files.SLURM_JOB), _steps(path), _age(path / run_files.METRICS)
     return Run(
         path=path,
         name=name,
@@ -105,7 +105,7 @@ def read(path: Path, *, name: str) -> Run:
 def metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Every whole line of a run's metrics.jsonl that has a step."""
     try:
-        with (path / "metrics.jsonl").open(encoding="utf-8", errors="replace") as file:
+        with (path / run_files.METRICS).open(encoding="utf-8", errors="replace") as file:
             yield from _objects(file)
     except OSError:
         return
@@ -114,7 +114,7 @@ def metrics(path: Path) -> Iterator[dict[str, Any]]:
 def overrides(path: Path) -> list[str]:
     """The overrides a run was started with."""
     try:
-        loaded = yaml.safe_load((path / "overrides.yaml").read_text(encoding="utf-8"))
+        loaded = yaml.safe_load((path / run_files.OVERRIDES).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return []
     return [str(item) for item in loaded] if isinstance(loaded, list) else []
@@ -122,7 +122,7 @@ def overrides(path: Path) -> list[str]:
 
 def sweep_rows(directory: Path) -> list[dict[str, Any]]:
     """The rows of a directory's sweep.json; none without one."""
-    loaded = _json_value(directory / "sweep.json")
+    loaded = _json_value(directory / run_files.SWEEP)
     return [row for row in loaded if isinstance(row, dict)] if isinstance(loaded, list) else []
 
 
@@ -174,7 +174,7 @@ def _holder(path: Path) -> str | None:
     The question takes a shared lock for an instant; a run that starts in it tries again (run_dir.py).
     """
     try:
-        descriptor = os.open(path / "lock", os.O_RDONLY)
+        descriptor = os.open(path / run_files.LOCK, os.O_RDONLY)
     except OSError:
         return None
     try:
@@ -189,29 +189,29 @@ def _holder(path: Path) -> str | None:
 
 
 def _result(path: Path) -> dict[str, Any]:
-    ended = _json(result_path(path))
+    ended = _json(path / run_files.RESULT)
     return ended if ended.get("status") in EXIT_CODES else {}
 
 
 def _has_begun(path: Path) -> bool:
     """Whether a worker has left a trace; a sweep's driver prepares the directories before it submits the jobs."""
-    return (path / "metrics.jsonl").exists() or any((path / "logs").glob("*"))
+    return (path / run_files.METRICS).exists() or any((path / run_files.LOGS).glob("*"))
 
 
 def _last_words(path: Path) -> str:
     """Why a run has no result, as far as its files say."""
-    failures = [(_json(file), file) for file in (path / "logs").glob("rank_*.error")]
+    failures = [(_json(file), file) for _, file in rank_files(path, "error")]
     known = [failure for failure, _ in failures if failure.get("error")]
     if known:
         return str(min(known, key=lambda failure: number(failure.get("time")) or math.inf)["error"])
-    lines = [line for line in _tail(path / "logs" / "rank_0.log").splitlines() if line.strip()]
+    lines = [line for line in _tail(rank_file(path, "log", rank=0)).splitlines() if line.strip()]
     return f"ended without a result; last line of its log: {lines[-1].strip()}" if lines else "ended without a result"
 
 
 def _last_lines(path: Path) -> dict[str, Any]:
     """The newest value of each key near the end of metrics.jsonl."""
     merged: dict[str, Any] = {}
-    for line in _objects(_tail(path / "metrics.jsonl").splitlines()):
+    for line in _objects(_tail(path / run_files.METRICS).splitlines()):
         merged |= line
     return merged
 
@@ -247,7 +247,7 @@ def _left(last: Mapping[str, Any], step: int | None, steps: int | None, *, age: 
 
 def _steps(path: Path) -> int | None:
     try:
-        found = _STEPS.search((path / "config.yaml").read_text(encoding="utf-8", errors="replace"))
+        found = _STEPS.search((path / run_files.CONFIG).read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return None
     return int(found[1]) if found else None

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from bridge.command_line import FULL_ERROR
 from bridge.errors import BridgeError
+from bridge.files import write_json
+from bridge.runs import run_files
+from bridge.runs.run_files import rank_file, rank_files
 
 EXIT_CODES = {"done": 0, "submitted": 0, "failed": 1, "invalid": 2, "stopped": 75, "pending": 75}
 """done: all steps taken; submitted: left to Slurm, unfinished; failed: our or the machine's fault; invalid: wrong
@@ -62,32 +65,17 @@ def print_error(result: Result) -> None:
         print(f"{result.traceback or ''}{result.error}", file=sys.stderr, flush=True)
 
 
-def result_path(run_dir: Path) -> Path:
-    return run_dir / "result.json"
-
-
-def log_path(run_dir: Path, *, rank: int) -> Path:
-    return run_dir / "logs" / f"rank_{rank}.log"
-
-
-def write_json(content: object, path: Path) -> None:
-    """Write atomically: a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def write_result(result: Result, run_dir: Path) -> None:
     """result.json; a loss that is not finite is written as null, which JSON can hold."""
     loss = result.eval_loss
     finite = replace(result, eval_loss=loss if loss is not None and math.isfinite(loss) else None)
-    write_json(asdict(finite), result_path(run_dir))
+    write_json(asdict(finite), run_dir / run_files.RESULT)
 
 
 def read_result(run_dir: Path) -> Result | None:
     """The result.json of `run_dir`, or None when no run got that far."""
     try:
-        return Result(**json.loads(result_path(run_dir).read_text(encoding="utf-8")))
+        return Result(**json.loads((run_dir / run_files.RESULT).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
 
@@ -95,7 +83,7 @@ def read_result(run_dir: Path) -> Result | None:
 def write_rank_error(result: Result, run_dir: Path, *, rank: int, at: float | None = None) -> None:
     """logs/rank_N.error: a rank's failure, and when it happened (None: now)."""
     record = {"time": time.time() if at is None else at, **asdict(result)}
-    write_json(record, run_dir / "logs" / f"rank_{rank}.error")
+    write_json(record, rank_file(run_dir, "error", rank=rank))
 
 
 def killed(rank: int, signum: int) -> str:
@@ -106,10 +94,9 @@ def killed(rank: int, signum: int) -> str:
 
 def first_rank_error(run_dir: Path) -> Result | None:
     """The failure that came first: the other ranks' errors ("connection closed by peer") mostly follow from it."""
-    files = sorted((run_dir / "logs").glob("rank_*.error"))
-    if not files:
+    failures = [(json.loads(file.read_text(encoding="utf-8")), file) for _, file in rank_files(run_dir, "error")]
+    if not failures:
         return None
-    failures = [(json.loads(file.read_text(encoding="utf-8")), file) for file in files]
     first, file = min(failures, key=lambda failure: failure[0].pop("time"))
     result = Result(**first)
     return replace(result, error=f"{result.error} (in {file.with_suffix('.log')})") if result.traceback else result
@@ -117,6 +104,6 @@ def first_rank_error(run_dir: Path) -> Result | None:
 
 def forget(run_dir: Path) -> None:
     """Remove what an earlier run in this directory ended with."""
-    logs = run_dir / "logs"
-    for file in [result_path(run_dir), *logs.glob("rank_*.error"), *logs.glob("rank_*.hang")]:
+    of_ranks = [file for kind in ("error", "hang") for _, file in rank_files(run_dir, kind)]
+    for file in [run_dir / run_files.RESULT, *of_ranks]:
         file.unlink(missing_ok=True)
