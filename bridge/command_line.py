@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from bridge.errors import BridgeError, ConfigError, did_you_mean
-from bridge.platform.processes import skip_last_collection
+from bridge.processes import skip_last_collection
 
 DONE, FAILED, INVALID = 0, 1, 2
 FULL_ERROR = "HYDRA_FULL_ERROR"  # variable with which Hydra's users ask for tracebacks of their own mistakes: 1

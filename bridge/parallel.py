@@ -325,3 +325,14 @@ def is_pipeline_first_stage(*, vp_stage: int | None = None, vp_size: int | None 
 def is_pipeline_last_stage(*, vp_stage: int | None = None, vp_size: int | None = None) -> bool:
     """True where logits are computed: the last stage and, of several model chunks on it, the last."""
     return pipeline_rank() == pipeline_size() - 1 and (vp_size is None or vp_stage == vp_size - 1)
+
+
+def all_gather(value: Any) -> list[Any]:
+    """Every rank's `value` (picklable), by rank. A collective."""
+    if world_size() == 1:
+        return [value]
+    import torch
+
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

@@ -34,7 +34,7 @@ class Point(NamedTuple):
     seconds: float = math.nan
 
 
-class Job(NamedTuple):
+class SweptRun(NamedTuple):
     """A run with its curves and the overrides it was started with."""
 
     run: Run
@@ -103,7 +103,7 @@ def thinned(points: Sequence[Point], *, limit: int = MAX_POINTS) -> list[Point]:
     return [group[-1]._replace(loss=sum(point.loss for point in group) / len(group)) for group in groups]
 
 
-def _job(run: Run, values: Mapping[str, str]) -> Job:
+def _job(run: Run, values: Mapping[str, str]) -> SweptRun:
     train: list[Point] = []
     evaluation: list[Point] = []
     reached: dict[int, tuple[int | None, float]] = {}  # step -> tokens and seconds when it was done
@@ -117,7 +117,7 @@ def _job(run: Run, values: Mapping[str, str]) -> Job:
             value = read.number(line.get(name))
             if value is not None:
                 curve.append(Point(step, value, *reached.get(step, (None, math.nan))))
-    return Job(run, values, train, evaluation)
+    return SweptRun(run, values, train, evaluation)
 
 
 def _values(overrides: object) -> dict[str, str]:
@@ -126,7 +126,7 @@ def _values(overrides: object) -> dict[str, str]:
     return {key: value for key, _, value in pairs if not key.startswith("hydra")}
 
 
-def _rank(job: Job) -> tuple[int, float, list[tuple[int, int | str]]]:
+def _rank(job: SweptRun) -> tuple[int, float, list[tuple[int, int | str]]]:
     """Best first: what is done, by its evaluation loss; then what may get there; then what went wrong."""
     loss = job.eval_loss
     if not job.is_sound or job.run.state in ("failed", "invalid", "died"):
@@ -136,7 +136,7 @@ def _rank(job: Job) -> tuple[int, float, list[tuple[int, int | str]]]:
     return group, math.inf if loss is None or math.isnan(loss) else loss, read.natural(job.run.name)
 
 
-def _plain(job: Job, keys: Sequence[str]) -> dict[str, Any]:
+def _plain(job: SweptRun, keys: Sequence[str]) -> dict[str, Any]:
     """What the page's script reads."""
     run = job.run
     losses = [curve[-1].loss if curve else None for curve in (job.train, job.eval)]
@@ -162,7 +162,7 @@ def _embeddable(point: Point) -> list[Any]:
     return [point.step, _number(point.loss), point.tokens, seconds]
 
 
-def _first_unsound(job: Job) -> str | None:
+def _first_unsound(job: SweptRun) -> str | None:
     if job.is_sound:
         return None
     curves = (("loss", job.train), ("eval loss", job.eval))

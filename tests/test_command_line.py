@@ -19,7 +19,6 @@ TOOLS = {
     "bridge.checkpoint": "bridge.checkpoint.__main__",
     "bridge.status": "bridge.status",
     "bridge.sweep_report": "bridge.sweep_report",
-    "bridge.launch.docs": "bridge.launch.docs",
 }
 # Started by the product itself, with arguments that nobody types.
 INTERNAL = {"bridge.launch.worker", "bridge.launch.elastic", "bridge.launch.notebook", "bridge.training.hf_exports"}
@@ -70,7 +69,6 @@ def test_help(tool: str, flag: str, capsys: pytest.CaptureFixture[str]):
         ("bridge.sweep_report", ["x", "--outptu=y"], "unrecognized arguments: --outptu=y; did you mean '--output'?"),
         ("bridge.checkpoint", ["verify"], "the following arguments are required: PATH; see --help"),
         ("bridge.checkpoint", ["vrify", "x"], "argument command: invalid choice: 'vrify' (choose from 'verify'); see"),
-        ("bridge.launch.docs", ["--chck"], "unrecognized arguments: --chck; did you mean '--check'?"),
     ],
 )
 def test_mistakes_are_one_line(tool: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
@@ -81,7 +79,7 @@ def test_mistakes_are_one_line(tool: str, arguments: list[str], message: str, ca
 
 
 def test_verify_refuses_a_path_before_torch(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "bridge.checkpoint.verify", None)  # its import, with torch's, then raises
+    monkeypatch.setitem(sys.modules, "bridge.checkpoint.intact", None)  # its import, with torch's, then raises
     assert main_of("bridge.checkpoint")(["verify", str(tmp_path / "none")]) == 2
     assert re.fullmatch(r"path: .*/none is not a directory; give a run .*\n", capsys.readouterr().err)
 

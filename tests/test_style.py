@@ -18,7 +18,7 @@ MAX_FUNCTION_LINES = 60
 # A package imports from rows above its own, and from itself; further pairs are listed below.
 LEVELS = (
     {"errors"},
-    {"files"},
+    {"files", "processes"},
     {"command_line", "config", "platform", "parallel"},
     {"weights"},
     {"runs"},
@@ -30,7 +30,7 @@ LEVELS = (
     {"launch"},
     {"status", "sweep_report"},
 )
-WITHIN_A_LEVEL = {("parallel", "platform"), ("command_line", "platform")}
+WITHIN_A_LEVEL = {("parallel", "platform")}
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 SOURCES = sorted((ROOT / "bridge").rglob("*.py"))

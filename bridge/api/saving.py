@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge import checkpoint, parallel
-from bridge.api.tasks import ConversionTask, Described, specs_of, stream, tasks
+from bridge.api.tasks import ConversionTask, ModelSection, specs_of, stream, tasks
 from bridge.convert.export import write_assets
 from bridge.errors import BridgeError, ConversionError
 from bridge.models.hf import config as hf_config
-from bridge.weights import locate, pointer, shards
+from bridge.weights import locate, pointer
 from bridge.weights.hf_assets import copy_assets
 from bridge.weights.hf_files import HfWriter, parse_size
 from bridge.weights.output import new_directory
@@ -36,7 +36,7 @@ class Assets(NamedTuple):
 def save_hf(
     model: Sequence[Any],
     path: str | Path,
-    described: Described,
+    described: ModelSection,
     *,
     assets: Assets,
     overwrite: bool,
@@ -61,7 +61,7 @@ def save_hf(
 def save_hf_weights(
     model: Sequence[Any],
     path: str | Path,
-    described: Described,
+    described: ModelSection,
     *,
     overwrite: bool,
     max_shard_size: str,
@@ -105,7 +105,7 @@ def progress_of(todo: Sequence[ConversionTask]) -> Progress | None:
 
 
 def save_megatron(
-    model: Sequence[Any], path: str | Path, described: Described, *, assets: Assets, overwrite: bool
+    model: Sequence[Any], path: str | Path, described: ModelSection, *, assets: Assets, overwrite: bool
 ) -> None:
     """Write a Megatron checkpoint of the weights alone, iteration 0; each rank writes its own shards.
 
@@ -114,7 +114,7 @@ def save_megatron(
     with _rank0_directory(new_directory, path, overwrite=overwrite, key="path") as root:
         if root is not None:
             pointer.iteration_directory(root, iteration=0).mkdir()
-        shared = Path(shards.all_gather(root and str(root))[0])
+        shared = Path(parallel.all_gather(root and str(root))[0])
         checkpoint.save_weights(pointer.iteration_directory(shared, iteration=0), model)
         if root is not None:
             locate.write_model_section(root, described.section)
@@ -134,7 +134,7 @@ def _rank0_directory(open_directory: Any, path: str | Path, **options: Any) -> I
                 directory = stack.enter_context(open_directory(path, **options))
             except BridgeError as refused:
                 error = refused
-        refusals = shards.all_gather(error and str(error))
+        refusals = parallel.all_gather(error and str(error))
         if refusals[0]:
             raise ConversionError(refusals[0])
         yield directory

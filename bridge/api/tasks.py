@@ -38,7 +38,7 @@ class ConversionTask(NamedTuple):
     copies: tuple[tuple[str, str], ...]  # (copy, original) of what every file of the family holds twice
 
 
-class Described(NamedTuple):
+class ModelSection(NamedTuple):
     """A model's `model` section, and what follows from it."""
 
     routed: Routed
@@ -50,20 +50,20 @@ def chunks_of(model: Any) -> list[Any]:
     return list(model) if isinstance(model, list | tuple | torch.nn.ModuleList) else [model]
 
 
-def describe(model: Sequence[Any], *, section: Mapping[str, Any] | None = None) -> Described:
+def describe(model: Sequence[Any], *, section: Mapping[str, Any] | None = None) -> ModelSection:
     """How `model` was configured; `section` counts for a GPTModel that this package did not build.
 
     Raises ConfigError when neither says so.
     """
     routed = getattr(shards.unwrap(model[0]), "routed", None)
     if routed is not None:
-        return Described(routed, model_section(routed))
+        return ModelSection(routed, model_section(routed))
     if section is None:
         raise ConfigError("model: was not built by this package; use the methods of bridge.AutoBridge for its weights")
-    return Described(route({"model": section}), dict(section))
+    return ModelSection(route({"model": section}), dict(section))
 
 
-def tasks(model: Sequence[Any], described: Described) -> list[ConversionTask]:
+def tasks(model: Sequence[Any], described: ModelSection) -> list[ConversionTask]:
     """One task after the other for all weights of a sharded model, in the model's order. A collective."""
     table = family.by_name(described.routed.family).table(described.section)
     moves = plan(table, shards.targets(model), vocab_size=described.routed.gpt["vocab_size"])

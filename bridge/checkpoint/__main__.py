@@ -18,7 +18,7 @@ def _command(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     iterations = files.iterations(Path(options.path).expanduser().absolute())
     platform.prepare()  # before megatron-core is imported, whose classes .metadata may name
-    from bridge.checkpoint.verify import verify
+    from bridge.checkpoint.intact import verify
 
     return verify(iterations)
 

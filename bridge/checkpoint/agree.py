@@ -10,7 +10,6 @@ from bridge import parallel, platform
 from bridge.errors import RunError
 from bridge.weights.dist_files import system_reason
 from bridge.weights.output import FULL
-from bridge.weights.shards import all_gather
 
 T = TypeVar("T")
 FAILURES = (Exception, CheckpointException)  # torch derives the latter from BaseException
@@ -25,7 +24,7 @@ def together(step: Callable[[], T]) -> T:
         value = step()
     except FAILURES as raised:
         error = raised
-    failures = all_gather(error and (type(error), reason(error)))
+    failures = parallel.all_gather(error and (type(error), reason(error)))
     if error is not None:
         raise error
     for rank, failure in enumerate(failures):

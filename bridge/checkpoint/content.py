@@ -25,7 +25,7 @@ METADATA = {
 }
 
 
-class Progress(NamedTuple):
+class Position(NamedTuple):
     """How far a run has come. step: optimizer steps, `skipped` of them left out, `nonfinite` with a loss or gradient
     that is not finite, `spikes` with a sudden loss. recent_losses: what the next spike is measured against.
     data: identity of the samples that `consumed_samples` counts."""
@@ -53,7 +53,7 @@ def weights(model: Sequence[Any]) -> dict[str, Any]:
     return {f"model{index}": chunk.sharded_state_dict(metadata=dict(METADATA)) for index, chunk in enumerate(chunks)}
 
 
-def to_save(state: Trainable, progress: Progress) -> dict[str, Any]:
+def to_save(state: Trainable, progress: Position) -> dict[str, Any]:
     """All that a checkpoint holds, as the sharded state dict of this rank. A collective call."""
     sharded = weights(state.model)
     optimizer = OptimizerState(state.optimizer, sharded, metadata=METADATA, is_loading=False)

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensorFactory
 
-from bridge import platform
+from bridge import parallel, platform
 from bridge.checkpoint.content import RANDOM_STATE
 from bridge.weights.ledger import OPTIMIZER_PREFIXES, name_some
-from bridge.weights.shards import all_gather
 
 WEIGHT, BUFFER, OPTIMIZER, EXTRA_STATE, GENERATOR = "weight", "buffer", "optimizer tensor", "extra state", "generator"
 UNIMPORTANT = (EXTRA_STATE, GENERATOR)
@@ -78,7 +77,7 @@ def differences(wanted: dict[str, Any], stored: Iterable[str]) -> Differences:
     asked[torch.tensor([number_of[key] for key in ours if key in number_of], dtype=torch.int64)] = 1
     torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
     unasked = [name for name, count in zip(names, asked.tolist(), strict=True) if not count]
-    missing = {key for keys in all_gather(ours - number_of.keys()) for key in keys}
+    missing = {key for keys in parallel.all_gather(ours - number_of.keys()) for key in keys}
     return Differences(*(sorted(key for key in keys if kind(key) not in UNIMPORTANT) for keys in (missing, unasked)))
 
 

@@ -10,7 +10,7 @@ from megatron.core.utils import unwrap_model
 
 from bridge import parallel
 from bridge.checkpoint import content, keys
-from bridge.checkpoint.content import METADATA, Progress, Trainable
+from bridge.checkpoint.content import METADATA, Position, Trainable
 from bridge.checkpoint.optimizer_state import OptimizerState
 from bridge.errors import ConfigError
 from bridge.optim import schedule
@@ -23,7 +23,7 @@ SHARDING = "distrib_optim_sharding_type"
 WEIGHTS_ONLY = "init.path={path} and another name= start from its weights alone"
 
 
-def load(path: CheckpointPath, state: Trainable) -> Progress:
+def load(path: CheckpointPath, state: Trainable) -> Position:
     """Restore `state` in place from a checkpoint written by `save`, whatever layout it was written with.
 
     Rates and decay follow the present configuration, not the checkpoint; what differs is printed. Random generators
@@ -49,7 +49,7 @@ def load(path: CheckpointPath, state: Trainable) -> Progress:
     if same_layout:
         set_random_state(loaded["random_state"])
     _say_what_changed(loaded, state, same_generators=same_layout)
-    return Progress(**loaded["progress"])
+    return Position(**loaded["progress"])
 
 
 def _check_same(differences: keys.Differences, directory: Path) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from bridge import parallel
 from bridge.checkpoint import checksums, files, loading
 from bridge.checkpoint.agree import FAILURES, on_main, together
-from bridge.checkpoint.content import Progress, Trainable
+from bridge.checkpoint.content import Position, Trainable
 from bridge.config.schema import Checkpoint
 from bridge.errors import BridgeError, ConfigError, DamagedError
 from bridge.weights import locate, pointer
@@ -17,14 +17,13 @@ from bridge.weights.dist_files import open_dist
 from bridge.weights.locate import CheckpointPath
 from bridge.weights.plain_objects import check_plain
 from bridge.weights.pointer import LATEST
-from bridge.weights.shards import all_gather
 
 
 class Resumed(NamedTuple):
     """Where a run goes on."""
 
     path: CheckpointPath
-    progress: Progress
+    progress: Position
 
 
 def has_checkpoint(root: Path) -> bool:
@@ -99,15 +98,14 @@ def _check(directory: Path, *, verify: bool) -> None:
     together(sound)
 
 
-def _loaded(path: CheckpointPath, state: Trainable) -> Progress:
+def _loaded(path: CheckpointPath, state: Trainable) -> Position:
     try:
         return loading.load(path, state)
     except BridgeError:
         raise
     except FAILURES as error:
-        fault = next(
-            filter(None, all_gather(damage(path.directory, share=(parallel.rank(), parallel.world_size())))), None
-        )
+        mine = damage(path.directory, share=(parallel.rank(), parallel.world_size()))
+        fault = next(filter(None, parallel.all_gather(mine)), None)
         if fault is None:
             raise
         raise DamagedError(fault) from error

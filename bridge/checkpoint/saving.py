@@ -14,13 +14,12 @@ from torch.distributed.checkpoint import CheckpointException
 from bridge import parallel
 from bridge.checkpoint import content, files
 from bridge.checkpoint.agree import FAILURES, on_main, reason, together
-from bridge.checkpoint.content import Progress, Trainable
+from bridge.checkpoint.content import Position, Trainable
 from bridge.checkpoint.writing import Writing
 from bridge.errors import BridgeError, RunError
 from bridge.weights import pointer
 from bridge.weights.plain_objects import check_plain
 from bridge.weights.pointer import iteration_directory
-from bridge.weights.shards import all_gather
 
 
 class Saved(NamedTuple):
@@ -74,7 +73,7 @@ class Saver:
         self._pending: _Pending | None = None
         self._has_read_back = False
 
-    def save(self, state: Trainable, *, progress: Progress, describe: Callable[[], None] = lambda: None) -> list[Saved]:
+    def save(self, state: Trainable, *, progress: Position, describe: Callable[[], None] = lambda: None) -> list[Saved]:
         """Save iteration `progress.step`; an earlier save that is still being written is waited for.
 
         describe: what rank 0 writes below `root` before the first checkpoint. Returns the saves that are done by now.
@@ -162,7 +161,7 @@ class Saver:
             kept = "there is no earlier checkpoint" if latest is None else f"{latest.name} stays the latest checkpoint"
             why = reason(error)
             if isinstance(error, CheckpointException):  # on all ranks, but only rank 0 has been told why
-                why = next(filter(None, all_gather(error.failures and why)), why)
+                why = next(filter(None, parallel.all_gather(error.failures and why)), why)
             raise RunError(f"{pending.final}: could not be saved ({why}); {kept}") from error
 
 

@@ -17,13 +17,13 @@ from megatron.core.dist_checkpointing.strategies.base import StrategyAction, reg
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+from bridge import parallel
 from bridge.checkpoint import checksums
 from bridge.checkpoint.agree import FAILURES, any_rank, on_main, reason
 from bridge.checkpoint.checksums import Checksum
 from bridge.checkpoint.content import METADATA
 from bridge.checkpoint.optimizer_state import PREFIX
 from bridge.checkpoint.writers import Writer, Writers, copy_tensors
-from bridge.weights.shards import all_gather
 
 AGREE_SECONDS = 1.0  # between two questions to all ranks, while they wait for their writers
 
@@ -85,7 +85,7 @@ class Writing:
             self._strategy.results.put(RuntimeError(reason(error)))
         for collect in self._collect_results:
             collect()
-        flushed = {name: checksum for part in all_gather(own) for name, checksum in part.items()}
+        flushed = {name: checksum for part in parallel.all_gather(own) for name, checksum in part.items()}
         on_main(partial(self._strategy.complete, self._directory, flushed))
         return flushed
 

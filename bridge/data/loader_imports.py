@@ -9,7 +9,7 @@ import os
 from functools import partial
 
 from bridge import platform
-from bridge.platform.processes import die_with_parent
+from bridge.processes import die_with_parent
 
 die_with_parent()
 os.register_at_fork(after_in_child=partial(die_with_parent, os.getpid()))

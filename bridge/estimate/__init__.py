@@ -4,7 +4,7 @@ Weights, gradients and optimizer state follow from megatron-core's own modules a
 distributed optimizer; activations are an estimate from the architecture.
 """
 
+from bridge.estimate.report import Parameters, parameters, report
 from bridge.estimate.stages import Memory, memory
-from bridge.estimate.text import Parameters, parameters, report
 
 __all__ = ["Memory", "Parameters", "memory", "parameters", "report"]

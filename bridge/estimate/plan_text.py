@@ -4,7 +4,7 @@ from typing import Any
 
 from bridge.config.run_config import RunConfig
 from bridge.estimate.plan import Plan, cluster_of, overrides, plans
-from bridge.estimate.text import gib, table
+from bridge.estimate.report import gib, table
 
 SHOWN = 10
 SMALLEST_SHARE = 0.01  # of a step, for a cost to be named

@@ -29,7 +29,7 @@ class State(NamedTuple):
     step: int
 
 
-class Group(NamedTuple):
+class Sharing(NamedTuple):
     """Ranks over which gradients of a buffer are reduced; `shards` of them hold its optimizer state between them."""
 
     ranks: int  # without those of context parallelism: what the size of a bucket follows
@@ -37,8 +37,8 @@ class Group(NamedTuple):
 
 
 class _Groups(NamedTuple):
-    dense: Group
-    experts: Group
+    dense: Sharing
+    experts: Sharing
 
 
 def of(stage: Sequence[Sequence[Weight]], routed: Routed, shape: Layout, *, first_stage: bool) -> State:
@@ -70,10 +70,10 @@ def rough(sizes: Sequence[Sizes], routed: Routed, shape: Layout, *, width: int) 
 def _groups(routed: Routed, shape: Layout) -> "_Groups":
     instances = routed.ddp.get("num_distributed_optimizer_instances", 1)
     expert_ranks = shape.world_size // (shape.pp * shape.ep * shape.etp)
-    return _Groups(Group(shape.dp, shape.dp * shape.cp // instances), Group(shape.dp, expert_ranks // instances))
+    return _Groups(Sharing(shape.dp, shape.dp * shape.cp // instances), Sharing(shape.dp, expert_ranks // instances))
 
 
-def _buffers(chunk: Sequence[Weight], routed: Routed, shape: Layout) -> Iterable[tuple[list[Weight], Group]]:
+def _buffers(chunk: Sequence[Weight], routed: Routed, shape: Layout) -> Iterable[tuple[list[Weight], Sharing]]:
     """Weights that share a buffer: those of one dtype, and experts apart if expert-parallel (layers.py:829)."""
     groups = _groups(routed, shape)
     for width in sorted({weight.width for weight in chunk}):
@@ -92,7 +92,7 @@ def _whole(weights: Sequence[Weight]) -> tuple[int, int]:
     return size, size
 
 
-def _divided(weights: Sequence[Weight], routed: Routed, group: Group, *, bucket_size: int | None) -> tuple[int, int]:
+def _divided(weights: Sequence[Weight], routed: Routed, group: Sharing, *, bucket_size: int | None) -> tuple[int, int]:
     """Numbers in the padded buffer, and those of weights on the rank that holds most of them."""
     high = BUCKET_ALIGNMENT_HIGH_BANDWIDTH if routed.ddp.get("pad_buckets_for_high_nccl_busbw") else 1
     alignment = math.lcm(group.shards, BUCKET_ALIGNMENT, high)

@@ -35,7 +35,7 @@ GRID_SWEEPER = "hydra_plugins.bridge_grid.GridSweeper"
 OPEN_SECTIONS = ("model", "parallelism", "optimizer", "precision", "peft", "data")
 
 
-class Job(NamedTuple):
+class Composed(NamedTuple):
     """One composed job: a single run, or one of a sweep."""
 
     settings: dict[str, Any]  # plain values, interpolations filled in
@@ -54,7 +54,7 @@ class Point(NamedTuple):
 
     number: int
     swept: tuple[str, ...]
-    job: Job | None = None
+    job: Composed | None = None
     error: ConfigError | None = None
 
 
@@ -110,7 +110,7 @@ def _refusing(check: Callable[[DictConfig], None], config: DictConfig) -> None:
 
 def run(
     config_name: str,
-    job: Callable[[Job], Any],
+    job: Callable[[Composed], Any],
     *,
     check_points: Callable[[list[Point]], bool] | None = None,
 ) -> None:
@@ -271,7 +271,7 @@ OmegaConf.register_new_resolver("choice", _choice, replace=True)
 OmegaConf.register_new_resolver("mode_by_launcher", _mode_by_launcher, replace=True)
 
 
-def job_of(composed: DictConfig, typed: list[str]) -> Job:
+def job_of(composed: DictConfig, typed: list[str]) -> Composed:
     """The job of a composed configuration without `hydra`, which HydraConfig holds. typed: the driver's arguments."""
     try:
         return _job(composed, typed)
@@ -281,7 +281,7 @@ def job_of(composed: DictConfig, typed: list[str]) -> Job:
         raise ConfigError(one_line(error, typed=typed)) from error
 
 
-def _job(composed: DictConfig, typed: list[str]) -> Job:
+def _job(composed: DictConfig, typed: list[str]) -> Composed:
     settings = HydraConfig.get()
     for slot in arguments.SLOTS:
         if slot in composed:
@@ -293,8 +293,8 @@ def _job(composed: DictConfig, typed: list[str]) -> Job:
     target = launcher.pop("_target_")
     of_slurm = launcher if target == slurm.TARGET else None
     if settings.mode != RunMode.MULTIRUN:
-        return Job(_resolve(composed), overrides, slurm=of_slurm, launcher=target)
-    return Job(
+        return Composed(_resolve(composed), overrides, slurm=of_slurm, launcher=target)
+    return Composed(
         settings=_resolve(composed),
         overrides=overrides,
         number=int(settings.job.num),

@@ -25,14 +25,14 @@ def main() -> None:
 
 
 def _command() -> int:
-    jobs: list[compose.Job] = []
+    jobs: list[compose.Composed] = []
     sys.argv[1:] = [_with_model_file(argument) for argument in sys.argv[1:]]
     compose.run("convert", lambda job: jobs.append(job) or 0.0)  # type: ignore[func-returns-value]
     codes = [_convert(job) for job in jobs]
     return max(codes, default=0)
 
 
-def _convert(job: compose.Job) -> int:
+def _convert(job: compose.Composed) -> int:
     settings = compose.absolute(job.settings, names=PATH_KEYS)
     config = run_config.convert_from_dict(settings)
     return conversion.run(config)

@@ -27,7 +27,7 @@ from bridge.launch import (
     torchrun,
 )
 from bridge.launch.environment import python_path
-from bridge.launch.ranks import Prepared
+from bridge.launch.ranks import RunToStart
 from bridge.launch.worker import leave
 from bridge.runs import run_files
 from bridge.runs.claim import check_resumable, claimed, finished
@@ -61,12 +61,12 @@ def main() -> None:
 
 def _command() -> int:
     results: list[Result] = []
-    rows: list[sweep.Row] = []
+    rows: list[sweep.JobRow] = []
     queued: dict[int, slurm.Queued] = {}
-    grid: list[compose.Job] = []
+    grid: list[compose.Composed] = []
     driver = slurm_job.this_process()
 
-    def job(composed: compose.Job) -> Any:
+    def job(composed: compose.Composed) -> Any:
         if slurm_job.this_process() != driver:  # submitit's stock launchers run this function in the job
             return _inside_job(composed)
         if composed.number is None:
@@ -120,11 +120,11 @@ def _command() -> int:
     return results[0].exit_code
 
 
-def _is_dry(job: compose.Job) -> bool:
+def _is_dry(job: compose.Composed) -> bool:
     return bool(job.settings["dry_run"] or job.settings["plan"])
 
 
-def _shown(grid: list[compose.Job]) -> bool:
+def _shown(grid: list[compose.Composed]) -> bool:
     """Print what dry_run and plan say of every job, if one of them is set; nothing is written then."""
     dry = _is_dry(grid[0])
     for job in grid if dry else ():
@@ -133,7 +133,7 @@ def _shown(grid: list[compose.Job]) -> bool:
     return dry
 
 
-def _check_place(job: compose.Job) -> None:
+def _check_place(job: compose.Composed) -> None:
     """End the sweep when it goes another way than the one whose jobs are there: what follows would rest on others."""
     started = compose.NoteSweep.started
     try:
@@ -145,7 +145,7 @@ def _check_place(job: compose.Job) -> None:
         sys.exit(EXIT_CODES["invalid"])
 
 
-def train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> Result:
+def train(job: compose.Composed, queued: dict[int, slurm.Queued] | None = None) -> Result:
     """Check one job and train it in worker processes or in a Slurm job, or with dry_run print what it would take.
 
     A sweep's Slurm job is only prepared, in `queued`: the launcher submits all of them.
@@ -185,7 +185,7 @@ def train(job: compose.Job, queued: dict[int, slurm.Queued] | None = None) -> Re
     return result
 
 
-def _checked(job: compose.Job) -> tuple[RunConfig, int]:
+def _checked(job: compose.Composed) -> tuple[RunConfig, int]:
     """A job's configuration, found legal, and its processes per machine."""
     config = config_of(job)
     num_devices = _processes_per_node(config, job)
@@ -194,7 +194,7 @@ def _checked(job: compose.Job) -> tuple[RunConfig, int]:
     return config, num_devices
 
 
-def _check_start(config: RunConfig, job: compose.Job) -> None:
+def _check_start(config: RunConfig, job: compose.Composed) -> None:
     """ConfigError for what would end the run, though its configuration is legal."""
     if job.slurm is None:
         _check_local(config)
@@ -203,7 +203,7 @@ def _check_start(config: RunConfig, job: compose.Job) -> None:
     inputs.check(config, in_queue=True)
 
 
-def _check_point(job: compose.Job) -> None:
+def _check_point(job: compose.Composed) -> None:
     """What can be said here of a job that a launcher will start. submitit's set how many processes it has."""
     elsewhere = job.launcher.startswith(hydra_keys.SUBMITIT)
     config = config_of(job) if elsewhere else _checked(job)[0]
@@ -214,7 +214,7 @@ def _check_point(job: compose.Job) -> None:
         _check_start(config, job)
 
 
-def _earlier(config: RunConfig, job: compose.Job) -> Result | None:
+def _earlier(config: RunConfig, job: compose.Composed) -> Result | None:
     """What this very run ended with in an earlier start, when nothing is left to do; it is told here."""
     if job.number is None:
         result = finished(config)
@@ -230,7 +230,7 @@ def _earlier(config: RunConfig, job: compose.Job) -> Result | None:
     return result
 
 
-def config_of(job: compose.Job) -> RunConfig:
+def config_of(job: compose.Composed) -> RunConfig:
     settings = compose.absolute(job.settings, names=PATH_KEYS)
     config = run_config.from_dict(settings if job.number is None else sweep.placed(settings, job))
     if config.eval_only:
@@ -238,13 +238,13 @@ def config_of(job: compose.Job) -> RunConfig:
     return tokenizer.settled(config)
 
 
-def _processes_per_node(config: RunConfig, job: compose.Job) -> int:
+def _processes_per_node(config: RunConfig, job: compose.Composed) -> int:
     if job.slurm is not None:
         return slurm.processes_per_node(config, job.slurm)
     return config.train.num_devices or platform.num_devices() or 1
 
 
-def _evaluate(config: RunConfig, job: compose.Job, *, num_devices: int) -> Result:
+def _evaluate(config: RunConfig, job: compose.Composed, *, num_devices: int) -> Result:
     if job.slurm is not None:
         raise ConfigError(
             "hydra/launcher: slurm submits training runs; with eval_only=true start the command in an allocation, as "
@@ -302,9 +302,9 @@ def _plan(config: RunConfig, *, world_size: int) -> Result:
     return Result("done")
 
 
-def _composed_once() -> Prepared | None:
+def _composed_once() -> RunToStart | None:
     """What `torchrun train.py ...` trains, composed by rank 0; None when there is nothing to train."""
-    jobs: list[compose.Job] = []
+    jobs: list[compose.Composed] = []
     compose.run("train", lambda job: jobs.append(job) or 0.0)  # type: ignore[func-returns-value]
     if not jobs:  # --cfg, --info
         return None
@@ -318,7 +318,7 @@ def _composed_once() -> Prepared | None:
     return _of_ranks(jobs[0])
 
 
-def _of_ranks(job: compose.Job) -> Prepared | None:
+def _of_ranks(job: compose.Composed) -> RunToStart | None:
     """Check a job against the processes that were started for it; None for a dry run, printed here."""
     config = config_of(job)
     if config.plan:
@@ -330,7 +330,7 @@ def _of_ranks(job: compose.Job) -> Prepared | None:
         return None
     if config.eval_only and job.number is not None:
         raise ConfigError("eval_only: true, and several tasks share a job of this sweep; use one task per node and job")
-    return Prepared(config, job.overrides, None if job.number is None else job.swept)
+    return RunToStart(config, job.overrides, None if job.number is None else job.swept)
 
 
 def _check_world(config: RunConfig) -> None:
@@ -353,7 +353,7 @@ def _check_world(config: RunConfig) -> None:
     inputs.check(config)
 
 
-def _inside_job(composed: compose.Job) -> float | None:
+def _inside_job(composed: compose.Composed) -> float | None:
     """The task function in a job of submitit's stock launchers: drive worker processes, or be one of several ranks."""
     ranks.adopt()
     with tether.following() as wanted, slurm_job.stopping_on_usr2() as requeue:
@@ -369,7 +369,7 @@ def _inside_job(composed: compose.Job) -> float | None:
     return row.result.objective
 
 
-def _as_rank(job: compose.Job) -> Result:
+def _as_rank(job: compose.Composed) -> Result:
     exit_code = ranks.run(lambda: _of_ranks(job))
     status = next(status for status, code in EXIT_CODES.items() if code == exit_code)
     return (read_result(job.directory) if torchrun.rank() == 0 else None) or Result(status)

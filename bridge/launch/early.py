@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bridge.launch.environment import num_cores, worker_environment
-from bridge.platform.processes import of_child
+from bridge.processes import of_child
 
 if TYPE_CHECKING:
     from bridge.runs.claim import Claim

@@ -5,7 +5,7 @@ A rank that the kernel killed cannot say so itself, and only its parent is told.
 
 import os
 
-from bridge.platform.processes import die_with_parent, of_child
+from bridge.processes import die_with_parent, of_child
 
 if __name__ == "__main__":
     die_with_parent()

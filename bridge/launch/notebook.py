@@ -19,7 +19,7 @@ from bridge.config.run_config import RunConfig
 from bridge.errors import BridgeError, ConfigError, RunError
 from bridge.launch import early
 from bridge.launch.environment import python_path
-from bridge.platform.processes import die_with_parent, of_child
+from bridge.processes import die_with_parent, of_child
 from bridge.runs import run_files
 from bridge.training.environment import COMMAND
 
@@ -138,7 +138,7 @@ def _answer(action: str) -> Any:
 
     found: list[Any] = []
 
-    def job(composed: compose.Job) -> float | None:
+    def job(composed: compose.Composed) -> float | None:
         config = driver.config_of(composed)
         if action == "compose":
             found.append(config)

@@ -28,7 +28,7 @@ from bridge.weights.locate import HF_ASSETS, has_tokenizer
 PORTS = (10000, 20000)  # first and how many: below the ports that Linux gives to outgoing connections
 
 
-class Prepared(NamedTuple):
+class RunToStart(NamedTuple):
     """What rank 0 found to train."""
 
     config: RunConfig
@@ -48,7 +48,7 @@ def adopt(env: MutableMapping[str, str] = os.environ) -> None:
         env.setdefault(name, value)
 
 
-def run(prepare: Callable[[], Prepared | None]) -> int:
+def run(prepare: Callable[[], RunToStart | None]) -> int:
     """This rank's share of a run; its exit code. prepare: called on rank 0 only; None: nothing to train, all is well.
 
     When the run stops early rank 0 alone says so (75), after every rank has saved: srun and torchrun end the other
@@ -92,7 +92,7 @@ def print_next(config: RunConfig, result: Result) -> None:
     sys.stdout.flush()
 
 
-def _lead(leader: torchrun.Leader | None, prepare: Callable[[], Prepared | None]) -> int:
+def _lead(leader: torchrun.Leader | None, prepare: Callable[[], RunToStart | None]) -> int:
     prepared = prepare()
     if prepared is None:
         return 0

@@ -15,7 +15,7 @@ from typing import Any
 from bridge.config import run_config
 from bridge.files import read_yaml
 from bridge.launch import ranks, torchrun
-from bridge.launch.ranks import Prepared
+from bridge.launch.ranks import RunToStart
 from bridge.launch.worker import leave
 from bridge.runs import run_files
 from bridge.runs.result import EXIT_CODES
@@ -42,10 +42,10 @@ class RunJob:
 
         return submitit.helpers.DelayedSubmission(self)
 
-    def _prepared(self) -> Prepared:
+    def _prepared(self) -> RunToStart:
         folder = Path(self.run_dir)
         overrides = read_yaml(folder / run_files.OVERRIDES)
-        return Prepared(run_config.read(folder / run_files.CONFIG), overrides)
+        return RunToStart(run_config.read(folder / run_files.CONFIG), overrides)
 
 
 @contextmanager

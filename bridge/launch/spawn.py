@@ -18,7 +18,7 @@ from bridge.launch import early, process_tree, tether
 from bridge.launch.early import WORKER
 from bridge.launch.environment import worker_environment
 from bridge.launch.worker import STARTED
-from bridge.platform.processes import of_child
+from bridge.processes import of_child
 from bridge.runs.claim import Claim, latest_step
 from bridge.runs.result import Result, first_rank_error, forget, killed, read_result, write_result
 from bridge.runs.run_files import launcher_log

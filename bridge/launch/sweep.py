@@ -11,7 +11,7 @@ from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.errors import BridgeError, ConfigError
 from bridge.files import read_yaml, write_json
-from bridge.launch.compose import Job, Point, swept_among
+from bridge.launch.compose import Composed, Point, swept_among
 from bridge.runs import run_files
 from bridge.runs.claim import is_of
 from bridge.runs.result import (
@@ -27,7 +27,7 @@ from bridge.runs.result import (
 MOST_WRONG = 10  # lines about wrong jobs of a sweep
 
 
-class Row(NamedTuple):
+class JobRow(NamedTuple):
     """One job of a sweep and how it ended."""
 
     number: int
@@ -36,7 +36,7 @@ class Row(NamedTuple):
     result: Result
 
 
-def run_job(job: Job, train: Callable[[Job], Result]) -> Row:
+def run_job(job: Composed, train: Callable[[Composed], Result]) -> JobRow:
     """Run one job; whatever goes wrong in it becomes its result, so that the other jobs still run."""
     assert job.number is not None
     announce(job)
@@ -47,14 +47,14 @@ def run_job(job: Job, train: Callable[[Job], Result]) -> Row:
     except Exception as error:
         result = unexpected(error)
     print_error(result)
-    return Row(job.number, job.swept, job.directory, result)
+    return JobRow(job.number, job.swept, job.directory, result)
 
 
-def announce(job: Job) -> None:
+def announce(job: Composed) -> None:
     print(f"--- job {job.number}: {' '.join(job.swept) or 'nothing varied'}", flush=True)
 
 
-def check_points(points: Sequence[Point], check: Callable[[Job], object]) -> None:
+def check_points(points: Sequence[Point], check: Callable[[Composed], object]) -> None:
     """Call `check` with every job of a grid, before the first is run. Prints a line for each that is wrong, MOST_WRONG
     at most, the last of which becomes a ConfigError; one line without a job when the same is wrong with all."""
     wrong: list[tuple[Point, ConfigError]] = []
@@ -84,8 +84,8 @@ def _lines(wrong: Sequence[tuple[Point, ConfigError]], *, all_are: bool) -> list
     return lines if more <= 0 else [*lines[:MOST_WRONG], f"... and {more} more jobs are wrong; correct these first"]
 
 
-def _check_directories(jobs: Sequence[Job]) -> None:
-    first, taken = jobs[0], dict[Path, Job]()
+def _check_directories(jobs: Sequence[Composed]) -> None:
+    first, taken = jobs[0], dict[Path, Composed]()
     for job in jobs:
         check_directory(job, expected=first.sweep_directory)
         other = taken.setdefault(job.directory, job)
@@ -96,7 +96,7 @@ def _check_directories(jobs: Sequence[Job]) -> None:
             )
 
 
-def check_directory(job: Job, *, expected: Path) -> None:
+def check_directory(job: Composed, *, expected: Path) -> None:
     """ConfigError when the directory of the whole sweep depends on what is swept: its summary has one place."""
     if job.sweep_directory == expected:
         return
@@ -108,7 +108,7 @@ def check_directory(job: Job, *, expected: Path) -> None:
     )
 
 
-def placed(settings: dict[str, Any], job: Job) -> dict[str, Any]:
+def placed(settings: dict[str, Any], job: Composed) -> dict[str, Any]:
     """`settings` with name and runs_dir such that the run directory is job.directory, the same on every start."""
     below = os.path.relpath(job.directory, job.sweep_directory)
     if not run_config.is_name(below):
@@ -132,7 +132,7 @@ def _grouped(settings: dict[str, Any], *, group: str) -> dict[str, Any]:
     return settings | {"log": log | {"wandb": wandb | {"group": group}}}
 
 
-def check_suggestion(job: Job) -> None:
+def check_suggestion(job: Composed) -> None:
     """ConfigError when an earlier start of this sweep gave the job's directory to other values.
 
     A sweeper that learns suggests the same values again, and so resumes its jobs, if its sampler has the same seed and
@@ -153,7 +153,7 @@ def check_suggestion(job: Job) -> None:
         )
 
 
-def earlier_result(config: RunConfig, job: Job) -> Result | None:
+def earlier_result(config: RunConfig, job: Composed) -> Result | None:
     """What this very job ended with in an earlier start of the sweep, if it need not run again.
 
     That is so when it is done; and when a sweeper that learns was told that it failed, on which all later suggestions
@@ -165,7 +165,7 @@ def earlier_result(config: RunConfig, job: Job) -> Result | None:
     return result if is_of(config, job.directory) else None
 
 
-def collected(directory: Path, *, since: float, jobs: Sequence[Job]) -> list[Row]:
+def collected(directory: Path, *, since: float, jobs: Sequence[Composed]) -> list[JobRow]:
     """The jobs in a sweep's directory that ended after `since`, a time.time(), by what they wrote themselves.
 
     jobs: those of a grid; a sweeper that suggests jobs tells nobody where they are.
@@ -182,21 +182,21 @@ def collected(directory: Path, *, since: float, jobs: Sequence[Job]) -> list[Row
             if number is None:
                 number = int(folder.name) if folder.name.isdigit() else place
             swept = swept_among(overrides, sys.argv[1:])
-            rows.append(Row(number, swept, folder, first_rank_error(folder) or result))
+            rows.append(JobRow(number, swept, folder, first_rank_error(folder) or result))
     return sorted(rows, key=lambda row: row.number)
 
 
-def not_started(jobs: Sequence[Job], rows: Sequence[Row]) -> list[Row]:
+def not_started(jobs: Sequence[Composed], rows: Sequence[JobRow]) -> list[JobRow]:
     """Rows of those jobs of a grid that a stopped sweep never came to."""
     known = {row.number for row in rows}
     return [
-        Row(job.number, job.swept, job.directory, Result("pending"))
+        JobRow(job.number, job.swept, job.directory, Result("pending"))
         for job in jobs
         if job.number is not None and job.number not in known
     ]
 
 
-def exit_code(rows: Sequence[Row]) -> int:
+def exit_code(rows: Sequence[JobRow]) -> int:
     """0 when every job is done (or left to Slurm), 75 when some were stopped and none failed, 2 when all are invalid,
     else 1."""
     codes = {row.result.exit_code for row in rows}
@@ -205,7 +205,7 @@ def exit_code(rows: Sequence[Row]) -> int:
     return max(codes) if codes <= {0, EXIT_CODES["stopped"]} else EXIT_CODES["failed"]
 
 
-def summarize(rows: Sequence[Row], directory: Path) -> None:
+def summarize(rows: Sequence[JobRow], directory: Path) -> None:
     """Print one line per job and write `directory`/sweep.json."""
     path = directory / run_files.SWEEP
     directory.mkdir(parents=True, exist_ok=True)
@@ -220,14 +220,14 @@ def summarize(rows: Sequence[Row], directory: Path) -> None:
         print(f"next: python -m bridge.sweep_report {shlex.quote(str(directory))}", flush=True)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: JobRow) -> tuple[str, ...]:
     result = row.result
     loss = "-" if result.eval_loss is None else f"{result.eval_loss:.4f}"
     step = "-" if result.step is None else str(result.step)
     return (str(row.number), result.status, step, loss, " ".join(row.overrides) or "-", result.error or "")
 
 
-def _record(row: Row, directory: Path) -> dict[str, Any]:
+def _record(row: JobRow, directory: Path) -> dict[str, Any]:
     result = row.result
     return {
         "job": row.number,

@@ -3,7 +3,7 @@
 Without RUN_DIR the driver tells it later (bridge.launch.early).
 """
 
-from bridge.platform.processes import die_with_parent
+from bridge.processes import die_with_parent
 from bridge.runs import run_files
 from bridge.runs.run_files import rank_file
 
@@ -27,7 +27,7 @@ from bridge.data import loader_server
 from bridge.errors import BridgeError, RunError, Stopped
 from bridge.launch import early, live_line, memory, watchdog
 from bridge.platform.memory import is_out_of_memory
-from bridge.platform.processes import skip_last_collection
+from bridge.processes import skip_last_collection
 from bridge.runs.result import Result, unexpected, write_rank_error, write_result
 from bridge.training.pulse import Pulse
 

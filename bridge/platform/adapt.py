@@ -108,9 +108,9 @@ def _adapt() -> None:
     without_te.define_missing_names()
     adam.install()
     if not on_cuda():
-        from bridge.platform import gloo, norm
+        from bridge.platform import gloo, grad_norm
 
         cpu.redirect_cuda_calls()
         cpu.redirect_random_states()
         gloo.fill_gaps()
-        norm.install()
+        grad_norm.install()

@@ -13,7 +13,7 @@ from megatron.core.num_microbatches_calculator import (
 )
 
 from bridge import parallel, platform
-from bridge.checkpoint import Progress
+from bridge.checkpoint import Position
 from bridge.config.schema import Train
 from bridge.data import loader, sampler
 
@@ -83,7 +83,7 @@ def _loader(dataset: Any, batches: Iterable[Sequence[int]], *, num_workers: int)
     return loader.loader(dataset, batches=batches, num_workers=num_workers, pin_memory=pinned)
 
 
-def recorded(batches: Iterator[Batch], path: Path, *, train: Train, after: Progress) -> Iterator[Batch]:
+def recorded(batches: Iterator[Batch], path: Path, *, train: Train, after: Position) -> Iterator[Batch]:
     """`batches`, the first one of the step after `after`; a line "STEP: ID ID ..." is appended to `path` for each that
     is read."""
     path.parent.mkdir(parents=True, exist_ok=True)

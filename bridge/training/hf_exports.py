@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from bridge.errors import BridgeError
-from bridge.platform.processes import die_with_parent, of_child
+from bridge.processes import die_with_parent, of_child
 from bridge.runs import run_files
 
 LOG = "hf_export.log"

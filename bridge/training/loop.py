@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 from bridge import parallel
-from bridge.checkpoint import Progress
+from bridge.checkpoint import Position
 from bridge.optim import schedule
 from bridge.runs import run_files
 from bridge.training import batches, flops
@@ -118,14 +118,14 @@ def _say(line: str | None) -> None:
         print(line, flush=True)
 
 
-def _save(job: Job, progress: Progress, saves: Saves, pulse: Pulse) -> None:
+def _save(job: Job, progress: Position, saves: Saves, pulse: Pulse) -> None:
     pulse.enter(SAVING)
     with _gathered_parameters(job.state.model):
         saves.save(progress)
     pulse.enter(REPORTING)
 
 
-def _end_for_rerun(job: Job, *, progress: Progress, ending: Ending, rerun: Rerun, saves: Saves, pulse: Pulse) -> None:
+def _end_for_rerun(job: Job, *, progress: Position, ending: Ending, rerun: Rerun, saves: Saves, pulse: Pulse) -> None:
     """Save what megatron-core's rerun state machine wants kept. Raises HardwareFault when that was its last word."""
     saves.finish()
     there = pointer.read(job.checkpoints) == iteration_directory(job.checkpoints, iteration=progress.step)

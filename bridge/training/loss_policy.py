@@ -5,7 +5,7 @@ import statistics
 from collections import deque
 from typing import Literal, NamedTuple
 
-from bridge.checkpoint import Progress
+from bridge.checkpoint import Position
 from bridge.config.run_config import RunConfig
 
 WINDOW = 100  # accepted steps whose median loss is what a spike is measured against
@@ -25,7 +25,7 @@ class Verdict(NamedTuple):
 class LossPolicy:
     """Judges every step once, in order, with numbers that are the same on all ranks; so is what it answers."""
 
-    def __init__(self, config: RunConfig, progress: Progress) -> None:
+    def __init__(self, config: RunConfig, progress: Position) -> None:
         self.train = config.train
         # For a step to be left out its loss must be known: one wait for the device and all ranks per step. A rerun
         # waits as well, and compares with the losses up to the last step.
@@ -59,7 +59,7 @@ class LossPolicy:
         """The verdict on a step in which nothing was found, or which has no loss."""
         return Verdict(self.nonfinite, self.spikes)
 
-    def remembered(self, progress: Progress) -> Progress:
+    def remembered(self, progress: Position) -> Position:
         """`progress` with what a resumed run needs to judge as this one would have."""
         return progress._replace(nonfinite=self.nonfinite, spikes=self.spikes, recent_losses=tuple(self.recent))
 

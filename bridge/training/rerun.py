@@ -23,7 +23,6 @@ from bridge.files import write_json
 from bridge.platform.random_state import set_tracker_state, tracker_state
 from bridge.runs.run_files import rank_file
 from bridge.training.loss_policy import LossPolicy
-from bridge.weights.shards import all_gather
 
 STATE = "rerun_state.json"
 
@@ -127,7 +126,7 @@ class Rerun:
         A collective call, after the checkpoint."""
         assert self.machine is not None
         if ending.resumable and ending.save:
-            ranks = all_gather(_plain(self.machine))
+            ranks = parallel.all_gather(_plain(self.machine))
             common = {"step": step, "mode": self.machine.mode.value, "state": self.machine.state.value}
             if parallel.is_main():
                 write_json({**common, "ranks": ranks}, self.path)
@@ -138,7 +137,9 @@ class Rerun:
         """With report_determinism_stats: how much two computations of one step differed so far. A collective call."""
         if self.machine is None or self.machine.mode != RerunMode.REPORT_DETERMINISM_STATS:
             return None
-        first, *others = [stats for rank in all_gather(list(self.machine.stats.values())) for stats in rank[:1]]
+        first, *others = [
+            stats for rank in parallel.all_gather(list(self.machine.stats.values())) for stats in rank[:1]
+        ]
         first.combine(others)
         return f"every step computed twice: {first.print_stats()}"
 
@@ -152,7 +153,7 @@ class Rerun:
             mine = (
                 f"{last[3]} on rank {parallel.rank()} ({os.uname().nodename}, {platform.device()}); {FINDINGS[status]}"
             )
-        return next(found for found in all_gather(mine) if found is not None)
+        return next(found for found in parallel.all_gather(mine) if found is not None)
 
     def _resume(self, step: int) -> None:
         """Take up a rerun that an earlier process left to this one."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from bridge import parallel
-from bridge.checkpoint import Progress, Saved, Saver
+from bridge.checkpoint import Position, Saved, Saver
 from bridge.errors import RunError
 from bridge.training import initial
 from bridge.training.hf_exports import HfExports
@@ -37,7 +37,7 @@ class Saves:
         at_interval = options.save_interval is not None and step % options.save_interval == 0
         return options.save and (leaving or at_interval)
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Position) -> None:
         """Save the job as it stands at `progress`; with checkpoint.async_save the rest happens while training goes on.
 
         Raises RunError on every rank, in one line, when this or the save before failed.

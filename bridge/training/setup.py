@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config, unwrap_model
 
 from bridge import checkpoint, parallel, platform
-from bridge.checkpoint import Progress, Trainable
+from bridge.checkpoint import Position, Trainable
 from bridge.config import modules, sections
 from bridge.config.routing import Routed
 from bridge.config.run_config import RunConfig
@@ -46,7 +46,7 @@ class Job:
     state: Trainable
     data: Data
     datasets: Datasets
-    progress: Progress
+    progress: Position
 
     @property
     def checkpoints(self) -> Path:
@@ -123,7 +123,7 @@ def build(config: RunConfig, data: Data) -> Job:
     datasets = data.build(seed=config.train.seed)
     if datasets.valid is None and parallel.is_main():
         print("evaluation: none, as the data holds nothing out (data.split)", flush=True)
-    progress = Progress(data=data.prepared.identity)
+    progress = Position(data=data.prepared.identity)
     if resuming:
 
         def reseed(step: int) -> None:

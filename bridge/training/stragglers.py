@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 from megatron.core.utils import get_model_config
 
-from bridge import platform
+from bridge import parallel, platform
 from bridge.training.pulse import REDUCING, Pulse
-from bridge.weights.shards import all_gather
 
 
 class Times(NamedTuple):
@@ -60,7 +59,7 @@ class Stragglers:
         own = sum(platform.seconds_between(first, last) for first, last in self.marks) / num_steps
         times = Times(os.uname().nodename, own, self.pulse.reading_seconds / num_steps)
         self.marks, self.pulse.reading_seconds = [], 0.0
-        return line(step, [Times(*rank) for rank in all_gather(tuple(times))])
+        return line(step, [Times(*rank) for rank in parallel.all_gather(tuple(times))])
 
 
 def line(step: int, ranks: list[Times]) -> str:

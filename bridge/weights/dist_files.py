@@ -49,7 +49,7 @@ DCP_VERSION = "1.0.0"
 COMMON = {"content_metadata": {"non_homogeneous_layers": True}, "checkpoint_version": 3.0, "iteration": 0}
 
 
-class Chunk(NamedTuple):
+class StoredChunk(NamedTuple):
     """One saved piece of a tensor and its place in the whole."""
 
     offsets: tuple[int, ...]
@@ -62,9 +62,9 @@ class Chunk(NamedTuple):
         return tuple(offset + size for offset, size in zip(self.offsets, self.sizes, strict=True))
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     spec: TensorSpec
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[StoredChunk, ...]
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class DistFiles:
     """The tensors of one torch_dist folder, by checkpoint key."""
 
     directory: Path
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
 
     def spec(self, key: str) -> TensorSpec:
         return self.stored(key).spec
 
-    def stored(self, key: str) -> Stored:
+    def stored(self, key: str) -> StoredTensor:
         """What is stored under a key, or for an entry `key[3]` of a stacked tensor."""
         if key in self.tensors:  # entries may be stored one by one
             return self.tensors[key]
@@ -107,7 +107,7 @@ class DistFiles:
                 part[_box(low, high, origin=starts)] = piece
         return part
 
-    def _read_chunk(self, key: str, chunk: Chunk) -> Tensor:
+    def _read_chunk(self, key: str, chunk: StoredChunk) -> Tensor:
         """The saved tensor is described without its elements, which are then mapped from where they lie."""
         file = self.directory / chunk.storage.relative_path
         try:
@@ -137,10 +137,10 @@ def open_dist(directory: str | Path) -> DistFiles:
                 storage = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
                 if storage is None:
                     raise ConversionError(f"{directory}: .metadata does not say where {key} at {chunk.offsets} lies")
-                chunks.append(Chunk(tuple(chunk.offsets), tuple(chunk.sizes), storage))
+                chunks.append(StoredChunk(tuple(chunk.offsets), tuple(chunk.sizes), storage))
             if sum(torch.Size(chunk.sizes).numel() for chunk in chunks) != torch.Size(spec.shape).numel():
                 raise ConversionError(f"{directory}: the chunks of {key} do not add up to its shape {spec.shape}")
-            tensors[key] = Stored(spec, tuple(chunks))
+            tensors[key] = StoredTensor(spec, tuple(chunks))
     return DistFiles(directory, tensors)
 
 
@@ -178,7 +178,7 @@ class Written(NamedTuple):
 
     key: str
     dtype: torch.dtype | None
-    chunk: Chunk
+    chunk: StoredChunk
 
 
 class DataFile:
@@ -203,7 +203,7 @@ class DataFile:
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()  # torch.save writes the whole storage behind a view
         start = torch.Size([*index, *[0] * (tensor.ndim - len(index))])
-        return Written(base, tensor.dtype, Chunk(start, tensor.shape, self._append(key, tensor)))
+        return Written(base, tensor.dtype, StoredChunk(start, tensor.shape, self._append(key, tensor)))
 
     def remove_if_empty(self) -> None:
         if not self._path.stat().st_size:
@@ -211,7 +211,7 @@ class DataFile:
 
     def write_empty_object(self, key: str) -> Written:
         """Append None under the unique key of a megatron-core ShardedObject, such as a layer's `_extra_state`."""
-        return Written(key, None, Chunk((), (), self._append(key, [None])))
+        return Written(key, None, StoredChunk((), (), self._append(key, [None])))
 
     def _append(self, key: str, value: object) -> _StorageInfo:
         try:
@@ -294,14 +294,14 @@ class DistWriter:
         return TensorStorageMetadata(TensorProperties(dtype=self._dtypes[key]), size, chunks)
 
 
-def _entry(stored: Stored, number: int) -> Stored:
+def _entry(stored: StoredTensor, number: int) -> StoredTensor:
     """Entry `number` along dim 0 of a stored tensor, from the chunks that hold it."""
     chunks = tuple(
-        Chunk(chunk.offsets[1:], chunk.sizes[1:], chunk.storage, (*chunk.entry, number - chunk.offsets[0]))
+        StoredChunk(chunk.offsets[1:], chunk.sizes[1:], chunk.storage, (*chunk.entry, number - chunk.offsets[0]))
         for chunk in stored.chunks
         if chunk.offsets[0] <= number < chunk.ends[0]
     )
-    return Stored(TensorSpec(stored.spec.dtype, stored.spec.shape[1:]), chunks)
+    return StoredTensor(TensorSpec(stored.spec.dtype, stored.spec.shape[1:]), chunks)
 
 
 def _mapped(saved: Tensor, file: Path, start: int) -> Tensor:

@@ -41,7 +41,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses larger headers
 
 
-class Stored(NamedTuple):
+class HfTensor(NamedTuple):
     """Where a tensor's bytes lie: `file[start:start + spec.num_bytes]`."""
 
     spec: TensorSpec
@@ -54,7 +54,7 @@ class HfFiles:
     """The tensors of one directory, by Hugging Face name, in the order of the files."""
 
     directory: Path
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, HfTensor]
 
     def spec(self, name: str) -> TensorSpec:
         return self._stored(name).spec
@@ -63,13 +63,13 @@ class HfFiles:
         """The file that holds a tensor or entry."""
         return self._stored(name).file
 
-    def _stored(self, name: str) -> Stored:
+    def _stored(self, name: str) -> HfTensor:
         """Where a tensor, or an entry `name[3]` of a stacked one, lies."""
         base, index = names.split_index(name)
         stored = self.tensors[base]
         for number in index:
             spec = TensorSpec(stored.spec.dtype, stored.spec.shape[1:])
-            stored = Stored(spec, stored.file, stored.start + number * spec.num_bytes)
+            stored = HfTensor(spec, stored.file, stored.start + number * spec.num_bytes)
         return stored
 
     def read(self, name: str) -> Tensor:
@@ -91,7 +91,7 @@ def open_hf(directory: str | Path) -> HfFiles:
     """
     directory = Path(directory)
     files, listed = _chosen(directory)
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, HfTensor] = {}
     for file in files:
         for name, stored in _read_header(file).items():
             if name in tensors:
@@ -137,7 +137,7 @@ class HfWriter:
         tensors = names.stack(tensors)
         shards = _plan_shards(tensors, max_shard_size)
         self._files: dict[Path, FileIO] = {}
-        self._places: dict[str, Stored] = {}
+        self._places: dict[str, HfTensor] = {}
         for number, shard in enumerate(shards, start=1):
             file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self._start_file(self._directory / file, {name: tensors[name] for name in shard})
@@ -151,7 +151,7 @@ class HfWriter:
                 "shape": list(spec.shape),
                 "data_offsets": [end, end + spec.num_bytes],
             }
-            self._places[name] = Stored(spec, file, end)
+            self._places[name] = HfTensor(spec, file, end)
             end += spec.num_bytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -252,7 +252,7 @@ def _read_index(index: Path) -> dict[str, str]:
     return listed
 
 
-def _read_header(file: Path) -> dict[str, Stored]:
+def _read_header(file: Path) -> dict[str, HfTensor]:
     try:
         size = file.stat().st_size
         with file.open("rb") as handle:
@@ -271,8 +271,8 @@ def _read_header(file: Path) -> dict[str, Stored]:
     return _places(file, header, first=8 + length, size=size)
 
 
-def _places(file: Path, header: Mapping[str, Any], *, first: int, size: int) -> dict[str, Stored]:
-    tensors: dict[str, Stored] = {}
+def _places(file: Path, header: Mapping[str, Any], *, first: int, size: int) -> dict[str, HfTensor]:
+    tensors: dict[str, HfTensor] = {}
     for name, entry in header.items():
         try:
             dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -288,13 +288,13 @@ def _places(file: Path, header: Mapping[str, Any], *, first: int, size: int) -> 
         if first + end > size:
             have = f"{size} of {first + end} bytes"
             raise ConversionError(f"{file}: truncated inside tensor {name} ({have}); fetch it again")
-        tensors[name] = Stored(spec, file, first + begin)
+        tensors[name] = HfTensor(spec, file, first + begin)
     _check_no_overlap(file, tensors)
     return tensors
 
 
-def _check_no_overlap(file: Path, tensors: Mapping[str, Stored]) -> None:
-    placed: Iterable[tuple[str, Stored]] = sorted(tensors.items(), key=lambda item: item[1].start)
+def _check_no_overlap(file: Path, tensors: Mapping[str, HfTensor]) -> None:
+    placed: Iterable[tuple[str, HfTensor]] = sorted(tensors.items(), key=lambda item: item[1].start)
     end = 0
     for name, stored in placed:
         if stored.start < end:

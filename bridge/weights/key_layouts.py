@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable
 
 from bridge.errors import ConversionError
 from bridge.weights import names
-from bridge.weights.dist_files import DistFiles, Stored
+from bridge.weights.dist_files import DistFiles, StoredTensor
 from bridge.weights.ledger import OPTIMIZER_PREFIXES
 from bridge.weights.spec import TensorSpec
 
@@ -54,7 +54,7 @@ def _prefix(dist: DistFiles, keys: Iterable[str]) -> str:
     return prefixes[0] if prefixes else ""
 
 
-def _joined(tensors: dict[str, Stored]) -> dict[str, Stored]:
+def _joined(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Each pair `..._w`, `..._v` (gate and up) as one tensor, the first above the second."""
     joined = {}
     for key, stored in tensors.items():
@@ -66,13 +66,13 @@ def _joined(tensors: dict[str, Stored]) -> dict[str, Stored]:
     return joined
 
 
-def _above(first: Stored, second: Stored) -> Stored:
+def _above(first: StoredTensor, second: StoredTensor) -> StoredTensor:
     dtype, (rows, *rest) = first.spec
     moved = tuple(chunk._replace(offsets=(chunk.offsets[0] + rows, *chunk.offsets[1:])) for chunk in second.chunks)
-    return Stored(TensorSpec(dtype, (rows + second.spec.shape[0], *rest)), first.chunks + moved)
+    return StoredTensor(TensorSpec(dtype, (rows + second.spec.shape[0], *rest)), first.chunks + moved)
 
 
-def _unstacked(dist: DistFiles) -> dict[str, Stored]:
+def _unstacked(dist: DistFiles) -> dict[str, StoredTensor]:
     """Each tensor that holds all layers as one entry per layer."""
     tensors = {}
     for key, stored in dist.tensors.items():
@@ -84,7 +84,7 @@ def _unstacked(dist: DistFiles) -> dict[str, Stored]:
     return tensors
 
 
-def _with_norms(tensors: dict[str, Stored], wanted: Collection[str]) -> dict[str, Stored]:
+def _with_norms(tensors: dict[str, StoredTensor], wanted: Collection[str]) -> dict[str, StoredTensor]:
     """`tensors` with norms renamed where the model has them in the other of the two places."""
     renamed = {}
     for key in wanted:

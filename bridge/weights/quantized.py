@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bridge.errors import ConversionError
 from bridge.weights import names
-from bridge.weights.hf_files import HfFiles, Stored, open_hf
+from bridge.weights.hf_files import HfFiles, HfTensor, open_hf
 from bridge.weights.spec import TensorSpec
 
 FP8, MXFP4 = "fp8", "mxfp4"
@@ -182,7 +182,7 @@ def _pairs(
 
 def _plain(
     raw: HfFiles, scaled: Mapping[str, Scaled], dtype: torch.dtype, block: tuple[int, int] | None
-) -> dict[str, Stored]:
+) -> dict[str, HfTensor]:
     """The tensors as they will be read, in the order of the files. ConversionError when shapes do not fit."""
     plain_name = {pair.numbers: name for name, pair in scaled.items()}
     dropped = {pair.scales for pair in scaled.values()}
@@ -202,7 +202,7 @@ def _plain(
                 f"{stored_name} of {list(shape)} needs {list(wanted)}"
             )
         spec = TensorSpec(dtype, (*shape[:-3], shape[-2] * 32, shape[-3]) if block is None else shape)
-        tensors[name] = Stored(spec, stored.file, stored.start)
+        tensors[name] = HfTensor(spec, stored.file, stored.start)
     return tensors
 
 

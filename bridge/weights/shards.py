@@ -87,7 +87,7 @@ def object_keys(model: Sequence[torch.nn.Module]) -> list[str]:
 def targets(model: Sequence[torch.nn.Module]) -> dict[str, Target]:
     """The whole tensors that all ranks' model chunks make up, by key, the same on every rank. A collective."""
     merged: dict[str, Target] = {}
-    for rank_targets in all_gather({key: held.target for key, held in pieces(model).items()}):
+    for rank_targets in parallel.all_gather({key: held.target for key, held in pieces(model).items()}):
         merged.update(rank_targets)
     return merged
 
@@ -140,19 +140,10 @@ def _sources(local: Mapping[str, Held]) -> tuple[dict[str, list[Source]], dict[s
         summary[key] = (held.target, [(piece.offsets, tuple(piece.data.shape)) for piece in held.pieces])
     sources: dict[str, list[Source]] = {}
     wholes: dict[str, Target] = {}
-    for rank, keys in enumerate(all_gather(summary)):
+    for rank, keys in enumerate(parallel.all_gather(summary)):
         for key, (target, places) in keys.items():
             wholes.setdefault(key, target)
             senders = sources.setdefault(key, [])
             taken = {sender.offsets for sender in senders}
             senders += [Source(rank, piece, *place) for piece, place in enumerate(places) if place[0] not in taken]
     return sources, wholes
-
-
-def all_gather(value: Any) -> list[Any]:
-    """Every rank's `value` (picklable), by rank. A collective."""
-    if parallel.world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * parallel.world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values

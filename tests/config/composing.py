@@ -9,9 +9,9 @@ from bridge.launch import compose
 
 def composed(*overrides: str, primary: str = "train") -> dict[str, Any]:
     """The resolved configuration of conf/<primary>.yaml under `overrides`, as plain Python."""
-    jobs: list[compose.Job] = []
+    jobs: list[compose.Composed] = []
 
-    def keep(job: compose.Job) -> float:
+    def keep(job: compose.Composed) -> float:
         jobs.append(job)
         return 0.0
 

@@ -209,9 +209,9 @@ def test_a_reader_that_has_gone_costs_no_traceback(arguments: list[str], tmp_pat
     assert (done.returncode, done.stderr) == (1, "standard output: its reader has gone; ended\n")
 
 
-def composed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[compose.Job]:
+def composed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[compose.Composed]:
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    jobs: list[compose.Job] = []
+    jobs: list[compose.Composed] = []
     compose.run("train", lambda job: jobs.append(job) or 0.0)
     return jobs
 
@@ -255,7 +255,7 @@ def test_paths_become_absolute(tmp_path, monkeypatch):
     }
 
 
-def chosen(job: compose.Job) -> tuple[int, int, float]:
+def chosen(job: compose.Composed) -> tuple[int, int, float]:
     train = job.settings["train"]
     return train["steps"], train["global_batch_size"], job.settings["optimizer"]["lr"]
 

@@ -77,9 +77,9 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Swept:
     return Swept(tmp_path, monkeypatch, capsys)
 
 
-def composed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[compose.Job]:
+def composed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[compose.Composed]:
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", *arguments])
-    jobs: list[compose.Job] = []
+    jobs: list[compose.Composed] = []
     compose.run("train", lambda job: jobs.append(job) or 0.0)
     return jobs
 
@@ -203,7 +203,7 @@ def test_optuna_that_is_missing():
 def test_wandb_shows_the_jobs_of_a_sweep_as_a_group(wandb, group):
     settings = {"runs_dir": "runs", "name": "s", "log": {"log_interval": 5, "wandb": wandb}}
     directory = Path("runs/sweeps/s").absolute()
-    job = compose.Job(settings, [], 0, directory=directory / "0", sweep_directory=directory)
+    job = compose.Composed(settings, [], 0, directory=directory / "0", sweep_directory=directory)
     placed = sweeps.placed(settings, job)
     assert placed["log"] == {"log_interval": 5, "wandb": wandb | {"group": group}}
     assert settings["log"]["wandb"] is wandb and placed["name"] == "sweeps/s/0"

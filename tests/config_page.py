@@ -1,4 +1,4 @@
-"""`python -m bridge.launch.docs` writes docs/config.md from the comments in conf/; `--check` fails if it is stale."""
+"""`python -m tests.config_page` writes docs/config.md from the comments in conf/; `--check` fails if it is stale."""
 
 import re
 import sys
@@ -18,7 +18,7 @@ _LINE = re.compile(rf"^(?P<indent> *)(?P<key>[\w.]+):(?P<value>{_VALUE})(?:\s+# 
 
 _INTRO = """# Configuration
 
-Written by `python -m bridge.launch.docs` from the comments in `conf/`; do not edit.
+Written by `python -m tests.config_page` from the comments in `conf/`; do not edit.
 
 `python train.py GROUP=OPTION section.key=value` chooses options of groups and sets keys. The sections `model`,
 `parallelism`, `optimizer` and `precision` also take every field of megatron-core's `TransformerConfig`,
@@ -41,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(arguments: Sequence[str] | None) -> int:
-    parser = Parser(prog="python -m bridge.launch.docs", description="Write docs/config.md from the comments in conf/.")
+    parser = Parser(prog="python -m tests.config_page", description="Write docs/config.md from the comments in conf/.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when the page is not current")
     checking = parser.parse_args(arguments).check
     text = page()
     if not checking:
         PAGE.write_text(text, encoding="utf-8")
     elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        print("docs/config.md is not current; run `python -m bridge.launch.docs`", file=sys.stderr)
+        print("docs/config.md is not current; run `python -m tests.config_page`", file=sys.stderr)
         return 1
     return 0
 
