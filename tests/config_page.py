@@ -9,7 +9,7 @@ from typing import NamedTuple
 from bridge.command_line import Parser, guarded
 from bridge.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "config.md"
 GROUPS = ("model", "parallelism", "optimizer", "precision", "peft", "data", "recipe")
 

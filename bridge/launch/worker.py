@@ -4,8 +4,6 @@ Without RUN_DIR the driver tells it later (bridge.launch.early).
 """
 
 from bridge.processes import die_with_parent
-from bridge.runs import run_files
-from bridge.runs.run_files import rank_file
 
 if __name__ == "__main__":
     # No run outlives its driver unseen. SIGKILL: saves are crash safe, and it also ends one that hangs in a collective.
@@ -28,7 +26,9 @@ from bridge.errors import BridgeError, RunError, Stopped
 from bridge.launch import early, live_line, memory, watchdog
 from bridge.platform.memory import is_out_of_memory
 from bridge.processes import skip_last_collection
+from bridge.runs import run_files
 from bridge.runs.result import Result, unexpected, write_rank_error, write_result
+from bridge.runs.run_files import rank_file
 from bridge.training.pulse import Pulse
 
 STARTED = "BRIDGE_STARTED"  # environment: the time.time() at which the run was started, before any restart

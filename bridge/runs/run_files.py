@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from bridge.weights.locate import CHECKPOINTS
+from bridge.weights.pointer import CHECKPOINTS
 
 CONFIG = "config.yaml"
 OVERRIDES = "overrides.yaml"

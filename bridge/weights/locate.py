@@ -18,9 +18,8 @@ import yaml
 from bridge.errors import ConfigError, DamagedError
 from bridge.files import read_yaml
 from bridge.weights import pointer
-from bridge.weights.pointer import LATEST, iteration_of
+from bridge.weights.pointer import CHECKPOINTS, LATEST, iteration_of
 
-CHECKPOINTS = "checkpoints"
 MODEL_YAML = "model.yaml"
 HF_ASSETS = "hf"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")  # of any kind; whether they load AutoTokenizer knows

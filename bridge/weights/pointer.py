@@ -4,6 +4,7 @@ from pathlib import Path
 
 from bridge.errors import DamagedError
 
+CHECKPOINTS = "checkpoints"  # where a run directory has its root
 LATEST = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # what Megatron-LM writes for weights without a training run: ROOT/release, iteration 0
 
