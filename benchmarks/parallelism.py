@@ -132,7 +132,7 @@ def _composed(name: str, folder: Path, arguments: argparse.Namespace) -> Path:
 def _processes(name: str, file: Path) -> Processes:
     """What `train.py` would start for the configuration."""
     devices = LAYOUTS[name].devices
-    fields = run_config.read(file).routed().transformer
+    fields = run_config.read(file).routed.transformer
     return Processes(devices, tuple(worker_environment(num_devices=devices, fields=fields).items()))
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from bridge import parallel
 from bridge.config import layout
-from bridge.config.layout import Fields, pipeline
+from bridge.config.layout import pipeline
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
 
@@ -64,7 +64,7 @@ def join(routed: Routed, *, seed: int = 1234) -> bool:
 
 def _check(routed: Routed) -> None:
     # A model without experts runs in groups made for one that has them.
-    has_experts = routed.transformer.get("num_moe_experts") is not None
+    has_experts = routed.get("num_moe_experts") is not None
     expert_sizes = {name: size for name, size in EXPERT_SIZES.items() if has_experts or name in routed.origin}
     for name, size in (SIZES | expert_sizes).items():
         asked = _asked(routed, name)
@@ -75,7 +75,7 @@ def _check(routed: Routed) -> None:
 def _asked(routed: Routed, name: str) -> int:
     """The size in `routed`, or megatron-core's for one that is not set."""
     if name == "virtual_pipeline_model_parallel_size":
-        return pipeline.chunks(Fields(routed))
-    default = routed.transformer.get("tensor_model_parallel_size", 1) if name == "expert_tensor_parallel_size" else 1
-    size: int = routed.transformer.get(name) or default
+        return pipeline.chunks(routed)
+    default = routed.get("tensor_model_parallel_size") if name == "expert_tensor_parallel_size" else 1
+    size: int = routed.get(name, default)
     return size

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bridge.api import groups, saving
 from bridge.api.tasks import describe, stream, tasks
+from bridge.config import effect
 from bridge.config.annotation import DTYPES
 from bridge.config.routing import route
 from bridge.errors import ConfigError, did_you_mean
@@ -31,6 +32,7 @@ def load_model(
     """
     path = Path(path).expanduser().absolute()
     routed = route({"model": read_section(path, key="path"), "parallelism": dict(parallelism or {})})
+    effect.check(routed)
     weights_dtype = stored_dtype(path) if dtype is None else parse_dtype(dtype)
     with groups.joined(routed):
         model = gpt.build(routed, dtype=weights_dtype)

@@ -15,9 +15,10 @@ from bridge.api import groups
 from bridge.api.source import refuse
 from bridge.config import annotation, effect, layout, mcore_fields, own_fields
 from bridge.config.architecture import NOT_ARCHITECTURE
+from bridge.config.complete import complete
 from bridge.config.routing import Routed, route
 from bridge.errors import ConfigError, did_you_mean
-from bridge.models import ddp, family, gpt
+from bridge.models import ddp, gpt
 from bridge.models.hf import config as hf_config
 from bridge.models.mcore_config import ACTIVATIONS, TYPED
 from bridge.sources.load import load_initial
@@ -69,7 +70,7 @@ class Provider:
             raise AttributeError(name)
         if self._config is not None and hasattr(self._config, name):
             return getattr(self._config, name)
-        values = {**family.complete(self._section), **self._precision(), **self._given}
+        values = {**complete(self._section), **self._precision(), **self._given}
         if name not in values:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         value = values[name]
@@ -225,7 +226,6 @@ def _listed(hooks: Hook | list[Hook] | None) -> list[Hook]:
 
 def _smallest_world(routed: Routed) -> int:
     """The fewest processes that these sizes can divide; used where nothing says how many there will be."""
-    fields = routed.transformer
-    tp, pp = fields.get("tensor_model_parallel_size", 1), fields.get("pipeline_model_parallel_size", 1)
-    experts = fields.get("expert_model_parallel_size", 1) * fields.get("expert_tensor_parallel_size", tp)
-    return math.lcm(tp * pp * fields.get("context_parallel_size", 1), pp * experts)
+    tp, pp = routed.get("tensor_model_parallel_size"), routed.get("pipeline_model_parallel_size")
+    experts = routed.get("expert_model_parallel_size") * routed.get("expert_tensor_parallel_size", tp)
+    return math.lcm(tp * pp * routed.get("context_parallel_size"), pp * experts)

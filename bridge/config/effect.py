@@ -4,7 +4,8 @@ megatron-core takes nearly any combination of its fields and reads few of them a
 its default must act; else it is an error that names what it waits for.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 from bridge.config import mcore_fields, own_fields
@@ -160,141 +161,128 @@ NOT_IN_LATENT_ATTENTION: dict[str, tuple[Any, ...]] = {
 
 def check(routed: Routed) -> None:
     """Raise ConfigError for a key the user set that would have no effect, or asks for a part that is not built here."""
-    asked = _Asked(routed)
     for rule in RULES:
-        rule(asked)
+        rule(routed)
 
 
-class _Asked:
-    """The values the user set, megatron-core's defaults behind them, and which keys ask for something."""
-
-    def __init__(self, routed: Routed) -> None:
-        self.routed = routed
-        self.set = {**routed.optimizer, **routed.ddp, **routed.transformer, **routed.gpt}
-        self.defaults = mcore_fields.defaults() | own_fields.defaults()
-
-    def get(self, name: str) -> Any:
-        return self.set.get(name, self.defaults.get(name))
-
-    def for_more(self, names: str) -> Iterator[str]:
-        """Of `names`, as a Group has them, the keys set to more than their default."""
-        for name in names.split():
-            matching = [key for key in self.set if key.startswith(name[:-1])] if name.endswith("*") else [name]
-            yield from (key for key in matching if key in self.set and self.set[key] != self.defaults.get(key))
-
-    def error(self, name: str, what: str) -> ConfigError:
-        return ConfigError(f"{self.routed.origin.get(name, name)}: {self.set[name]!r} {what}")
+@cache
+def _defaults() -> dict[str, Any]:
+    return mcore_fields.defaults() | own_fields.defaults()
 
 
-def home(name: str, origin: Mapping[str, str]) -> str:
-    """The full key of a field: where the user set it, else where it would be looked for."""
-    if name in origin:
-        return origin[name]
-    parts = mcore_fields.targets()
-    if name.startswith(("fp8", "fp4", "bf16", "fp16")):
-        section = "precision"
-    elif name in mcore_fields.model_parallel() or name in parts["ddp"] or name.startswith("tp_comm_"):
-        section = "parallelism"
-    else:
-        section = "optimizer" if name in parts["optimizer"] else "model"
-    return f"{section}.{name}"
+def _for_more(routed: Routed, names: str) -> Iterator[str]:
+    """Of `names`, as a Group has them, the keys set to more than megatron-core's default."""
+    given, defaults = routed.given, _defaults()
+    for name in names.split():
+        matching = [key for key in given if key.startswith(name[:-1])] if name.endswith("*") else [name]
+        yield from (key for key in matching if key in given and given[key] != defaults.get(key))
 
 
-def _unread(asked: _Asked) -> None:
+def _error(routed: Routed, name: str, what: str) -> ConfigError:
+    return ConfigError(f"{routed.key(name)}: {routed.given[name]!r} {what}")
+
+
+def _unread(routed: Routed) -> None:
     for reason, names in UNREAD:
-        for name in asked.for_more(names):
-            raise asked.error(name, f"has no effect: {reason}; leave it out")
+        for name in _for_more(routed, names):
+            raise _error(routed, name, f"has no effect: {reason}; leave it out")
     for name, instead in OLD_NAMES.items():
-        for old in asked.for_more(name):
-            raise asked.error(old, f"is an old name that would change other keys; set {instead}")
+        for old in _for_more(routed, name):
+            raise _error(routed, old, f"is an old name that would change other keys; set {instead}")
     for name, legal in ONLY.items():
-        if name in asked.set and asked.set[name] not in legal:
-            raise asked.error(name, f"is not supported; set {' or '.join(legal)}")
+        if name in routed.given and routed.given[name] not in legal:
+            raise _error(routed, name, f"is not supported; set {' or '.join(legal)}")
 
 
-def _latent_attention(asked: _Asked) -> None:
-    if not asked.get("multi_latent_attention"):
-        for name in (mcore_fields.mla_only() - asked.routed.gpt.keys()) & asked.set.keys():
-            raise asked.error(
-                name, "has no effect without latent attention; set model.multi_latent_attention=true or leave it out"
+def _latent_attention(routed: Routed) -> None:
+    if not routed.get("multi_latent_attention"):
+        for name in (mcore_fields.mla_only() - routed.gpt.keys()) & routed.given.keys():
+            raise _error(
+                routed,
+                name,
+                "has no effect without latent attention; set model.multi_latent_attention=true or leave it out",
             )
         return
     for name, harmless in NOT_IN_LATENT_ATTENTION.items():
-        if name in asked.set and asked.set[name] not in harmless:
-            raise asked.error(name, f"is not supported with model.multi_latent_attention; set {harmless[0]}")
+        if name in routed.given and routed.given[name] not in harmless:
+            raise _error(routed, name, f"is not supported with model.multi_latent_attention; set {harmless[0]}")
 
 
-def _groups(asked: _Asked) -> None:
+def _groups(routed: Routed) -> None:
     for group in GROUPS:
-        found = asked.get(group.owner)
+        found = routed.get(group.owner)
         if found in group.values if group.values else found:
             continue
-        for name in asked.for_more(group.names):
-            needed = home(group.owner, asked.routed.origin)
+        for name in _for_more(routed, group.names):
+            needed = routed.key(group.owner)
             wanted = f"={group.values[0]}" if len(group.values) == 1 else ""
-            raise asked.error(
-                name, f"has no effect while {group.owner} is {found!r}; set {needed}{wanted} or leave it out"
+            raise _error(
+                routed, name, f"has no effect while {group.owner} is {found!r}; set {needed}{wanted} or leave it out"
             )
     for names, owners in EITHER:
-        for key in asked.for_more(names) if not any(map(asked.get, owners)) else ():
-            raise asked.error(key, f"has no effect without {' or '.join(owners)}; leave it out")
+        for key in _for_more(routed, names) if not any(map(routed.get, owners)) else ():
+            raise _error(routed, key, f"has no effect without {' or '.join(owners)}; leave it out")
 
 
-def _graphs(asked: _Asked) -> None:
-    if "full_iteration" in (asked.get("cuda_graph_scope") or ""):
-        raise asked.error("cuda_graph_scope", "needs a wrapper around the whole step; set attn, mlp or full")
+def _graphs(routed: Routed) -> None:
+    if "full_iteration" in (routed.get("cuda_graph_scope") or ""):
+        raise _error(routed, "cuda_graph_scope", "needs a wrapper around the whole step; set attn, mlp or full")
     for name in ("hidden_dropout", "attention_dropout"):
-        if asked.get("cuda_graph_impl") == "local" and asked.get(name):
+        if routed.get("cuda_graph_impl") == "local" and routed.get(name):
             # CudaGraphManager.__call__ replays what it captured in training whenever there is a graph.
-            key = home(name, asked.routed.origin)
-            raise asked.error("cuda_graph_impl", f"would evaluate with dropout; set {key}=0, or none")
+            key = routed.key(name)
+            raise _error(routed, "cuda_graph_impl", f"would evaluate with dropout; set {key}=0, or none")
 
 
-def _predictions(asked: _Asked) -> None:
-    modules, together = asked.get("mtp_num_layers"), asked.get("recompute_num_layers")
+def _predictions(routed: Routed) -> None:
+    modules, together = routed.get("mtp_num_layers"), routed.get("recompute_num_layers")
     if modules is not None and modules < 1:
-        raise asked.error("mtp_num_layers", "is not positive; set null")
-    if modules and asked.get("recompute_method") == "uniform" and together not in (None, 1):
-        raise asked.error("recompute_num_layers", "does not go with model.mtp_num_layers; set 1")
+        raise _error(routed, "mtp_num_layers", "is not positive; set null")
+    if modules and routed.get("recompute_method") == "uniform" and together not in (None, 1):
+        raise _error(routed, "recompute_num_layers", "does not go with model.mtp_num_layers; set 1")
 
 
-def _losses(asked: _Asked) -> None:
+def _losses(routed: Routed) -> None:
     """A coefficient of a balancing loss that the router does not have, and a fused loss that rounds."""
-    kind = asked.get("moe_router_load_balancing_type")
+    kind = routed.get("moe_router_load_balancing_type")
     # "none" is how the loss is turned off whose coefficient came with the model.
-    for name in asked.for_more("moe_aux_loss_coeff") if kind == "sinkhorn" else ():
-        raise asked.error(name, f"has no effect while moe_router_load_balancing_type is {kind!r}; set aux_loss or 0")
-    if (asked.get("moe_expert_capacity_factor") or 0) < 0:
-        raise asked.error("moe_expert_capacity_factor", "is below 0; set null to drop no tokens")
-    half = asked.get("bf16") or asked.get("fp16")
-    if asked.get("cross_entropy_loss_fusion") and asked.set.get("cross_entropy_fusion_impl") == "native" and not half:
-        # fused_cross_entropy.py:82
-        raise asked.error(
-            "cross_entropy_fusion_impl", "rounds the gradient of a float32 loss to bfloat16; set te, or precision=bf16"
+    for name in _for_more(routed, "moe_aux_loss_coeff") if kind == "sinkhorn" else ():
+        raise _error(routed, name, f"has no effect while moe_router_load_balancing_type is {kind!r}; set aux_loss or 0")
+    if (routed.get("moe_expert_capacity_factor") or 0) < 0:
+        raise _error(routed, "moe_expert_capacity_factor", "is below 0; set null to drop no tokens")
+    half = routed.get("bf16") or routed.get("fp16")
+    native = routed.given.get("cross_entropy_fusion_impl") == "native"
+    if routed.get("cross_entropy_loss_fusion") and native and not half:  # fused_cross_entropy.py:82
+        raise _error(
+            routed,
+            "cross_entropy_fusion_impl",
+            "rounds the gradient of a float32 loss to bfloat16; set te, or precision=bf16",
         )
-    for name in asked.for_more("fp32_residual_connection") if not half else ():
-        raise asked.error(name, "has no effect in fp32; leave it out")
+    for name in _for_more(routed, "fp32_residual_connection") if not half else ():
+        raise _error(routed, name, "has no effect in fp32; leave it out")
 
 
-def _offloaded_optimizer(asked: _Asked) -> None:
+def _offloaded_optimizer(routed: Routed) -> None:
     """What HybridDeviceOptimizer needs: it casts the weights to float32 itself, and holds float32 moments."""
-    if not asked.get("optimizer_cpu_offload"):
+    if not routed.get("optimizer_cpu_offload"):
         return
-    if asked.get("optimizer") == "sgd":
-        raise asked.error("optimizer_cpu_offload", "is for Adam; set false, or optimizer.optimizer=adam")
-    if not asked.get("use_precision_aware_optimizer"):
-        raise asked.error("optimizer_cpu_offload", "needs optimizer.use_precision_aware_optimizer=true; set that too")
-    if not (asked.get("bf16") or asked.get("fp16")):
-        raise asked.error("optimizer_cpu_offload", "needs 16-bit weights; set precision=bf16, or false")
-    if not 0 < asked.get("optimizer_offload_fraction") <= 1:
-        raise asked.error("optimizer_offload_fraction", "is not a part of the whole; set more than 0 and at most 1")
-    for name in asked.for_more("store_param_remainders main_params_dtype exp_avg_dtype exp_avg_sq_dtype"):
-        raise asked.error(name, "has no effect with optimizer_cpu_offload, which keeps float32; leave it out")
-    for name in asked.for_more("decoupled_weight_decay"):
-        raise asked.error(name, "does not go with optimizer_cpu_offload; set true")
+    if routed.get("optimizer") == "sgd":
+        raise _error(routed, "optimizer_cpu_offload", "is for Adam; set false, or optimizer.optimizer=adam")
+    if not routed.get("use_precision_aware_optimizer"):
+        raise _error(
+            routed, "optimizer_cpu_offload", "needs optimizer.use_precision_aware_optimizer=true; set that too"
+        )
+    if not (routed.get("bf16") or routed.get("fp16")):
+        raise _error(routed, "optimizer_cpu_offload", "needs 16-bit weights; set precision=bf16, or false")
+    if not 0 < routed.get("optimizer_offload_fraction") <= 1:
+        raise _error(routed, "optimizer_offload_fraction", "is not a part of the whole; set more than 0 and at most 1")
+    for name in _for_more(routed, "store_param_remainders main_params_dtype exp_avg_dtype exp_avg_sq_dtype"):
+        raise _error(routed, name, "has no effect with optimizer_cpu_offload, which keeps float32; leave it out")
+    for name in _for_more(routed, "decoupled_weight_decay"):
+        raise _error(routed, name, "does not go with optimizer_cpu_offload; set true")
 
 
-RULES: tuple[Callable[[_Asked], None], ...] = (
+RULES: tuple[Callable[[Routed], None], ...] = (
     _unread,
     _latent_attention,
     _groups,

@@ -11,14 +11,6 @@ from bridge.config.run_config import RunConfig
 from bridge.config.schema import ConvertConfig
 
 _NAMED = {"data": "data", "peft": "peft"}  # section -> package of modules that declare its keys
-# Fields that stand in another section than that of their class or their neighbours in it, by the start of their names.
-_ELSEWHERE = {
-    "precision": (
-        *("bf16", "fp16", "fp8", "fp4", "params_dtype", "pipeline_dtype", "autocast_dtype", "grad_reduce_in_fp32"),
-        *("initial_loss_scale", "min_loss_scale", "loss_scale", "hysteresis"),
-    ),
-    "parallelism": ("recompute_",),
-}
 
 
 @cache
@@ -46,21 +38,11 @@ def _declared(kind: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 def _of_megatron() -> dict[str, str]:
     keys = routing.own()
-    for part, fields in mcore_fields.targets().items():
+    for fields in mcore_fields.targets().values():
         for name, field in fields.items():
             if routing.settable(name, field):
-                keys[f"{_section(part, name)}.{name}"] = mcore_fields.checked_annotation(field)
+                keys[routing.home(name)] = mcore_fields.checked_annotation(field)
     return keys
-
-
-def _section(part: str, name: str) -> str:
-    """Where the shipped files and documents have a field; it may stand in another."""
-    for section, starts in _ELSEWHERE.items():
-        if name.startswith(starts):
-            return section
-    if part == "transformer":
-        return "parallelism" if name in mcore_fields.model_parallel() else "model"
-    return {"ddp": "parallelism", "gpt": "model"}.get(part, part)
 
 
 def is_text(annotation: str) -> bool:

@@ -33,6 +33,7 @@ _DATACLASSES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 
+@cache
 def targets() -> dict[str, dict[str, Field]]:
     """Part of Routed (transformer, ddp, optimizer, gpt) -> name -> Field, as installed megatron-core declares them.
 
@@ -43,11 +44,13 @@ def targets() -> dict[str, dict[str, Field]]:
     return fields | {"gpt": gpt_arguments()}
 
 
+@cache
 def mla_only() -> frozenset[str]:
     """Names of the fields that MLATransformerConfig adds to TransformerConfig."""
     return frozenset(_merged(_DATACLASSES["mla"]).keys() - _merged(_DATACLASSES["transformer"]).keys())
 
 
+@cache
 def model_parallel() -> frozenset[str]:
     """Names of the fields of ModelParallelConfig: layout, precision and communication, never architecture."""
     return frozenset(_merged(_DATACLASSES["transformer"][:1]))

@@ -5,9 +5,12 @@ The values stay plain Python (strings for dtypes, enumerations and activation fu
 
 import ast
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
 
-from bridge.config import annotation, mcore_fields, modules, other_names, own_fields, sections
+from bridge.config import annotation, complete, mcore_fields, modules, other_names, own_fields, sections
+from bridge.config.divisibility import Number
 from bridge.config.mcore_fields import Field
 from bridge.errors import ConfigError, did_you_mean
 
@@ -85,9 +88,13 @@ ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 _ROPE_TYPES = {"truncate": "bool", "short_factor": "list[float]", "long_factor": "list[float]"}
 
 
-class Routed(NamedTuple):
+@dataclass(frozen=True)
+class Routed:
     """The sections by destination. Plain values, and only those the configuration sets: null where null is mcore's own
-    default counts as not set."""
+    default counts as not set.
+
+    `get`, `key` and `number` read by name, whichever the destination. Nothing changes the dicts of one that is made.
+    """
 
     transformer: dict[str, Any]  # fields of TransformerConfig, of MLATransformerConfig, and own_fields.OwnFields
     ddp: dict[str, Any]  # fields of DistributedDataParallelConfig
@@ -95,6 +102,59 @@ class Routed(NamedTuple):
     gpt: dict[str, Any]  # arguments of GPTModel, and our own: vocab_size (unpadded), make_vocab_size_divisible_by
     family: str
     origin: dict[str, str]  # field -> full key, e.g. "hidden_size" -> "model.hidden_size"
+
+    @cached_property
+    def given(self) -> dict[str, Any]:
+        """Everything the configuration sets."""
+        return {**self.optimizer, **self.ddp, **self.gpt, **self.transformer}
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        return complete.with_derived(_defaults() | self.given)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value that is set, or that follows from those that are, or this program's default or megatron-core's;
+        where all this is null: `default`."""
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def key(self, name: str) -> str:
+        """The full key of a field: where it is set, else where it would be looked for."""
+        return self.origin.get(name) or home(name)
+
+    def number(self, name: str, default: int = 1) -> Number:
+        """`get` for a formula."""
+        return Number(name, self.get(name, default), self.origin.get(name, ""))
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return mcore_fields.defaults() | complete.OWN_DEFAULTS
+
+
+# Fields that stand in another section than that of their class or their neighbours in it, by the start of their names.
+_ELSEWHERE = {
+    "precision": (
+        *("bf16", "fp16", "fp8", "fp4", "params_dtype", "pipeline_dtype", "autocast_dtype", "grad_reduce_in_fp32"),
+        *("initial_loss_scale", "min_loss_scale", "loss_scale", "hysteresis"),
+    ),
+    "parallelism": ("recompute_", "tp_comm_"),
+}
+
+
+def home(name: str) -> str:
+    """The full key under which the shipped files and documents have a field; it may stand in another section."""
+    return f"{_home_section(name)}.{name}"
+
+
+def _home_section(name: str) -> str:
+    for section, starts in _ELSEWHERE.items():
+        if name.startswith(starts):
+            return section
+    fields = mcore_fields.targets()
+    if name in mcore_fields.model_parallel() or name in fields["ddp"]:
+        return "parallelism"
+    return "optimizer" if name in fields["optimizer"] else "model"
 
 
 def route(config: Mapping[str, Mapping[str, Any]]) -> Routed:
@@ -111,7 +171,7 @@ def route(config: Mapping[str, Mapping[str, Any]]) -> Routed:
         if name in origin:
             raise ConfigError(f"{key}: is also set as {origin[name]} (here {value!r}); keep one of the two")
         origin[name] = key
-        if name in _OWN_KEYS and section == _own_section(name):
+        if name in _OWN_KEYS and section == _home_section(name):
             annotation.check(key, value, _OWN_KEYS[name])
             if value is not None:
                 parts["gpt" if name in _GPT_KEYS else "transformer"][name] = value
@@ -142,11 +202,7 @@ def _entries(config: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str
 
 def own() -> dict[str, str]:
     """Full key -> type, of the keys that megatron-core does not have."""
-    return {f"{_own_section(name)}.{name}": text for name, text in _OWN_KEYS.items()}
-
-
-def _own_section(name: str) -> str:
-    return "parallelism" if name == "tp_comm_overlap_cfg" else "model"
+    return {home(name): text for name, text in _OWN_KEYS.items()}
 
 
 def _check_field(key: str, name: str, value: Any, targets: Mapping[str, Mapping[str, Field]]) -> None:
@@ -170,11 +226,11 @@ def _refuse(key: str, name: str, value: Any, declared: list[Field]) -> None:
 
 def _unknown(key: str, name: str, value: Any, targets: Mapping[str, Mapping[str, Field]]) -> ConfigError:
     if name in _OWN_KEYS:
-        belongs = _own_section(name)
+        belongs = _home_section(name)
         return ConfigError(
             f"{key}: unknown key (value {value!r}); it belongs to the {belongs} section: set {belongs}.{name}"
         )
-    own = [other for other in _OWN_KEYS if key.startswith(f"{_own_section(other)}.")]
+    own = [other for other in _OWN_KEYS if key.startswith(f"{_home_section(other)}.")]
     known = [
         *own,
         *(field for fields in targets.values() for field, declared in fields.items() if settable(field, declared)),

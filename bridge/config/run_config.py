@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ class RunConfig:
         """Everything the run writes: runs_dir/name."""
         return Path(self.runs_dir) / self.name
 
+    @cached_property
     def routed(self) -> Routed:
         """The open sections, by the mcore dataclass each key belongs to."""
         return routing.route({section: getattr(self, section) for section in routing.SECTIONS})
@@ -81,15 +83,14 @@ def from_dict(config: Mapping[str, Any]) -> RunConfig:
     for key, value in config.items():
         if key not in fields:
             raise sections.unknown_key(str(key), value, sorted(fields))
-    routed = routing.route(config)
     _check_named(config, "data", "source", package="data")
     _check_named(config, "peft", "method", package="peft")
     run = sections.build(RunConfig, config, "")
     _check_name(run.name)
-    _check_precision(routed)
-    _check_schedule(run, routed)
-    _check_vocabulary(run, routed)
-    effect.check(routed)
+    _check_precision(run.routed)
+    _check_schedule(run, run.routed)
+    _check_vocabulary(run, run.routed)
+    effect.check(run.routed)
     _check_rerun(run)
     _check_eval_only(run)
     _check_saves(run)
@@ -170,8 +171,9 @@ def _check_precision(routed: Routed) -> None:
     for name in ("params_dtype", "pipeline_dtype"):
         value = fields.get(name)
         if value not in (None, trained) or (name == "params_dtype" and value is None and trained != "fp32"):
-            key = origin.get(name, f"precision.{name}")
-            raise ConfigError(f"{key}: {value!r} is not the dtype of training, {trained}; set precision={trained}")
+            raise ConfigError(
+                f"{routed.key(name)}: {value!r} is not the dtype of training, {trained}; set precision={trained}"
+            )
 
 
 def _check_schedule(run: RunConfig, routed: Routed) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bridge import parallel, platform
+from bridge.config import effect
 from bridge.config.routing import Routed
 from bridge.config.schema import ConvertConfig
 from bridge.errors import ConversionError
@@ -128,7 +130,8 @@ def _transformers_logits(hf: str | Path, files: HfFiles, prompts: Sequence[Tenso
 
 @torch.no_grad()
 def _megatron_logits(bones: Skeleton, dist: DistFiles, prompts: Sequence[Tensor]) -> list[Tensor]:
-    routed = bones.routed._replace(transformer=bones.routed.transformer | {"transformer_impl": "local"})
+    routed = replace(bones.routed, transformer=bones.routed.transformer | {"transformer_impl": "local"})
+    effect.check(routed)
     vocab_size = routed.gpt["vocab_size"]
     with parallel.single_process(routed.transformer):
         model = gpt.build(routed, dtype=torch.float32)

@@ -229,7 +229,7 @@ def _experts(model: TransformerConfig, how: Use) -> _Part:
     shape, matrices = how.shape, 2 if model.gated_linear_unit else 1
     tokens = how.tokens / how.parts
     routed = tokens * model.moe_router_topk * shape.etp * _capacity(model)
-    ffn = (model.moe_ffn_hidden_size or model.ffn_hidden_size) / shape.etp
+    ffn = model.moe_ffn_hidden_size / shape.etp
     activated = _activation(model, how, scaled=True)
     activation = routed * (activated - matrices) * ffn * how.width
     experts = routed * (model.hidden_size * how.width + matrices * ffn * how.width + 4) + activation

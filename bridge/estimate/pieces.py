@@ -9,7 +9,7 @@ import functools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from megatron.core.transformer.enums import LayerType
@@ -18,9 +18,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from bridge import parallel, platform
+from bridge.config import complete
+from bridge.config.complete import Kind
 from bridge.config.layout import Layout
 from bridge.config.routing import Routed
-from bridge.errors import ConfigError
 from bridge.models import gpt
 
 # Fields with an entry for each layer, if they are lists.
@@ -57,14 +58,6 @@ class Weight(NamedTuple):
     width: int
     expert: int | None = None
     shared: bool = False
-
-
-class Kind(NamedTuple):
-    """What makes layers different: experts or a dense MLP, key-value groups, channels of the MLP; 0: no such branch."""
-
-    experts: bool
-    groups: int
-    ffn: int
 
 
 class Sizes(NamedTuple):
@@ -148,7 +141,7 @@ def of(routed: Routed, shape: Layout) -> Pieces:
     sizes = {"tensor_model_parallel_size": shape.tp}
     if routed.transformer.get("num_moe_experts") is not None:
         sizes["expert_tensor_parallel_size"] = shape.etp
-    return _built(_Key(routed._replace(transformer=kept | sizes)))
+    return _built(_Key(replace(routed, transformer=kept | sizes)))
 
 
 def small(routed: Routed) -> Routed:
@@ -156,7 +149,7 @@ def small(routed: Routed) -> Routed:
     fields = platform.honoured(routed.transformer)
     if "moe_act" in (modules := fields.get("recompute_modules") or ()):  # needs the grouped product
         fields["recompute_modules"] = [name for name in modules if name != "moe_act"]
-    return routed._replace(transformer=fields)
+    return replace(routed, transformer=fields)
 
 
 class _Key:
@@ -177,7 +170,7 @@ class _Key:
 def _built(key: _Key) -> Pieces:
     routed = small(key.routed)
     fields = routed.transformer
-    kinds = _kinds(fields)
+    kinds = complete.layers(fields)
     different = list(dict.fromkeys(kinds))
     first = [kinds.index(kind) for kind in different]
     cut = {name: [fields[name][layer] for layer in first] for name in BY_LAYER if isinstance(fields.get(name), list)}
@@ -187,7 +180,7 @@ def _built(key: _Key) -> Pieces:
     world = math.lcm(fields["tensor_model_parallel_size"], fields.get("expert_tensor_parallel_size", 1))
     with parallel.fake(world, 0, fields), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that of experts on one rank with sequence parallelism
-        (model,) = gpt.build(routed._replace(transformer=fields), meta=True)
+        (model,) = gpt.build(replace(routed, transformer=fields), meta=True)
     parts: dict[str, list[Weight]] = {}
     for name, parameter in model.named_parameters():
         weight = Weight(parameter.numel(), parameter.element_size(), _expert(name))
@@ -195,25 +188,6 @@ def _built(key: _Key) -> Pieces:
     layers = {kind: tuple(parts.get(f"layer {index}", ())) for index, kind in enumerate(different)}
     ends = {name: tuple(parts.get(name, ())) for name in ("embedding", "norm", "prediction", "output")}
     return Pieces(config=model.config, layers=layers, kinds=kinds, **ends)
-
-
-def _kinds(fields: dict[str, Any]) -> tuple[Kind, ...]:
-    """Each layer's kind."""
-    layers, frequency = fields["num_layers"], fields.get("moe_layer_freq", 1)
-    groups = fields.get("num_query_groups") or fields["num_attention_heads"]
-    ffn = fields.get("ffn_hidden_size") or 4 * fields["hidden_size"]
-    if fields.get("num_moe_experts") is None:
-        experts = [0] * layers
-    else:
-        if isinstance(frequency, list) and len(frequency) != layers:
-            raise ConfigError(
-                f"model.moe_layer_freq: {frequency} has {len(frequency)} entries for model.num_layers = {layers}; set "
-                f"one for each layer"
-            )
-        experts = frequency if isinstance(frequency, list) else [layer % frequency == 0 for layer in range(layers)]
-    by_layer = fields.get("num_query_groups_by_layer") or [groups] * layers
-    widths = fields.get("ffn_hidden_size_by_layer") or [ffn] * layers
-    return tuple(Kind(bool(has), *sizes) for has, *sizes in zip(experts, by_layer, widths, strict=True))
 
 
 def _part(name: str) -> str:

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from bridge.config import layout
+from bridge.config import layout, mcore_fields
 from bridge.config.divisibility import divisors
 from bridge.config.layout import Layout
 from bridge.config.routing import Routed
@@ -27,26 +27,27 @@ FREE = 0.05  # of the memory, for what its allocator cannot use
 
 Fields = dict[str, Any]
 
-# What a plan decides in the section `parallelism`, with megatron-core's defaults; the rest of it stays as it is.
-UNDIVIDED: Fields = {
-    "tensor_model_parallel_size": 1,
-    "sequence_parallel": False,
-    "pipeline_model_parallel_size": 1,
-    "virtual_pipeline_model_parallel_size": None,
-    "num_layers_in_last_pipeline_stage": None,
-    "overlap_p2p_comm": False,
-    "batch_p2p_comm": True,
-    "context_parallel_size": 1,
-    "expert_model_parallel_size": 1,
-    "expert_tensor_parallel_size": None,
-    "use_distributed_optimizer": False,
-    "overlap_grad_reduce": False,
-    "overlap_param_gather": False,
-    "recompute_granularity": None,
-    "recompute_modules": None,
-    "recompute_method": None,
-    "recompute_num_layers": None,
-}
+# What a plan decides in the section `parallelism`; the rest of it stays as it is.
+DECIDED = (
+    "tensor_model_parallel_size",
+    "sequence_parallel",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "num_layers_in_last_pipeline_stage",
+    "overlap_p2p_comm",
+    "batch_p2p_comm",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "use_distributed_optimizer",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+    "recompute_granularity",
+    "recompute_modules",
+    "recompute_method",
+    "recompute_num_layers",
+)
+UNDIVIDED: Fields = {name: mcore_fields.defaults()[name] for name in DECIDED}
 OF_DATA_PARALLELISM = ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
 OF_THE_OPTIMIZER = ("use_distributed_optimizer", "overlap_param_gather")
 
@@ -86,7 +87,7 @@ def cluster_of(config: RunConfig, *, world_size: int) -> Cluster:
 
 def plans(config: RunConfig, *, cluster: Cluster) -> list[Plan]:
     """The fastest variant of each division that fits, fastest first. Raises ConfigError when there is none."""
-    base = config.routed()
+    base = config.routed
     room = config.plan_memory_gib * 2**30 * (1 - FREE)
     best: dict[tuple[int, ...], Plan] = {}
     smallest: _Smallest | None = None
@@ -135,7 +136,7 @@ def _nothing_fits(config: RunConfig, smallest: _Smallest, cluster: Cluster) -> s
 
 def _divisions(config: RunConfig, base: Routed, cluster: Cluster) -> Iterator[Fields]:
     """Every division worth a look; most of them are not legal."""
-    layers, experts = base.transformer["num_layers"], base.transformer.get("num_moe_experts")
+    layers, experts = base.transformer["num_layers"], base.get("num_moe_experts")
     spare = max(1, config.data["sequence_length"] // CONTEXT)
     for tp, cp in itertools.product(divisors(cluster.per_node), divisors(cluster.world)):
         if cp > spare or cluster.world % (tp * cp):
@@ -173,7 +174,7 @@ def _legal(config: RunConfig, base: Routed, fields: Fields, micro_batch_size: in
     ranks = cluster.world // fields["tensor_model_parallel_size"] // fields["pipeline_model_parallel_size"]
     whole = dict.fromkeys(OF_DATA_PARALLELISM, False)
     ways = [whole]
-    if ranks > 1 and base.optimizer.get("optimizer", "adam") == "adam":
+    if ranks > 1 and base.get("optimizer") == "adam":
         ways = [dict.fromkeys(OF_DATA_PARALLELISM, True), whole | {"use_distributed_optimizer": True}]
     for way in ways:
         routed = _routed(base, fields | way)
@@ -204,14 +205,14 @@ def _routed(base: Routed, fields: Fields) -> Routed:
     kept = {name: value for name, value in base.transformer.items() if name not in wanted}
     set_ = {name: value for name, value in wanted.items() if value is not None}
     optimizer = {name: data[name] for name in OF_THE_OPTIMIZER}
-    return base._replace(transformer=kept | set_, ddp=base.ddp | data, optimizer=base.optimizer | optimizer)
+    return dataclasses.replace(base, transformer=kept | set_, ddp=base.ddp | data, optimizer=base.optimizer | optimizer)
 
 
 def _recomputations(base: Routed) -> list[Fields]:
     """From none to all, by what they cost."""
-    experts = base.transformer.get("num_moe_experts") is not None
+    experts = base.get("num_moe_experts") is not None
     mlp = "moe" if experts else "mlp"
-    latent = base.transformer.get("multi_latent_attention", False)
+    latent = base.get("multi_latent_attention")
     modules = [["mla_up_proj"], ["mla_up_proj", mlp]] if latent else [[mlp]]
     selective = [{"recompute_granularity": "selective", "recompute_modules": chosen} for chosen in modules]
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

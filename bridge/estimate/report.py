@@ -25,8 +25,8 @@ class Parameters(NamedTuple):
 
 def parameters(config: RunConfig) -> Parameters:
     """Exact counts, of a whole model without vocabulary padding."""
-    routed = dataclasses.replace(config, parallelism={}).routed()
-    routed = routed._replace(gpt=routed.gpt | {"make_vocab_size_divisible_by": 1})
+    routed = dataclasses.replace(config, parallelism={}).routed
+    routed = dataclasses.replace(routed, gpt=routed.gpt | {"make_vocab_size_divisible_by": 1})
     alone = Layout(1, 1, 1, 1, 1, 1, 1, 1)
     model = pieces.of(routed, alone)
     ((whole,),) = pieces.chunks(model, routed.transformer, alone)
@@ -42,7 +42,7 @@ def parameters(config: RunConfig) -> Parameters:
 
 def report(config: RunConfig, *, world_size: int) -> str:
     """The dry run's text. Raises ConfigError when the layout does not fit `world_size` or the model cannot be built."""
-    shape = layout.derive(config.routed(), world_size=world_size)
+    shape = layout.derive(config.routed, world_size=world_size)
     counted = parameters(config)
     length, train = config.data["sequence_length"], config.train
     micro_batch_size = train.sequences_per_pass(shape.dp)
@@ -90,7 +90,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _flops(config: RunConfig) -> float:
-    routed = pieces.small(config.routed())
+    routed = pieces.small(config.routed)
     model = gpt.transformer_config(routed, meta=True)
     return flops.per_token(model, vocab_size=routed.gpt["vocab_size"], sequence_length=config.data["sequence_length"])
 

@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from bridge.config import complete
+from bridge.config.complete import Kind
 from bridge.config.routing import Routed
 from bridge.estimate.activations import Layer, Use
-from bridge.estimate.pieces import Chunk, Kind, Pieces, Sizes
+from bridge.estimate.pieces import Chunk, Pieces, Sizes
 from bridge.models import gpt
 
 # One Hopper GPU (H100, H200) with Transformer Engine, and its neighbours.
@@ -176,11 +178,9 @@ def _attention_widths(config: TransformerConfig, kind: Kind) -> tuple[float, flo
     """Channels of keys (and of values), and FLOPs for each token and position: two products over the causal half."""
     if not kind.groups:
         return 0.0, 0.0
-    if isinstance(config, MLATransformerConfig):
-        width = config.qk_head_dim + config.qk_pos_emb_head_dim
-        return config.num_attention_heads * width, config.num_attention_heads * (width + config.v_head_dim)
-    assert config.kv_channels is not None
-    return kind.groups * config.kv_channels, 2 * config.num_attention_heads * config.kv_channels
+    widths = complete.head_widths(vars(config))
+    keys = config.num_attention_heads if isinstance(config, MLATransformerConfig) else kind.groups
+    return keys * widths.key, config.num_attention_heads * sum(widths)
 
 
 def _experts(model: Pieces, kind: Kind, how: Use, cluster: Cluster) -> tuple[float, float, int]:
@@ -192,7 +192,7 @@ def _experts(model: Pieces, kind: Kind, how: Use, cluster: Cluster) -> tuple[flo
     one = sum(weight.size for weight in model.layers[kind] if weight.expert == 0)
     chosen = how.tokens / shape.tp * config.moe_router_topk
     routed = chosen * shape.etp
-    ffn = (config.moe_ffn_hidden_size or config.ffn_hidden_size) / shape.etp
+    ffn = config.moe_ffn_hidden_size / shape.etp
     products = 2 * routed * one / _rate(how, routed / held, ffn)
     size = how.tokens / shape.tp * config.hidden_size * how.width
     inside = max(1, min(shape.ep, cluster.per_node // shape.etp))

@@ -8,12 +8,13 @@ from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
 from bridge import platform
 from bridge.config import layout
+from bridge.config.complete import Kind
 from bridge.config.layout import Layout
 from bridge.config.routing import Routed
 from bridge.config.run_config import RunConfig
 from bridge.estimate import activations, pieces, state
 from bridge.estimate.activations import Head, Layer, Use
-from bridge.estimate.pieces import Chunk, Kind, Pieces
+from bridge.estimate.pieces import Chunk, Pieces
 from bridge.models import gpt
 
 # What a GPU's memory holds besides tensors: about 0.5 GiB of CUDA context and kernels, and NCCL's buffers, which grow
@@ -61,7 +62,7 @@ def memory(config: RunConfig, *, world_size: int, fused: bool | None = None) -> 
     `fused`: with Transformer Engine's kernels or without; None: as on this machine. Raises ConfigError when the model
     cannot be built or divided so.
     """
-    routed = config.routed()
+    routed = config.routed
     shape = layout.derive(routed, world_size=world_size)
     how = activations.use(
         routed,

@@ -176,7 +176,7 @@ def train(job: compose.Composed, queued: dict[int, slurm.Queued] | None = None) 
     with claimed(config, overrides=job.overrides, swept=swept) as claim:
         (claim.path / run_files.SLURM_JOB).unlink(missing_ok=True)
         ranks.print_start(claim, num_processes=num_devices)
-        fields, restarts = config.routed().transformer, config.launch.max_restarts
+        fields, restarts = config.routed.transformer, config.launch.max_restarts
         result = spawn.run_workers(
             claim, num_devices=num_devices, fields=fields, max_restarts=restarts, saves=config.checkpoint.save
         )
@@ -279,7 +279,7 @@ def _check_restarts(config: RunConfig, *, starter: str, instead: str) -> None:
 
 def _check_layout(config: RunConfig, *, world_size: int) -> None:
     layout.check(
-        config.routed(),
+        config.routed,
         world_size=world_size,
         sequence_length=config.data["sequence_length"],
         train=config.train,

@@ -33,7 +33,7 @@ def run(config: RunConfig, *, overrides: list[str], swept: Sequence[str] | None,
     def work(config: RunConfig) -> Result:
         with claimed(config, overrides=overrides, swept=swept) as claim:
             print_start(config, num_processes=num_devices)
-            fields, restarts = config.routed().transformer, config.launch.max_restarts
+            fields, restarts = config.routed.transformer, config.launch.max_restarts
             return spawn.run_workers(claim, num_devices=num_devices, fields=fields, max_restarts=restarts, saves=False)
 
     if swept is None:

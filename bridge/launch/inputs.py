@@ -27,7 +27,7 @@ def check(config: RunConfig, *, in_queue: bool = False) -> None:
             _check_cache(config.data.get("cache_dir"))
     _check_packages(config)
     if not in_queue and not platform.may_have_gpu():
-        routed = config.routed()
+        routed = config.routed
         platform.check(routed.transformer | routed.ddp | routed.optimizer, routed.origin)
 
 

@@ -54,7 +54,7 @@ def _bytes_of_stages(config: RunConfig, *, world_size: int) -> list[int]:
     stages = estimate.memory(config, world_size=world_size)
     if config.eval_only:
         return [stage.weights for stage in stages]
-    if any(config.routed().transformer.get(name) for name in _OFFLOADS):
+    if any(config.routed.transformer.get(name) for name in _OFFLOADS):
         return [stage.total - stage.activations for stage in stages]
     return [stage.total for stage in stages]
 

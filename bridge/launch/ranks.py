@@ -113,7 +113,7 @@ def _lead(leader: torchrun.Leader | None, prepare: Callable[[], RunToStart | Non
 
 def _work(config: RunConfig) -> Result:
     os.environ.update(
-        worker_environment(num_devices=torchrun.local_world_size(), fields=config.routed().transformer),
+        worker_environment(num_devices=torchrun.local_world_size(), fields=config.routed.transformer),
     )
     result = evaluation.in_own_directory(config, _execute) if config.eval_only else _execute(config)
     print_ending(result)

@@ -1,6 +1,5 @@
 """What a model family is, and how one is found: by file name, dotted module name, or Hugging Face model_type."""
 
-import ast
 import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Mapping
@@ -8,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from bridge.config import mcore_fields, own_fields
+from bridge.config.complete import complete
 from bridge.errors import ConfigError, ConversionError, did_you_mean
 from bridge.models import families
 from bridge.models.hf.fields import Part
@@ -46,6 +45,7 @@ class Family:
         return ""
 
 
+@cache
 def by_name(name: str) -> Family:
     """The family called `name` in YAML: a file in bridge/models/families, or a dotted module that has FAMILY.
 
@@ -67,7 +67,7 @@ def by_name(name: str) -> Family:
 def name_of_hf_config(hf: Mapping[str, Any]) -> str:
     """The family name for a Hugging Face config. Raises ConversionError when no family has its model_type."""
     kind = hf.get("model_type")
-    types = {by_name(name).model_type: name for name in known_names()}
+    types = _model_types()
     if kind not in types:
         hint = did_you_mean(str(kind), types)
         raise ConversionError(
@@ -77,33 +77,11 @@ def name_of_hf_config(hf: Mapping[str, Any]) -> str:
 
 
 @cache
-def known_names() -> tuple[str, ...]:
-    """Names of the families in bridge/models/families."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(families.__path__)))
-
-
-# Keys for which null says something, although megatron-core's default is a number.
-NULLABLE = ("q_lora_rank",)
-# What the program does where megatron-core's own default is None or code.
-OWN_DEFAULTS = {"activation_func": "gelu", "make_vocab_size_divisible_by": 1, **own_fields.defaults()}
+def _model_types() -> dict[str, str]:
+    return {by_name(name).model_type: name for name in known_names()}
 
 
 @cache
-def mcore_defaults() -> dict[str, Any]:
-    """Field or argument name -> its default, for every model key megatron-core has with a plain default."""
-    fields = mcore_fields.targets()
-    defaults = {}
-    for name, declared in (fields["transformer"] | fields["gpt"]).items():
-        try:
-            defaults[name] = ast.literal_eval(declared.default or "None")
-        except ValueError:  # a name or a call: not a value YAML can hold
-            continue
-    return defaults | OWN_DEFAULTS
-
-
-def complete(model: Mapping[str, Any]) -> dict[str, Any]:
-    """`model` with every absent key filled as megatron-core would fill it."""
-    full = mcore_defaults() | {name: value for name, value in model.items() if value is not None or name in NULLABLE}
-    hidden, heads = full["hidden_size"], full["num_attention_heads"]
-    derived = {"num_query_groups": heads, "kv_channels": hidden // heads, "ffn_hidden_size": 4 * hidden}
-    return full | {name: value for name, value in derived.items() if full[name] is None}
+def known_names() -> tuple[str, ...]:
+    """Names of the families in bridge/models/families."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(families.__path__)))

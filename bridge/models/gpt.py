@@ -12,7 +12,6 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from torch import Tensor
 
 from bridge import parallel, platform
-from bridge.config import effect
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
 from bridge.models.layer_spec import block_spec, prediction_spec
@@ -87,9 +86,7 @@ class GPT(GPTModel):
 
 def padded_vocab_size(routed: Routed) -> int:
     """Rows of the embedding: vocab_size rounded up to a multiple of make_vocab_size_divisible_by times tensor ranks."""
-    multiple = routed.gpt.get("make_vocab_size_divisible_by", 1) * routed.transformer.get(
-        "tensor_model_parallel_size", 1
-    )
+    multiple = routed.get("make_vocab_size_divisible_by") * routed.get("tensor_model_parallel_size")
     return -(-_required(routed, "vocab_size") // multiple) * multiple
 
 
@@ -113,10 +110,8 @@ def build(
     Process groups must exist (`bridge.parallel`). `dtype` overrides the precision fields. `meta`: shapes, no storage.
     `wrap`: put bf16 and fp16 chunks into Float16Module, as megatron-core's schedules and optimizers expect.
     `only_stage`: of several virtual pipeline stages, this one alone.
-    Raises ConfigError when a value cannot be honoured.
+    Raises ConfigError when a value cannot be honoured; for keys without effect call `config.effect.check` before.
     """
-    if not meta:  # an estimate leaves out what this machine cannot do, and so the owners of other keys
-        effect.check(routed)
     platform.set_switches(routed.transformer)
     config = transformer_config(routed, dtype=dtype, meta=meta)
     vp_size = config.virtual_pipeline_model_parallel_size

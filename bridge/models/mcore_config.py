@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 
 from bridge import platform
-from bridge.config import mcore_fields
+from bridge.config import complete, mcore_fields
 from bridge.config.annotation import DTYPES
 from bridge.config.own_fields import OwnFields
 from bridge.config.routing import Routed
@@ -27,7 +27,7 @@ from bridge.models.unequal_layers import LayerSizes, layer_fields
 class Config(LayerSizes, OwnFields, TransformerConfig):
     """megatron-core's TransformerConfig with the keys of this project, for modules of both to read.
 
-    `rotated_query_scale` is no key: it follows from rope_parameters and rotary_percent (`_attention_factor`).
+    `rotated_query_scale` is no key: it follows from rope_parameters and rotary_percent (`attention_factor_fields`).
     """
 
     # (channels of a head that are rotated, what they are multiplied by in queries); None: nothing is multiplied.
@@ -129,7 +129,7 @@ def typed(routed: Routed) -> dict[str, Any]:
         try:
             fields[name] = convert(fields[name])
         except KeyError:
-            raise ConfigError(f"{_key(routed, name)}: {fields[name]!r} is not a value of this field") from None
+            raise ConfigError(f"{routed.key(name)}: {fields[name]!r} is not a value of this field") from None
     return fields
 
 
@@ -138,9 +138,8 @@ FOR_EXPERTS = frozenset({"moe_grouped_gemm", "moe_permute_fusion"})
 
 def _defaults(user: Mapping[str, Any]) -> dict[str, Any]:
     """The platform's defaults without those that this model cannot use."""
-    # megatron-core's own default, allgather, moves every token to every rank, and even without experts it refuses
-    # variable_seq_lengths.
-    defaults = platform.default_fields() | {"moe_token_dispatcher_type": "alltoall"}
+    ours = ("moe_token_dispatcher_type",)
+    defaults = platform.default_fields() | {name: complete.OWN_DEFAULTS[name] for name in ours}
     if user.get("num_moe_experts") is None:
         defaults = {name: value for name, value in defaults.items() if name not in FOR_EXPERTS or not value}
     else:
@@ -188,8 +187,8 @@ def attention_factor_fields(routed: Routed, fields: Mapping[str, Any]) -> dict[s
             f"{key}: an attention factor of {factor:g} would also reach the layers with a window, whose rotary "
             "embedding has no scaling; leave model.rope_local_base_freq out or set another rope_type"
         )
-    channels = fields.get("kv_channels") or fields["hidden_size"] // fields["num_attention_heads"]
-    share = routed.gpt.get("rotary_percent", 1.0)
+    channels = complete.head_widths(fields).key
+    share = routed.get("rotary_percent")
     if share != 1.0 or fields.get("no_rope_freq"):
         if fields.get("fused_single_qkv_rope"):
             raise ConfigError(
@@ -205,7 +204,3 @@ def _keys_in(message: str, routed: Routed) -> str:
     """Full keys of the fields a megatron-core message names; longest first, so that no name inside a name is taken."""
     found = [name for name in sorted(routed.origin, key=len, reverse=True) if name in message]
     return ", ".join(routed.origin[name] for name in found[:2]) or "model"
-
-
-def _key(routed: Routed, name: str) -> str:
-    return routed.origin.get(name, name)

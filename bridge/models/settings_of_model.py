@@ -55,13 +55,13 @@ def check_live(routed: Routed, model: Any, *, dtype: torch.dtype | None = None, 
     in_parts = {name: value for name, value in wanted.items() if name not in OF_A_PART}
     for name, config in _copies(model):
         same_fields(config, in_parts, routed, owner=name)
-    if routed.transformer.get("recompute_method") == "uniform":
+    if routed.get("recompute_method") == "uniform":
         _check_units(model, routed)
-    if "layernorm" in (routed.transformer.get("recompute_modules") or ()):
+    if "layernorm" in routed.get("recompute_modules", ()):
         _check_norms(model, routed)
     for name, attribute in MODEL_ATTRIBUTES.items():
         if name in routed.gpt:
-            same(getattr(model, attribute), routed.gpt[name], key=routed.origin.get(name, name), owner="the model")
+            same(getattr(model, attribute), routed.gpt[name], key=routed.key(name), owner="the model")
 
 
 def _check_units(model: Any, routed: Routed) -> None:
@@ -70,7 +70,7 @@ def _check_units(model: Any, routed: Routed) -> None:
     if layers % together:
         legal = [size for size in range(1, layers + 1) if layers % size == 0]
         raise ConfigError(
-            f"{routed.origin.get('recompute_num_layers', 'recompute_num_layers')}: layers of a chunk % "
+            f"{routed.key('recompute_num_layers')}: layers of a chunk % "
             f"recompute_num_layers must be 0, but {layers} % {together} = {layers % together}; "
             f"set {' or '.join(map(str, legal))}"
         )
@@ -81,7 +81,7 @@ def _check_norms(model: Any, routed: Routed) -> None:
     alone = [layer.recompute_input_layernorm or layer.recompute_pre_mlp_layernorm for layer in model.decoder.layers]
     if alone and not any(alone) and model.config.num_moe_experts is None:
         raise ConfigError(
-            f"{routed.origin.get('recompute_modules', 'recompute_modules')}: layernorm has no effect where every norm "
+            f"{routed.key('recompute_modules')}: layernorm has no effect where every norm "
             "is part of a linear layer; leave layernorm out, or set model.transformer_impl=local"
         )
 
@@ -92,7 +92,7 @@ def same_fields(config: Any, wanted: dict[str, Any], routed: Routed, *, owner: s
         if name in mcore_fields.mla_only() and not hasattr(config, name):
             continue  # an argument of GPTModel in other models: rotary_base, rotary_percent
         value = OTHER_FORM[name](value, config) if name in OTHER_FORM else value
-        same(getattr(config, name), value, key=routed.origin.get(name, name), owner=owner)
+        same(getattr(config, name), value, key=routed.key(name), owner=owner)
 
 
 def same(live: Any, wanted: Any, *, key: str, owner: str) -> None:

@@ -14,6 +14,7 @@ from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from bridge.config import complete
 from bridge.errors import ConfigError
 
 GROUPS, WIDTHS = "num_query_groups_by_layer", "ffn_hidden_size_by_layer"
@@ -37,12 +38,8 @@ def layer_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a config that follow from the two lists; none without them. Raises ConfigError."""
     if fields.get(GROUPS) is None and fields.get(WIDTHS) is None:
         return {}
-    layers, heads, tp = (fields.get(name) or 1 for name in ("num_layers", "num_attention_heads", TP))
-    whole = {GROUPS: fields.get("num_query_groups") or heads, WIDTHS: fields.get("ffn_hidden_size")}
-    lists = {name: fields.get(name) or [whole[name] or 4 * fields["hidden_size"]] * layers for name in whole}
-    for name, sizes in lists.items():
-        if len(sizes) != layers or min(sizes) < 0:
-            raise ConfigError(f"model.{name}: {sizes} is not a number from 0 up for each of {layers} layers; set those")
+    kinds, heads, tp = complete.layers(fields), fields["num_attention_heads"], fields.get(TP, 1)
+    lists = {GROUPS: [kind.groups for kind in kinds], WIDTHS: [kind.ffn for kind in kinds]}
     for name, harmless in REFUSED.items():
         if fields.get(name, harmless) != harmless:
             raise ConfigError(f"model.{name}: {fields[name]!r} needs equal layers; leave {GROUPS} and {WIDTHS} out")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+from bridge.config.complete import head_widths
 from bridge.errors import ConfigError
 from bridge.platform.devices import compute_capability, has_transformer_engine, on_cuda
 
@@ -152,15 +153,8 @@ def _attention_in_fp8(transformer: Mapping[str, Any]) -> tuple[Limit, ...]:
     if transformer.get("fp8_recipe") == "tensorwise":
         needs = "a Blackwell GPU with fp8_recipe=tensorwise"
         limits += (Limit("fp8_dot_product_attention", set_before_blackwell, needs, "false, or fp8_recipe=delayed"),)
-    if _channels_per_head(transformer) != 128:
+    sized = transformer.get("hidden_size") and transformer.get("num_attention_heads")
+    if not sized or head_widths(transformer).key != 128:
         needs = "128 channels per head or a Blackwell GPU"
         limits += (Limit("fp8_dot_product_attention", set_before_blackwell, needs, "false"),)
     return limits
-
-
-def _channels_per_head(transformer: Mapping[str, Any]) -> int | None:
-    """Of queries and keys; None when `transformer` does not say."""
-    if transformer.get("multi_latent_attention"):
-        return transformer.get("qk_head_dim", 128) + transformer.get("qk_pos_emb_head_dim", 64)
-    heads = transformer.get("num_attention_heads")
-    return transformer.get("kv_channels") or (transformer.get("hidden_size", 0) // heads if heads else None)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge.config.architecture import NOT_ARCHITECTURE
+from bridge.config.complete import complete
 from bridge.errors import ConfigError
 from bridge.models import family
 from bridge.models.hf import config as hf_config
@@ -84,7 +85,7 @@ def check(section: Mapping[str, Any], dist: DistFiles, *, source: str) -> None:
     `ledger.check_megatron`.
     """
     facts, args = _own_facts(dist)
-    full = family.complete(section)
+    full = complete(section)
     wrong = {name: full.get(name) for name in SHOWN if full.get(name) != facts.model.get(name)}
     for name, value in wrong.items():
         shown, evidence = facts.model.get(name), facts.evidence.get(name, "no tensor of that kind")
@@ -92,7 +93,7 @@ def check(section: Mapping[str, Any], dist: DistFiles, *, source: str) -> None:
             f"{source}: {name} is {value!r}, but {dist.directory} has {shown!r} ({evidence}); "
             "describe the model it holds"
         )
-    theirs = family.complete({**full, **args})
+    theirs = complete({**full, **args})
     for name in sorted(args.keys() - NOT_ARCHITECTURE - FREE):
         if full[name] != theirs[name]:
             raise ConfigError(

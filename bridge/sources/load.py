@@ -8,6 +8,7 @@ import torch
 
 from bridge import parallel
 from bridge.config.architecture import NOT_ARCHITECTURE
+from bridge.config.complete import complete
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
 from bridge.models import family
@@ -73,11 +74,11 @@ def read_section(path: Path, *, key: str) -> dict[str, Any]:
 
 def check_same_model(section: Mapping[str, Any], routed: Routed, *, path: Path) -> None:
     """Raise ConfigError naming every `model` key in which a run (`routed`) and the checkpoint's `section` differ."""
-    theirs, ours = family.complete(section), family.complete(model_section(routed))
+    theirs, ours = complete(section), complete(model_section(routed))
     free = NOT_ARCHITECTURE | (FREE - {"max_sequence_length"} if ours["rope_parameters"] else FREE)
     names = [name for name in theirs | ours if name == "family" or name not in free]
     different = [
-        f"{routed.origin.get(name, f'model.{name}')} is {ours.get(name)!r} (there {theirs.get(name)!r})"
+        f"{routed.key(name)} is {ours.get(name)!r} (there {theirs.get(name)!r})"
         for name in names
         if ours.get(name) != theirs.get(name)
     ]

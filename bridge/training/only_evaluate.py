@@ -23,7 +23,7 @@ def run(config: RunConfig, data: setup.Data) -> Outcome:
     valid = data.build(seed=config.train.seed).valid
     if valid is None:
         raise ConfigError("eval_only: true, but the data holds nothing out to evaluate on; set data.split, e.g. '95,5'")
-    model = setup.build_model(config, routed=setup.per_token_loss(config.routed()))
+    model = setup.build_model(config, routed=setup.per_token_loss(config.routed))
     loss = evaluate(model, valid, train=config.train, sequence_length=data.options.sequence_length)
     result = {
         "path": config.init.path,

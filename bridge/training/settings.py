@@ -26,9 +26,9 @@ def check(routed: Routed, *, model: list[Any], optimizer: Any) -> None:
     wanted = {name: typed(name, value) for name, value in routed.optimizer.items()}
     for part in _parts(optimizer):
         same_fields(part.config, wanted, routed, owner="megatron-core's optimizer")
-    sizes, asked = parallel.sizes(), routed.ddp | routed.transformer
+    sizes, asked = parallel.sizes(), routed.given
     for name in asked.keys() & sizes.keys():
-        same(sizes[name], asked[name], key=routed.origin.get(name, name), owner="the process groups")
+        same(sizes[name], asked[name], key=routed.key(name), owner="the process groups")
 
 
 def _parts(optimizer: Any) -> Iterator[Any]:

@@ -1,6 +1,6 @@
 """From a configuration to everything a step needs: model -> weights -> DDP -> optimizer -> data -> resume."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,11 @@ def _check_vocabulary(made: int, config: RunConfig) -> None:
 
 def join(config: RunConfig) -> None:
     """Make the process groups that `config` asks for. Raises ConfigError for what this platform cannot do."""
-    routed = config.routed()
+    routed = config.routed
     platform.check(routed.transformer | routed.ddp | routed.optimizer, routed.origin)
-    instances = routed.ddp.get("num_distributed_optimizer_instances", 1)
+    instances = routed.get("num_distributed_optimizer_instances")
     parallel.initialize(routed.transformer, seed=config.train.seed, num_distributed_optimizer_instances=instances)
-    if routed.transformer.get("tp_comm_overlap"):
+    if routed.get("tp_comm_overlap"):
         sequences = config.train.sequences_per_pass(parallel.data_parallel_size())
         num_tokens = sequences * config.data["sequence_length"] // parallel.context_parallel_size()
         user_buffers.create(routed.transformer, num_tokens=num_tokens)
@@ -110,7 +110,7 @@ def build(config: RunConfig, data: Data) -> Job:
 
     Process groups must exist (`bridge.parallel.initialize`).
     """
-    routed = per_token_loss(config.routed())
+    routed = per_token_loss(config.routed)
     root = config.run_dir / run_files.CHECKPOINTS
     resuming = checkpoint.has_checkpoint(root)
     chunks = gpt.build(routed, wrap=True) if resuming else build_model(config, routed=routed)
@@ -145,10 +145,10 @@ def per_token_loss(routed: Routed) -> Routed:
 
     Raises ConfigError when the user asked for another; it would make the loss depend on the layout.
     """
-    if routed.transformer.get("calculate_per_token_loss") is False:
-        key = routed.origin["calculate_per_token_loss"]
+    if routed.given.get("calculate_per_token_loss") is False:
+        key = routed.key("calculate_per_token_loss")
         raise ConfigError(f"{key}: false would make the loss depend on the micro-batch split; set true or leave it out")
-    return routed._replace(transformer={**routed.transformer, "calculate_per_token_loss": True})
+    return replace(routed, transformer={**routed.transformer, "calculate_per_token_loss": True})
 
 
 def _connect(model: list[Any], optimizer: Any) -> None:

@@ -139,7 +139,7 @@ def save_as_megatron_lm_does(run: Any, directory: Path) -> None:
     from bridge.training import setup
 
     data = setup.prepare_data(run)
-    parallel.initialize(run.routed().transformer, seed=run.train.seed)
+    parallel.initialize(run.routed.transformer, seed=run.train.seed)
     state, metadata = (
         setup.build(run, data).state,
         {**content.METADATA, "distrib_optim_sharding_type": "dp_reshardable"},

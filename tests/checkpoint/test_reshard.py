@@ -108,7 +108,7 @@ def move(run: Any, target: Path) -> None:
     from bridge.training import setup
 
     data = setup.prepare_data(run)
-    parallel.initialize(run.routed().transformer, seed=run.train.seed)
+    parallel.initialize(run.routed.transformer, seed=run.train.seed)
     job = setup.build(run, data)
     checkpoint.Saver(target).save(job.state, progress=job.progress)
 

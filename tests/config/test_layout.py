@@ -113,7 +113,7 @@ def test_groups_of_optimizer_instances_need_a_package(monkeypatch: pytest.Monkey
 def test_prediction_modules_under_cp_in_another_loop():
     """There the mean is the caller's choice; train.py's loop always divides by the tokens of all ranks."""
     sections = {"model": {**MODEL, "mtp_num_layers": 1}, "parallelism": {CP: 2}}
-    with pytest.raises(ConfigError, match=r"^calculate_per_token_loss: false with mtp_num_layers and CP = 2"):
+    with pytest.raises(ConfigError, match=r"^model\.calculate_per_token_loss: false with mtp_num_layers and CP = 2"):
         layout.check_model(routing.route(sections), world_size=2)
     sections["parallelism"]["calculate_per_token_loss"] = True
     assert layout.check_model(routing.route(sections), world_size=2).cp == 2

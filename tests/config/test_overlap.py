@@ -30,7 +30,7 @@ BUFFERS = {**SP2, **BF16, "tp_comm_overlap": True}
 def check(asked: dict[str, Any], *, world_size: int = 2) -> None:
     sections: dict[str, Any] = {"model": dict(MODEL), "parallelism": {}, "optimizer": {}, "precision": {}}
     for name, value in ({"pipeline_dtype": "fp32"} | asked).items():
-        section = "model" if name in MODEL else effect.home(name, {}).split(".")[0]
+        section = "model" if name in MODEL else routing.home(name).split(".")[0]
         sections[section][name] = value
     routed = routing.route(sections)
     effect.check(routed)
@@ -146,7 +146,7 @@ REFUSED = [
     (
         {**EP2, "recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
         "overlap_moe_expert_parallel_comm: ... recompute_granularity=null ... "
-        "model.recompute_granularity to null or selective, or leave it out",
+        "parallelism.recompute_granularity to null or selective, or leave it out",
     ),
     (
         {**EP2, "moe_shared_expert_intermediate_size": 8, "moe_shared_expert_overlap": True},

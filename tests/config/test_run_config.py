@@ -54,7 +54,7 @@ def test_sections_become_dataclasses_with_defaults():
     assert run.log.wandb == schema.Wandb(project="p")
     assert run.scheduler == schema.Scheduler()
     assert run.run_dir == Path("runs/demo")
-    assert run.routed().optimizer == {"lr": 1e-3, "min_lr": 1e-5}
+    assert run.routed.optimizer == {"lr": 1e-3, "min_lr": 1e-5}
 
 
 def test_file_gives_back_the_same_configuration(tmp_path: Path):

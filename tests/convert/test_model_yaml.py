@@ -20,7 +20,7 @@ def test_printed_yaml_composes_to_the_same_model(tiny_hf, tmp_path, capsys, vari
     settings = composed("model=mine", *data, "name=x", f"hydra.searchpath=[file://{tmp_path / 'conf'}]")
     section = hf_config.to_mcore(hf_config.read(source))
     assert settings["model"] == section
-    routed = run_config.from_dict(settings).routed()
+    routed = run_config.from_dict(settings).routed
     alone = route({"model": section})
     assert {name: routed.transformer[name] for name in alone.transformer} == alone.transformer
     assert routed.gpt == alone.gpt

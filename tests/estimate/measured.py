@@ -26,7 +26,7 @@ def step(run: RunConfig) -> Measured:
     from bridge.training import batches, setup
 
     data = setup.prepare_data(run)
-    parallel.initialize(run.routed().transformer, seed=run.train.seed)
+    parallel.initialize(run.routed.transformer, seed=run.train.seed)
     job = setup.build(run, data)
     size = run.train.sequences_per_pass(parallel.data_parallel_size())
     count = run.train.global_batch_size // (size * parallel.data_parallel_size())

@@ -133,7 +133,7 @@ def test_flops_of_latent_attention(model: dict[str, Any]):
     """Six per weight of a matrix a token meets: that of an expert counts by the share of tokens that choose it."""
     run = config(model=model)
     with parallel.single_process():
-        (chunk,) = gpt.build(run.routed(), meta=True)
+        (chunk,) = gpt.build(run.routed, meta=True)
     share = chunk.config.moe_router_topk / chunk.config.num_moe_experts if chunk.config.num_moe_experts else 1
     matrices = {name: weight.numel() for name, weight in chunk.named_parameters() if weight.dim() == 2}
     matrices["embedding.word_embeddings.weight"] = (chunk.config.mtp_num_layers or 0) * 1001 * 64  # the output layer

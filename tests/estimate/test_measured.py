@@ -91,7 +91,7 @@ CASES = {
 
 def _kept(run: RunConfig, *, world_size: int) -> list[float]:
     """What autograd keeps on each stage by the formulas for torch's kernels."""
-    routed = run.routed()
+    routed = run.routed
     shape = layout.derive(routed, world_size=world_size)
     size, length = run.train.sequences_per_pass(shape.dp), run.data["sequence_length"]
     how = activations.use(routed, shape, sequence_length=length, micro_batch_size=size, fused=False)

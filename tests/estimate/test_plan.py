@@ -106,7 +106,7 @@ def test_overrides_make_a_legal_run_of_the_promised_memory(model: str, gpus: int
             sections[section][name] = value
         made = run_config.from_dict(sections)
         length = made.data["sequence_length"]
-        shape = layout.check(made.routed(), world_size=gpus, sequence_length=length, train=made.train)
+        shape = layout.check(made.routed, world_size=gpus, sequence_length=length, train=made.train)
         assert shape == planned.shape
         fullest = max(stage.total for stage in memory(made, world_size=gpus, fused=True)) + 2 * 2**30
         assert planned.memory == pytest.approx(fullest, rel=0.002)
@@ -142,7 +142,7 @@ LAYOUTS = [
 @pytest.mark.parametrize(("world_size", "model", "parallelism"), LAYOUTS)
 def test_sizes_are_those_of_a_real_build(world_size: int, model: dict[str, Any], parallelism: dict[str, Any]):
     """Every parameter's, in its order, on every pipeline stage."""
-    routed = small(Path("runs"), model=model, parallelism=parallelism).routed()
+    routed = small(Path("runs"), model=model, parallelism=parallelism).routed
     shape = layout.derive(routed, world_size=world_size)
     made = pieces.of(routed, shape)
     for stage, chunks in enumerate(pieces.chunks(made, routed.transformer, shape)):

@@ -47,7 +47,7 @@ def _peak(run: RunConfig) -> int:
     from bridge.training import batches, setup
 
     data = setup.prepare_data(run)
-    parallel.initialize(run.routed().transformer, seed=run.train.seed)
+    parallel.initialize(run.routed.transformer, seed=run.train.seed)
     try:
         job = setup.build(run, data)
         stream = [batches.training(job.datasets.train, train=run.train, consumed=0, num_workers=0)]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bridge import parallel, platform
+from bridge.config import effect
 from bridge.config.routing import Routed, route
 from bridge.errors import ConfigError
 from bridge.models import gpt
@@ -201,7 +202,13 @@ def test_padded_size_is_a_multiple_of_tensor_ranks_too():
 )
 def test_what_cannot_be_honoured_is_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
-        gpt.build(routed(**settings))
+        _checked_and_built(routed(**settings))
+
+
+def _checked_and_built(asked: Routed) -> None:
+    """As by every program: the rules first, then the build, which has some of its own."""
+    effect.check(asked)
+    gpt.build(asked)
 
 
 def test_a_kernel_that_splits_queries_off_late_cannot_have_an_attention_factor(monkeypatch: pytest.MonkeyPatch):

@@ -144,7 +144,7 @@ def test_divided_run_is_the_run_of_one_process(trained: Trained, name: str):
 def check(trained: Trained, name: str) -> None:
     run = trained.run_of(name)
     length = run.data["sequence_length"]
-    layout.check(run.routed(), world_size=SAME[name].ranks, sequence_length=length, train=run.train)
+    layout.check(run.routed, world_size=SAME[name].ranks, sequence_length=length, train=run.train)
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -152,7 +152,7 @@ def test_what_is_refused_computes_something_else(trained: Trained, name: str):
     case, words = WRONG[name]
     run = trained.run_of(name, case)
     with pytest.raises(ConfigError, match=words):
-        layout.check(run.routed(), world_size=case.ranks, sequence_length=16, train=run.train)
+        layout.check(run.routed, world_size=case.ranks, sequence_length=16, train=run.train)
     ours, alone = trained.by_itself(name, case), trained.results[case.model]
     off = [
         abs(a / b - 1)

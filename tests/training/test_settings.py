@@ -6,6 +6,7 @@ no third outcome: a value that is accepted and lost, or a stack trace.
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def configuration(name: str, folder: Path) -> RunConfig:
     sections: dict[str, Any] = {"model": {}, "parallelism": {}, "optimizer": {}, "precision": {}}
     for key, value in every_field.settings_of(name).items():
         section = next((section for section, keys in BASE.items() if key in keys), None)
-        sections[section or effect.home(key, {}).split(".")[0]][key] = value
+        sections[section or routing.home(key).split(".")[0]][key] = value
     return runs.config(folder, name=name, train={"steps": 2}, scheduler={"lr_warmup_steps": 0}, **sections)
 
 
@@ -77,7 +78,7 @@ def outcome(name: str, folder: Path) -> str:
         os.environ.pop(variable, None)
     try:
         config = configuration(name, folder)
-        routed = config.routed()
+        routed = config.routed
         layout.check(routed, world_size=world_size(name), sequence_length=16, train=config.train)
         data = setup.prepare_data(config)
         setup.join(config)
@@ -238,7 +239,7 @@ def _lose_in_the_optimizer(job: Any) -> None:
     ],
 )
 def test_a_value_lost_after_the_build_is_found(job: setup.Job, lose: Any, message: str):
-    routed = job.config.routed()
+    routed = job.config.routed
     settings.check(routed, model=job.state.model, optimizer=job.state.optimizer)
     lose(job)
     with pytest.raises(ConfigError) as caught:
@@ -247,7 +248,7 @@ def test_a_value_lost_after_the_build_is_found(job: setup.Job, lose: Any, messag
 
 
 def test_process_groups_of_another_size_are_found(job: setup.Job):
-    routed = job.config.routed()
-    asked = routed._replace(ddp=routed.ddp | {"num_distributed_optimizer_instances": 2})
+    routed = job.config.routed
+    asked = replace(routed, ddp=routed.ddp | {"num_distributed_optimizer_instances": 2})
     with pytest.raises(ConfigError, match="num_distributed_optimizer_instances: 2 did not reach"):
         settings.check(asked, model=job.state.model, optimizer=job.state.optimizer)

@@ -10,15 +10,15 @@ from collections.abc import Callable
 from bridge.config import divisibility
 from bridge.config.divisibility import Number
 from bridge.config.layout import batch, experts, overlap, pipeline, recompute, tensor
-from bridge.config.layout.sizes import Batch, Fields, Layout
+from bridge.config.layout.sizes import Batch, Layout
 from bridge.config.routing import Routed
 from bridge.config.schema import Train
 from bridge.errors import ConfigError
 
-__all__ = ["Batch", "Fields", "Layout", "check", "check_model", "derive"]
+__all__ = ["Batch", "Layout", "check", "check_model", "derive"]
 
 # Of a model and its layout. The first rule that is broken is the one reported, so the plainer ones come first.
-MODEL_RULES: tuple[Callable[[Fields, Layout], None], ...] = (
+MODEL_RULES: tuple[Callable[[Routed, Layout], None], ...] = (
     tensor.heads,
     tensor.tensor_parallel,
     pipeline.interleaving,
@@ -31,7 +31,7 @@ MODEL_RULES: tuple[Callable[[Fields, Layout], None], ...] = (
     overlap.tensor_parallel_buffers,
 )
 # Of a run of train.py besides.
-TRAINING_RULES: tuple[Callable[[Fields, Layout, Batch], None], ...] = (
+TRAINING_RULES: tuple[Callable[[Routed, Layout, Batch], None], ...] = (
     tensor.sequence_length,
     tensor.sequence_parts,
     pipeline.dtype_of_messages,
@@ -50,40 +50,38 @@ def check(routed: Routed, *, world_size: int, sequence_length: int, train: Train
     micro_batch_size = train.sequences_per_pass(layout.dp)
     sizes = Batch(sequence_length, train.global_batch_size, micro_batch_size, train.rampup_batch_size)
     for rule in TRAINING_RULES:
-        rule(Fields(routed), layout, sizes)
+        rule(routed, layout, sizes)
     return layout
 
 
 def check_model(routed: Routed, *, world_size: int) -> Layout:
     """The rules of `check` that need no batch, for programs with a training loop of their own."""
     layout = _check_model(routed, world_size=world_size)
-    tensor.prediction_in_parts(Fields(routed), layout)
+    tensor.prediction_in_parts(routed, layout)
     return layout
 
 
 def _check_model(routed: Routed, *, world_size: int) -> Layout:
-    fields = Fields(routed)
-    _check_positive(fields)
+    _check_positive(routed)
     layout = derive(routed, world_size=world_size)
     for rule in MODEL_RULES:
-        rule(fields, layout)
+        rule(routed, layout)
     return layout
 
 
 def derive(routed: Routed, *, world_size: int) -> Layout:
     """The sizes alone, with DP as what is left. Raises ConfigError when `world_size` cannot be divided as asked."""
-    fields = Fields(routed)
     processes = Number("processes", world_size, "train.num_devices")
-    tp = fields.number("tensor_model_parallel_size")
-    pp = fields.number("pipeline_model_parallel_size")
-    cp = fields.number("context_parallel_size")
-    ep = fields.number("expert_model_parallel_size")
-    etp = fields.number("expert_tensor_parallel_size", tp.value)
+    tp = routed.number("tensor_model_parallel_size")
+    pp = routed.number("pipeline_model_parallel_size")
+    cp = routed.number("context_parallel_size")
+    ep = routed.number("expert_model_parallel_size")
+    etp = routed.number("expert_tensor_parallel_size", tp.value)
     divisibility.require(processes, by=(tp, pp, cp))
-    if fields.get("num_moe_experts") is not None:
+    if routed.get("num_moe_experts") is not None:
         divisibility.require(processes, by=(etp, ep, pp))
     dp = world_size // (tp.value * pp.value * cp.value)
-    return Layout(tp.value, pp.value, cp.value, ep.value, etp.value, dp, pipeline.chunks(fields), world_size)
+    return Layout(tp.value, pp.value, cp.value, ep.value, etp.value, dp, pipeline.chunks(routed), world_size)
 
 
 _POSITIVE = (
@@ -108,7 +106,8 @@ _POSITIVE = (
 )
 
 
-def _check_positive(fields: Fields) -> None:
+def _check_positive(routed: Routed) -> None:
     for name in _POSITIVE:
-        if fields.get(name, 1) < 1:
-            raise ConfigError(f"{fields.key(name)}: {fields.get(name)} is not positive; set a whole number from 1 up")
+        value = routed.given.get(name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{routed.key(name)}: {value} is not positive; set a whole number from 1 up")

@@ -4,15 +4,16 @@ from importlib.util import find_spec
 
 from bridge.config import divisibility
 from bridge.config.divisibility import Number
-from bridge.config.layout.sizes import Batch, Fields, Layout, dp_formula
+from bridge.config.layout.sizes import Batch, Layout, dp_formula
+from bridge.config.routing import Routed
 from bridge.errors import ConfigError
 
 
-def optimizer(fields: Fields, layout: Layout, batch: Batch) -> None:
-    instances = fields.number("num_distributed_optimizer_instances")
-    if fields.get("average_in_collective", False):
+def optimizer(routed: Routed, layout: Layout, batch: Batch) -> None:
+    instances = routed.number("num_distributed_optimizer_instances")
+    if routed.get("average_in_collective"):
         raise ConfigError(
-            f"{fields.key('average_in_collective')}: an average over ranks is no mean over tokens, which the loss is "
+            f"{routed.key('average_in_collective')}: an average over ranks is no mean over tokens, which the loss is "
             "here (calculate_per_token_loss); set it to false"
         )
     divisibility.require(Number("DP x CP", layout.dp * layout.cp, movable=False), by=[instances])
@@ -23,7 +24,7 @@ def optimizer(fields: Fields, layout: Layout, batch: Batch) -> None:
         )
 
 
-def global_batch(fields: Fields, layout: Layout, batch: Batch) -> None:
+def global_batch(routed: Routed, layout: Layout, batch: Batch) -> None:
     micro = Number("micro_batch_size", batch.micro_batch_size, "train.micro_batch_size")
     per_step = (micro, Number("DP", layout.dp, movable=False))
     note = dp_formula(layout)

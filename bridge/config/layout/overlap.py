@@ -6,8 +6,9 @@ Here each says what it waits for.
 
 from typing import Any
 
-from bridge.config import annotation, effect, mcore_fields, sections
-from bridge.config.layout.sizes import Fields, Layout
+from bridge.config import annotation, mcore_fields, sections
+from bridge.config.layout.sizes import Layout
+from bridge.config.routing import Routed
 from bridge.errors import ConfigError
 
 # Keys that act only where the layout has more than one of something: the field of Layout, the key that says how many.
@@ -60,8 +61,6 @@ NEEDS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
 )
 # Keys whose kernels exist in 16 bits only.
 IN_HALF_PRECISION = ("tp_comm_overlap", "overlap_moe_expert_parallel_comm")
-# Not megatron-core's but this program's default (bridge.models.mcore_config): tokens go straight to their experts.
-OUR_DEFAULTS = {"moe_token_dispatcher_type": "alltoall"}
 # The matrix products of a layer that Transformer Engine can overlap, and what may be set for each
 # (transformer_engine/pytorch/module/base.py, initialize_ub).
 PRODUCTS = tuple(f"{layer}_{way}" for layer in ("qkv", "proj", "fc1", "fc2") for way in ("fprop", "dgrad", "wgrad"))
@@ -82,53 +81,53 @@ OPTIONS = {
 }
 
 
-def needs(fields: Fields, layout: Layout) -> None:
+def needs(routed: Routed, layout: Layout) -> None:
     """No key may be set that another one makes void, or that needs several processes where there is one."""
-    defaults = mcore_fields.defaults() | OUR_DEFAULTS
+    defaults = mcore_fields.defaults()
     for axis, size, names in ALONE:
         for name in names.split() if getattr(layout, axis) == 1 else ():
-            if fields.get(name, defaults[name]) != defaults[name]:
+            if routed.get(name) != defaults[name]:
                 raise ConfigError(
-                    f"{fields.key(name)}: {fields.get(name)!r} has no effect while {size} is 1; "
+                    f"{routed.key(name)}: {routed.get(name)!r} has no effect while {size} is 1; "
                     f"leave it out, or set parallelism.{size} to 2 or more"
                 )
     for name, needed, values in NEEDS:
-        found = fields.get(needed, defaults[needed])
-        if found not in values and fields.get(name, defaults[name]) != defaults[name]:
+        found = routed.get(needed)
+        if found not in values and routed.get(name) != defaults[name]:
             raise ConfigError(
-                f"{fields.key(name)}: {fields.get(name)!r} needs {needed}={_yaml(values[0])}, which is {_yaml(found)}; "
-                f"set {effect.home(needed, fields.origin)} to {' or '.join(map(_yaml, values))}, or leave it out"
+                f"{routed.key(name)}: {routed.get(name)!r} needs {needed}={_yaml(values[0])}, which is {_yaml(found)}; "
+                f"set {routed.key(needed)} to {' or '.join(map(_yaml, values))}, or leave it out"
             )
     for name in IN_HALF_PRECISION:
-        if fields.get(name, False) and not (fields.get("bf16", False) or fields.get("fp16", False)):
-            raise ConfigError(f"{fields.key(name)}: True needs 16-bit weights; set precision=bf16, or leave it out")
+        if routed.get(name) and not (routed.get("bf16") or routed.get("fp16")):
+            raise ConfigError(f"{routed.key(name)}: True needs 16-bit weights; set precision=bf16, or leave it out")
 
 
-def experts_while_computing(fields: Fields, layout: Layout) -> None:
+def experts_while_computing(routed: Routed, layout: Layout) -> None:
     """overlap_moe_expert_parallel_comm: what it needs of the pipeline."""
-    if not fields.get("overlap_moe_expert_parallel_comm", False):
+    if not routed.get("overlap_moe_expert_parallel_comm"):
         return
-    key = fields.key("overlap_moe_expert_parallel_comm")
+    key = routed.key("overlap_moe_expert_parallel_comm")
     if layout.pp > 1 and layout.vpp == 1:
         raise ConfigError(
             f"{key}: VPP > 1 must hold with PP = {layout.pp}, but VPP = 1; "
             "set parallelism.virtual_pipeline_model_parallel_size to 2 or more, or leave it out"
         )
-    if layout.pp == 1 and fields.get("mtp_num_layers") is not None:
+    if layout.pp == 1 and routed.get("mtp_num_layers") is not None:
         raise ConfigError(f"{key}: PP > 1 must hold with model.mtp_num_layers, but PP = 1; leave one of the two out")
 
 
-def tensor_parallel_buffers(fields: Fields, layout: Layout) -> None:
+def tensor_parallel_buffers(routed: Routed, layout: Layout) -> None:
     """tp_comm_overlap and the keys that describe it."""
     defaults = mcore_fields.defaults()
-    for name in fields.names("tp_comm_"):
-        if fields.get(name) != defaults.get(name) and not fields.get("tp_comm_overlap", False):
+    for name in (name for name in routed.given if name.startswith("tp_comm_")):
+        if routed.get(name) != defaults.get(name) and not routed.get("tp_comm_overlap"):
             raise ConfigError(
-                f"{fields.key(name)}: {fields.get(name)!r} has no effect while tp_comm_overlap is false; "
+                f"{routed.key(name)}: {routed.get(name)!r} has no effect while tp_comm_overlap is false; "
                 "set parallelism.tp_comm_overlap to true, or leave it out"
             )
-    key = fields.key("tp_comm_overlap_cfg")
-    for product, options in fields.get("tp_comm_overlap_cfg", {}).items():
+    key = routed.key("tp_comm_overlap_cfg")
+    for product, options in routed.get("tp_comm_overlap_cfg", {}).items():
         annotation.check(f"{key}.{product}", options, "dict[str, Any]")
         if product not in PRODUCTS:
             raise sections.unknown_key(f"{key}.{product}", options, PRODUCTS)

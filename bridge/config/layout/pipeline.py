@@ -5,19 +5,20 @@ from typing import Any
 
 from bridge.config import divisibility
 from bridge.config.divisibility import Number, either
-from bridge.config.layout.sizes import Batch, Fields, Layout, dp_formula
+from bridge.config.layout.sizes import Batch, Layout, dp_formula
+from bridge.config.routing import Routed
 from bridge.errors import ConfigError
 
 
-def chunks(fields: Fields) -> int:
+def chunks(routed: Routed) -> int:
     """Chunks of layers per process: as set, or as many as pipeline_model_parallel_layout spells out."""
-    pp, spelled = fields.number("pipeline_model_parallel_size"), fields.get("pipeline_model_parallel_layout")
-    asked = fields.number("virtual_pipeline_model_parallel_size")
+    pp, spelled = routed.number("pipeline_model_parallel_size"), routed.get("pipeline_model_parallel_layout")
+    asked = routed.number("virtual_pipeline_model_parallel_size")
     if spelled is None:
         return asked.value
     stages = count_stages(spelled)
     divisibility.require(Number("stages of pipeline_model_parallel_layout", stages, movable=False), by=[pp])
-    if asked.key and fields.get(asked.name) not in (None, stages // pp.value):
+    if asked.key and routed.get(asked.name) not in (None, stages // pp.value):
         raise ConfigError(
             f"{asked.key}: stages of pipeline_model_parallel_layout / PP = VPP must hold, but {stages} / {pp.value} = "
             f"{stages // pp.value}, not {asked.value}; set it to {stages // pp.value}"
@@ -39,25 +40,25 @@ def _unrolled(spelled: str) -> str:
     return unrolled
 
 
-def interleaving(fields: Fields, layout: Layout) -> None:
+def interleaving(routed: Routed, layout: Layout) -> None:
     if layout.vpp > 1 and layout.pp == 1:
         raise ConfigError(
-            f"{fields.key('virtual_pipeline_model_parallel_size')}: PP > 1 must hold for VPP > 1, but PP = 1 and VPP = "
+            f"{routed.key('virtual_pipeline_model_parallel_size')}: PP > 1 must hold for VPP > 1, but PP = 1 and VPP = "
             f"{layout.vpp}; set it to null, or parallelism.pipeline_model_parallel_size to 2 or more"
         )
 
 
-def dtype_of_messages(fields: Fields, layout: Layout, batch: Batch) -> None:
-    if layout.pp > 1 and fields.get("pipeline_dtype") is None:
+def dtype_of_messages(routed: Routed, layout: Layout, batch: Batch) -> None:
+    if layout.pp > 1 and routed.get("pipeline_dtype") is None:
         raise ConfigError(
             f"precision.pipeline_dtype: is missing with PP = {layout.pp}; set the dtype of training (precision=...)"
         )
 
 
-def point_to_point(fields: Fields, layout: Layout) -> None:
-    overlap, batched = fields.get("overlap_p2p_comm", False), fields.get("batch_p2p_comm", True)
+def point_to_point(routed: Routed, layout: Layout) -> None:
+    overlap, batched = routed.get("overlap_p2p_comm"), routed.get("batch_p2p_comm")
     found = f"overlap_p2p_comm={str(overlap).lower()} and batch_p2p_comm={str(batched).lower()}"
-    key = fields.key("batch_p2p_comm" if overlap else "overlap_p2p_comm")
+    key = routed.key("batch_p2p_comm" if overlap else "overlap_p2p_comm")
     both = "set parallelism.overlap_p2p_comm=true and parallelism.batch_p2p_comm=false"
     if layout.pp == 2 and layout.vpp > 1 and (batched or not overlap):
         # Both neighbours are then the same process and the two messages of an exchange are mistaken for each other.
@@ -68,21 +69,21 @@ def point_to_point(fields: Fields, layout: Layout) -> None:
         raise ConfigError(f"{key}: VPP = {layout.vpp} cannot run under {found}; {both}")
     if layout.pp > 1 and layout.vpp == 1 and overlap:
         raise ConfigError(
-            f"{fields.key('overlap_p2p_comm')}: VPP > 1 must hold, but VPP = 1; set it to false, or "
+            f"{routed.key('overlap_p2p_comm')}: VPP > 1 must hold, but VPP = 1; set it to false, or "
             "parallelism.virtual_pipeline_model_parallel_size to 2 or more"
         )
 
 
-def layers_per_stage(fields: Fields, layout: Layout) -> None:
+def layers_per_stage(routed: Routed, layout: Layout) -> None:
     """Layers per stage and chunk: the first and last stage may differ, or embedding and loss count as a layer each."""
-    if fields.get("pipeline_model_parallel_layout") is not None:
-        _spelled_layers(fields, fields.get("pipeline_model_parallel_layout"))
+    if routed.get("pipeline_model_parallel_layout") is not None:
+        _spelled_layers(routed, routed.get("pipeline_model_parallel_layout"))
         return
     ends = [f"num_layers_in_{end}_pipeline_stage" for end in ("first", "last")]
-    ends = [name for name in ends if fields.get(name) is not None]
-    counted = [name for name in ("embedding", "loss") if fields.get(f"account_for_{name}_in_pipeline_split", False)]
-    vpp = fields.number("virtual_pipeline_model_parallel_size")
-    layers, pp = fields.number("num_layers"), fields.number("pipeline_model_parallel_size")
+    ends = [name for name in ends if routed.get(name) is not None]
+    counted = [name for name in ("embedding", "loss") if routed.get(f"account_for_{name}_in_pipeline_split")]
+    vpp = routed.number("virtual_pipeline_model_parallel_size")
+    layers, pp = routed.number("num_layers"), routed.number("pipeline_model_parallel_size")
     if not ends:
         name = " + ".join(["num_layers", *(f"1 for the {name}" for name in counted)])
         whole = layers._replace(name=name, value=layers.value + len(counted), movable=not counted)
@@ -90,17 +91,17 @@ def layers_per_stage(fields: Fields, layout: Layout) -> None:
         return
     if counted:
         clash = f"account_for_{counted[0]}_in_pipeline_split"
-        raise ConfigError(f"{fields.key(ends[0])}: does not go with {clash}=true; set one of the two")
+        raise ConfigError(f"{routed.key(ends[0])}: does not go with {clash}=true; set one of the two")
     for name in ends:
-        divisibility.require(fields.number(name), by=[vpp])
-    left, stages = layers.value - sum(fields.get(name) for name in ends), layout.pp - len(ends)
+        divisibility.require(routed.number(name), by=[vpp])
+    left, stages = layers.value - sum(routed.get(name) for name in ends), layout.pp - len(ends)
     if left < 0 or stages < 0 or (left == 0) != (stages == 0):
         raise ConfigError(
-            f"{fields.key(ends[0])}: num_layers less {' and '.join(ends)} = {left} layers remain for {stages} middle "
+            f"{routed.key(ends[0])}: num_layers less {' and '.join(ends)} = {left} layers remain for {stages} middle "
             f"stages (num_layers = {layers.value}, PP = {layout.pp}); set it so that every middle stage has layers"
         )
     if stages:
-        middle = Number(f"(num_layers - {' - '.join(ends)})", left, fields.key(ends[0]), movable=False)
+        middle = Number(f"(num_layers - {' - '.join(ends)})", left, routed.key(ends[0]), movable=False)
         divisibility.require(middle, by=(Number("middle stages", stages), vpp))
 
 
@@ -119,13 +120,13 @@ PARTS = (
 )
 
 
-def _spelled_layers(fields: Fields, spelled: str | list[Any]) -> None:
+def _spelled_layers(routed: Routed, spelled: str | list[Any]) -> None:
     """pipeline_model_parallel_layout has every part of the model, in order, and is the only split."""
-    key = fields.key("pipeline_model_parallel_layout")
+    key = routed.key("pipeline_model_parallel_layout")
     for name in OTHER_SPLITS:
-        if fields.get(name):
+        if routed.get(name):
             raise ConfigError(
-                f"{fields.key(name)}: does not go with pipeline_model_parallel_layout; set one of the two"
+                f"{routed.key(name)}: does not go with pipeline_model_parallel_layout; set one of the two"
             )
     letter_of = {word: letter for letter, word, _ in PARTS}
     stages = _unrolled(spelled).split("|") if isinstance(spelled, str) else spelled
@@ -134,7 +135,7 @@ def _spelled_layers(fields: Fields, spelled: str | list[Any]) -> None:
         known = ", ".join(f"{letter} ({word})" for letter, word, _ in PARTS)
         raise ConfigError(f"{key}: {min(unknown)!r} is no part of a model; set a layout of {known}")
     for letter, word, field in PARTS:
-        wanted = 1 if field is None else fields.get(field, 0)
+        wanted = 1 if field is None else routed.get(field, 0)
         if parts.count(letter) != wanted:
             raise ConfigError(
                 f"{key}: {letter} ({word}) must be there {wanted} times ({field or 'one for every model'}), but "
@@ -145,11 +146,11 @@ def _spelled_layers(fields: Fields, spelled: str | list[Any]) -> None:
         raise ConfigError(f"{key}: the order must be {' '.join(order)}, but is {''.join(parts)}; set it in that order")
 
 
-def microbatches(fields: Fields, layout: Layout, batch: Batch) -> None:
+def microbatches(routed: Routed, layout: Layout, batch: Batch) -> None:
     """An interleaved schedule sends microbatches through the chunks in groups: PP <= group <= microbatches."""
     if layout.vpp == 1:
         return
-    group = fields.number("microbatch_group_size_per_vp_stage", layout.pp)
+    group = routed.number("microbatch_group_size_per_vp_stage", layout.pp)
     if group.value < layout.pp:
         raise ConfigError(f"{group.key}: group >= PP must hold, but {group.value} < {layout.pp}; set it to {layout.pp}")
     smallest = min(batch.global_batch_size, batch.rampup[0]) if batch.rampup else batch.global_batch_size

@@ -3,7 +3,9 @@
 None of them changes a result; the rules are about settings that megatron-core would ignore or stop at later.
 """
 
-from bridge.config.layout.sizes import Fields, Layout
+from bridge.config.complete import layers
+from bridge.config.layout.sizes import Layout
+from bridge.config.routing import Routed
 from bridge.errors import ConfigError
 
 # What each granularity reads besides itself; anything else that is set would do nothing.
@@ -24,43 +26,42 @@ MODULES = {
 }
 
 
-def recompute(fields: Fields, layout: Layout) -> None:
-    granularity = fields.get("recompute_granularity")
+def recompute(routed: Routed, layout: Layout) -> None:
+    granularity = routed.get("recompute_granularity")
     for name in dict.fromkeys(name for names in READ_BY.values() for name in names):
-        if fields.get(name) and name not in READ_BY[granularity]:
+        if routed.get(name) and name not in READ_BY[granularity]:
             fitting = next(other for other, names in READ_BY.items() if name in names)
             shown = "null" if granularity is None else granularity
             raise ConfigError(
-                f"{fields.key(name)}: {fields.get(name)} has no effect with recompute_granularity={shown}; "
-                f"set parallelism.recompute_granularity={fitting}, or {fields.key(name)} to null"
+                f"{routed.key(name)}: {routed.get(name)} has no effect with recompute_granularity={shown}; "
+                f"set parallelism.recompute_granularity={fitting}, or {routed.key(name)} to null"
             )
     if granularity == "full":
-        _full(fields, layout)
-    for module in fields.get("recompute_modules", []):
-        _module(fields, module)
+        _full(routed, layout)
+    for module in routed.get("recompute_modules", []):
+        _module(routed, module)
 
 
-def _full(fields: Fields, layout: Layout) -> None:
-    key = fields.key("recompute_granularity")
-    if fields.get("recompute_method") is None or fields.get("recompute_num_layers") is None:
+def _full(routed: Routed, layout: Layout) -> None:
+    key = routed.key("recompute_granularity")
+    if routed.get("recompute_method") is None or routed.get("recompute_num_layers") is None:
         raise ConfigError(
             f"{key}: full needs recompute_method and recompute_num_layers; set parallelism.recompute_method=uniform "
             "parallelism.recompute_num_layers=1 (every layer by itself), or method block for the first so many of "
             "each stage"
         )
     name = "distribute_saved_activations"
-    if fields.get(name, False) and (layout.tp == 1 or fields.get("sequence_parallel", False)):
+    if routed.get(name) and (layout.tp == 1 or routed.get("sequence_parallel")):
         have = "sequence_parallel divides them already" if layout.tp > 1 else "TP = 1"
-        raise ConfigError(f"{fields.key(name)}: divides activations over tensor ranks, but {have}; set it to false")
+        raise ConfigError(f"{routed.key(name)}: divides activations over tensor ranks, but {have}; set it to false")
 
 
-def _module(fields: Fields, module: str) -> None:
-    key = fields.key("recompute_modules")
+def _module(routed: Routed, module: str) -> None:
+    key = routed.key("recompute_modules")
     if module not in MODULES:
         raise ConfigError(f"{key}: no module is called {module!r}; set some of {', '.join(MODULES)}")
     needed = MODULES[module]
-    if needed is not None and not fields.get(needed):
+    if needed is not None and not routed.get(needed):
         raise ConfigError(f"{key}: {module} needs a model with model.{needed}; set it without {module}")
-    every_layer_has_experts = fields.get("num_moe_experts") is not None and fields.get("moe_layer_freq", 1) == 1
-    if module == "mlp" and every_layer_has_experts:
+    if module == "mlp" and all(kind.experts for kind in layers(routed.given)):
         raise ConfigError(f"{key}: mlp is the MLP of layers without experts, of which there are none; set moe instead")

@@ -1,10 +1,7 @@
-"""What the rules read: the sizes of a layout and of a batch, and the configuration by field name."""
+"""What the rules read besides the configuration: the sizes of a layout and of a batch."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-from bridge.config.divisibility import Number
-from bridge.config.routing import Routed
+from typing import NamedTuple
 
 
 class Layout(NamedTuple):
@@ -27,29 +24,6 @@ class Batch(NamedTuple):
     global_batch_size: int
     micro_batch_size: int
     rampup: Sequence[int] | None
-
-
-class Fields:
-    """Reads `Routed` by field name."""
-
-    def __init__(self, routed: Routed) -> None:
-        self.origin = routed.origin
-        self._values = {**routed.optimizer, **routed.ddp, **routed.gpt, **routed.transformer}
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value the user set, else `default`, which is megatron-core's."""
-        value = self._values.get(name)
-        return default if value is None else value
-
-    def names(self, prefix: str) -> list[str]:
-        """The fields the user set whose names begin so."""
-        return [name for name in self._values if name.startswith(prefix)]
-
-    def key(self, name: str) -> str:
-        return self.origin.get(name, name)
-
-    def number(self, name: str, default: int = 1) -> Number:
-        return Number(name, self.get(name, default), self.origin.get(name, ""))
 
 
 def dp_formula(layout: Layout) -> str:

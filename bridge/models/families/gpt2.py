@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from bridge.config.complete import mlp_width
 from bridge.models.family import Family
 from bridge.models.hf.decoder_rows import Model, attention, embedding, final, mlp, norms, transposed
 from bridge.models.hf.fields import Part, Values, activation, dropout, only, refused, same
@@ -35,16 +36,17 @@ def _hidden(model: Values) -> dict[str, int]:
     return {"n_embd": model["hidden_size"]}
 
 
-def mlp_width() -> Part:
-    """n_inner; null is four times n_embd."""
+def inner_width() -> Part:
+    """n_inner; null is what megatron-core takes as well."""
+
+    def read(hf: Values) -> dict[str, Any]:
+        return {"ffn_hidden_size": hf.get("n_inner") or mlp_width(hf["n_embd"])}
 
     def write(model: Values) -> dict[str, Any]:
         width = model["ffn_hidden_size"]
-        return {"n_inner": None if width == 4 * model["hidden_size"] else width}
+        return {"n_inner": None if width == mlp_width(model["hidden_size"]) else width}
 
-    return Part(
-        ("n_inner",), ("ffn_hidden_size",), lambda hf: {"ffn_hidden_size": hf.get("n_inner") or 4 * hf["n_embd"]}, write
-    )
+    return Part(("n_inner",), ("ffn_hidden_size",), read, write)
 
 
 def attention_scale() -> Part:
@@ -101,7 +103,7 @@ FAMILY = Family(
     parts=(
         same("n_layer", "num_layers"),
         same("n_embd", "hidden_size"),
-        mlp_width(),
+        inner_width(),
         same("vocab_size", "vocab_size"),
         same("n_positions", "max_sequence_length"),
         same("tie_word_embeddings", "share_embeddings_and_output_weights", bool),

@@ -10,8 +10,9 @@ from typing import Any
 
 from bridge import parallel
 from bridge.config.architecture import NOT_ARCHITECTURE
+from bridge.config.complete import complete, defaults
 from bridge.errors import ConversionError
-from bridge.models.family import Family, by_name, complete, known_names, mcore_defaults, name_of_hf_config
+from bridge.models.family import Family, by_name, known_names, name_of_hf_config
 from bridge.models.hf import reads as hf_reads
 from bridge.models.hf import sizes as hf_sizes
 from bridge.models.hf.fields import Part
@@ -225,9 +226,9 @@ def _account_for_model(model: Mapping[str, Any], full: Mapping[str, Any], facts:
         if full[name] != wanted and name not in NOT_ARCHITECTURE:
             raise ConversionError(f"model.{name}: {full[name]!r}, but every {facts.architecture} has {wanted!r}")
     understood = {key for part in facts.parts for key in part.model_keys} | facts.constants.keys() | NOT_ARCHITECTURE
-    defaults = mcore_defaults()
+    known = defaults()
     for name, value in model.items():
-        if name not in understood and value != defaults.get(name):
+        if name not in understood and value != known.get(name):
             raise ConversionError(
                 f"model.{name}: {value!r} cannot be expressed in the config of a {facts.architecture}"
             )

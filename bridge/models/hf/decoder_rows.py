@@ -9,7 +9,7 @@ from bridge.weights.ops import Joined, Op, Qkv, Stack, Transposed
 from bridge.weights.table import Ignore, Row, Table
 
 Rows = list[Row | Ignore]
-Model = Mapping[str, Any]  # the complete `model` keys (`family.complete`)
+Model = Mapping[str, Any]  # the complete `model` keys (`config.complete`)
 
 MCORE = "decoder.layers.{layer}."
 HF = "model.layers.{layer}."

@@ -8,17 +8,8 @@ num_experts_per_tok. No torch here.
 from collections.abc import Callable
 from typing import Any
 
+from bridge.config.complete import moe_layers
 from bridge.models.hf.fields import Part, Values, refused
-
-
-def moe_layers(model: Values) -> list[bool]:
-    """Which layers have experts, by megatron-core's rule for moe_layer_freq: every n-th from the first, or a list."""
-    count, pattern = model["num_layers"], model["moe_layer_freq"]
-    if model["num_moe_experts"] is None:
-        return [False] * count
-    if isinstance(pattern, int):
-        return [layer % pattern == 0 for layer in range(count)]
-    return [bool(layer) for layer in pattern]
 
 
 def experts(*names: str, per_token: tuple[str, ...] = ("num_experts_per_tok",)) -> Part:
@@ -50,7 +41,7 @@ def width_of_experts(hf_name: str = "intermediate_size") -> Part:
     def write(model: Values) -> dict[str, Any]:
         if not all(moe_layers(model)):
             raise refused("model.moe_layer_freq", model["moe_layer_freq"], "every layer of this family has experts")
-        return {hf_name: model["moe_ffn_hidden_size"] or model["ffn_hidden_size"]}
+        return {hf_name: model["moe_ffn_hidden_size"]}
 
     return Part((hf_name,), (*keys, "moe_layer_freq"), lambda hf: dict.fromkeys(keys, int(hf[hf_name])), write)
 
@@ -255,7 +246,7 @@ def shared_experts(hf_name: str = "n_shared_experts", *, may_be_none: bool = Fal
         return {SHARED: count * int(hf["moe_intermediate_size"])} if count > 0 else {}
 
     def write(model: Values) -> dict[str, Any]:
-        shared, width = model[SHARED] or 0, model["moe_ffn_hidden_size"] or model["ffn_hidden_size"]
+        shared, width = model[SHARED] or 0, model["moe_ffn_hidden_size"]
         if shared % width or not (shared or may_be_none):
             raise refused(
                 f"model.{SHARED}", model[SHARED], f"in this family it is a multiple of moe_ffn_hidden_size ({width})"

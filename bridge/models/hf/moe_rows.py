@@ -4,6 +4,7 @@ Each expert is an entry of a stacked megatron tensor, in files one tensor per ex
 of a stacked tensor there too, as transformers keeps them in memory and may write them (`save_original_format=False`).
 """
 
+from bridge.config.complete import moe_layers
 from bridge.models.hf.decoder_rows import (
     BOTH,
     HF,
@@ -19,7 +20,6 @@ from bridge.models.hf.decoder_rows import (
     norms,
     qk_norms,
 )
-from bridge.models.hf.moe import moe_layers
 from bridge.weights.ops import Op, Stack
 from bridge.weights.table import Row, Table
 
