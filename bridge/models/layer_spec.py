@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from bridge.models import unequal_layers
 from bridge.models.mcore_config import Config
-from bridge.models.modules import full_width_norm, local_rope, router, scales
+from bridge.models.modules import expert_linear, full_width_norm, local_rope, router, scales
 from bridge.models.modules.core_attention import CoreAttention
 from bridge.models.modules.latent_attention import LatentAttention
 from bridge.models.modules.norm import Norm
@@ -92,6 +92,7 @@ VARIATIONS: tuple[Callable[[Any, Config], None], ...] = (
     router.use,
     _capped_attention,
     local_rope.use,
+    expert_linear.use,
 )
 
 
