@@ -14,6 +14,7 @@ from torch import Tensor
 from bridge import parallel, platform
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
+from bridge.models import counted_once
 from bridge.models.layer_spec import block_spec, prediction_spec
 from bridge.models.mcore_config import Config, MLAConfig, transformer_config
 from bridge.models.modules import scales
@@ -123,6 +124,7 @@ def build(
         check_live(routed, chunk, dtype=dtype, meta=meta)
         if not meta:  # routers and shared-expert gates are built on the CPU whatever use_cpu_initialization says
             chunk.to(platform.device())
+            counted_once.mark(chunk)
     return in_float16_module(chunks) if wrap else chunks
 
 
