@@ -81,7 +81,7 @@ def index(prepared: Prepared, *, sequence_length: int, split: str, seed: int) ->
     assert not torch.distributed.is_initialized(), "samples are indexed before process groups exist"
     completed(
         _index_directory(prepared, sequence_length=sequence_length, split=split, seed=seed),
-        fill=lambda directory: _build(prepared, sequence_length, split, seed, directory) and None,
+        fill=lambda directory: _build(prepared, sequence_length, split, seed, directory),
     )
 
 

@@ -90,7 +90,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def completed(entry: Path, *, fill: Callable[[Path], None]) -> Path:
+def completed(entry: Path, *, fill: Callable[[Path], object]) -> Path:
     """The cache entry `entry`, filled first when it is missing.
 
     One process per node fills it while the others wait for the lock. `fill(directory)` writes into a temporary sibling

@@ -27,11 +27,16 @@ def import_megatron_without_compiling() -> None:
         torch.compiler.set_stance("force_eager")
         return
     compile_ = torch.compile
-    torch.compile = cast(Any, lambda function=None, **_: function if function is not None else (lambda f: f))
+    torch.compile = cast(Any, _uncompiled)
     try:
         import megatron.core.jit  # noqa: F401
     finally:
         torch.compile = compile_
+
+
+def _uncompiled(function: Any = None, **_: Any) -> Any:
+    """Stands for torch.compile, as a decorator with and without arguments: the function stays as it is."""
+    return (lambda decorated: decorated) if function is None else function
 
 
 def leave_dynamo_out() -> None:
