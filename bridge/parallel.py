@@ -1,13 +1,18 @@
 """Process groups, random seeds and their teardown. The only reader of megatron-core's parallel_state."""
 
 import contextlib
+import math
 import os
 import random
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bridge import platform
+from bridge.config import layout
+from bridge.config.layout import pipeline
+from bridge.config.routing import Routed
+from bridge.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,6 +31,66 @@ SIZES = (
 )
 
 
+def num_processes() -> int | None:
+    """Processes of this job: of the process group, else as torchrun says; None when there is neither."""
+    if is_initialized():
+        return size()
+    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+
+
+def join(routed: Routed, *, seed: int = 1234) -> bool:
+    """Make the process groups that `routed` asks for (True), or check that those there are have its sizes (False).
+
+    Raises ConfigError for a value that this platform cannot honour, a size that differs, or one that the number of
+    processes cannot give. `teardown` undoes it.
+    """
+    platform.check(routed.given, routed.origin)
+    if has_groups():
+        _check_sizes(routed)
+        return False
+    ranks = num_processes() or 1
+    needed = math.prod(routed.get(f"{axis}_parallel_size") for axis in ("tensor_model", "pipeline_model", "context"))
+    if ranks % needed:
+        raise ConfigError(
+            f"parallelism: needs a multiple of {needed} processes, there are {ranks}; start with torchrun"
+        )
+    layout.derive(routed, world_size=ranks)
+    instances = routed.get("num_distributed_optimizer_instances")
+    initialize(routed.transformer, seed=seed, num_distributed_optimizer_instances=instances)
+    return True
+
+
+@contextlib.contextmanager
+def joined(routed: Routed, *, seed: int = 1234) -> Iterator[None]:
+    """The block runs in the groups of `join`; they stay, but those made here go if it fails."""
+    had_world = is_initialized()
+    made = join(routed, seed=seed)
+    try:
+        yield
+    except BaseException:
+        if made:
+            teardown(keep_world=had_world)
+        raise
+
+
+def _check_sizes(routed: Routed) -> None:
+    """Raise ConfigError unless the groups there are have the sizes of `routed`."""
+    for name, found in sizes().items():
+        # A model without experts runs in groups made for one that has them.
+        of_others = name.startswith("expert_") and routed.get("num_moe_experts") is None and name not in routed.origin
+        asked = _asked(routed, name)
+        if found != asked and not of_others and name != "num_distributed_optimizer_instances":
+            raise ConfigError(f"parallelism.{name}: {asked}, but this process group has {found}; set that")
+
+
+def _asked(routed: Routed, name: str) -> int:
+    if name == "virtual_pipeline_model_parallel_size":
+        return pipeline.chunks(routed)
+    if name == "expert_tensor_parallel_size":
+        return routed.number(name, routed.get("tensor_model_parallel_size")).value
+    return routed.number(name).value
+
+
 def initialize(
     fields: Mapping[str, Any],
     *,
@@ -33,7 +98,8 @@ def initialize(
     timeout_minutes: float = 30,
     num_distributed_optimizer_instances: int = 1,
 ) -> None:
-    """Join the process group, make megatron-core's model-parallel groups and seed every random generator.
+    """What `join` does when all is checked: join the process group, make megatron-core's model-parallel groups and seed
+    every random generator.
 
     `fields` holds TransformerConfig fields (`Routed.transformer`); only the parallel sizes and the choice of random
     state tracker are read. With RANK and WORLD_SIZE in the environment all ranks meet at MASTER_ADDR:MASTER_PORT;
@@ -120,7 +186,7 @@ def teardown(*, keep_world: bool = False) -> None:
 
 
 def is_initialized() -> bool:
-    """True between `initialize()` (or `fake()`) and `teardown()`."""
+    """True between `join` (or `fake`) and `teardown`, and where another program made a process group."""
     import torch.distributed as dist
 
     return dist.is_initialized()
@@ -172,31 +238,56 @@ def sizes() -> dict[str, int]:
     """The sizes that the process groups really have, by the field that asks for them."""
     from megatron.core import parallel_state
 
-    replicas = {"with_context_parallel": True}
-    sharded_over = parallel_state.get_data_parallel_world_size(**replicas, partial_data_parallel=True)
+    sharded_over = parallel_state.get_data_parallel_world_size(with_context_parallel=True, partial_data_parallel=True)
     return {
-        "tensor_model_parallel_size": tensor_parallel_size(),
-        "pipeline_model_parallel_size": pipeline_size(),
+        "tensor_model_parallel_size": size("tp"),
+        "pipeline_model_parallel_size": size("pp"),
         "virtual_pipeline_model_parallel_size": virtual_pipeline_size(),
-        "context_parallel_size": context_parallel_size(),
-        "expert_model_parallel_size": expert_parallel_size(),
-        "expert_tensor_parallel_size": expert_tensor_parallel_size(),
-        "num_distributed_optimizer_instances": data_parallel_size(**replicas) // sharded_over,
+        "context_parallel_size": size("cp"),
+        "expert_model_parallel_size": size("ep"),
+        "expert_tensor_parallel_size": size("etp"),
+        "num_distributed_optimizer_instances": size("dp_cp") // sharded_over,
     }
 
 
-def rank() -> int:
-    """This process's number in the world; 0 before `initialize()`."""
+Axis = Literal["world", "tp", "pp", "cp", "dp", "dp_cp", "ep", "etp"]
+# Axis -> megatron-core's function for the group of processes along it, and its arguments.
+_GROUPS: dict[Axis, tuple[str, dict[str, Any]]] = {
+    "tp": ("get_tensor_model_parallel_group", {}),  # slices of the same layers
+    "pp": ("get_pipeline_model_parallel_group", {}),  # stages of one model
+    "cp": ("get_context_parallel_group", {}),  # parts of the same sequence
+    "dp": ("get_data_parallel_group", {}),  # different data
+    "dp_cp": ("get_data_parallel_group", {"with_context_parallel": True}),  # different data, and parts of a sequence
+    "ep": ("get_expert_model_parallel_group", {}),  # different experts of the same layers
+    "etp": ("get_expert_tensor_parallel_group", {}),  # slices of the same experts
+}
+
+
+def group(axis: Axis) -> "ProcessGroup":
+    """The processes along `axis` that this one belongs to. Raises AssertionError before there are groups."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    if axis == "world":
+        assert dist.group.WORLD is not None, "no process group"
+        return dist.group.WORLD
+    name, options = _GROUPS[axis]
+    found: ProcessGroup = getattr(parallel_state, name)(**options)
+    return found
+
+
+def rank(axis: Axis = "world") -> int:
+    """This process's number along `axis`, from 0; in the world 0 before there is one."""
     import torch.distributed as dist
 
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank(group(axis)) if axis != "world" or dist.is_initialized() else 0
 
 
-def world_size() -> int:
-    """Processes in the world; 1 before `initialize()`."""
+def size(axis: Axis = "world") -> int:
+    """Processes along `axis`; in the world 1 before there is one."""
     import torch.distributed as dist
 
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size(group(axis)) if axis != "world" or dist.is_initialized() else 1
 
 
 def is_main() -> bool:
@@ -212,69 +303,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def data_parallel_rank(*, with_context_parallel: bool = False) -> int:
-    """This process's number among those that see different data (and, if asked, different parts of a sequence)."""
-    from megatron.core import parallel_state
-
-    return parallel_state.get_data_parallel_rank(with_context_parallel=with_context_parallel)
-
-
-def data_parallel_size(*, with_context_parallel: bool = False) -> int:
-    """Number of processes that see different data (times, if asked, those that share one sequence)."""
-    from megatron.core import parallel_state
-
-    return parallel_state.get_data_parallel_world_size(with_context_parallel=with_context_parallel)
-
-
-def tensor_parallel_rank() -> int:
-    """This process's number among those that hold slices of the same layers."""
-    from megatron.core import parallel_state
-
-    return parallel_state.get_tensor_model_parallel_rank()
-
-
-def tensor_parallel_size() -> int:
-    """Number of slices every layer is cut into."""
-    from megatron.core import parallel_state
-
-    return parallel_state.get_tensor_model_parallel_world_size()
-
-
-def tensor_parallel_group() -> "ProcessGroup":
-    """The processes that hold slices of the same layers."""
-    from megatron.core import parallel_state
-
-    return parallel_state.get_tensor_model_parallel_group()
-
-
-def context_parallel_group() -> "ProcessGroup":
-    """The processes that hold parts of the same sequence."""
-    from megatron.core import parallel_state
-
-    return parallel_state.get_context_parallel_group()
-
-
-def context_parallel_size() -> int:
-    """Number of parts every sequence is cut into."""
-    from megatron.core import parallel_state
-
-    return parallel_state.get_context_parallel_world_size()
-
-
-def pipeline_rank() -> int:
-    """This process's pipeline stage, from 0."""
-    from megatron.core import parallel_state
-
-    return parallel_state.get_pipeline_model_parallel_rank()
-
-
-def pipeline_size() -> int:
-    """Number of pipeline stages."""
-    from megatron.core import parallel_state
-
-    return parallel_state.get_pipeline_model_parallel_world_size()
-
-
 def virtual_pipeline_size() -> int:
     """Number of model chunks on every pipeline stage; megatron-core picks its schedule by it."""
     from megatron.core import parallel_state
@@ -282,57 +310,29 @@ def virtual_pipeline_size() -> int:
     return parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
 
 
-def pipeline_group() -> "ProcessGroup":
-    """The processes that hold the stages of one model."""
-    from megatron.core import parallel_state
-
-    return parallel_state.get_pipeline_model_parallel_group()
-
-
 def last_stage_rank() -> int:
     """The rank in the world of this pipeline's last stage."""
-    from megatron.core import parallel_state
+    import torch.distributed as dist
 
-    return parallel_state.get_pipeline_model_parallel_last_rank()
-
-
-def expert_parallel_size() -> int:
-    """Number of parts the experts of every layer are dealt into."""
-    from megatron.core import parallel_state
-
-    return parallel_state.get_expert_model_parallel_world_size()
-
-
-def expert_tensor_parallel_size() -> int:
-    """Number of slices every expert is cut into."""
-    from megatron.core import parallel_state
-
-    return parallel_state.get_expert_tensor_parallel_world_size()
-
-
-def context_parallel_rank() -> int:
-    """This process's number among those that hold parts of the same sequence."""
-    from megatron.core import parallel_state
-
-    return parallel_state.get_context_parallel_rank()
+    return dist.get_process_group_ranks(group("pp"))[-1]
 
 
 def is_pipeline_first_stage(*, vp_stage: int | None = None, vp_size: int | None = None) -> bool:
     """True where tokens are embedded: stage 0 and, of several model chunks on it, the first."""
-    return pipeline_rank() == 0 and (vp_size is None or vp_stage == 0)
+    return rank("pp") == 0 and (vp_size is None or vp_stage == 0)
 
 
 def is_pipeline_last_stage(*, vp_stage: int | None = None, vp_size: int | None = None) -> bool:
     """True where logits are computed: the last stage and, of several model chunks on it, the last."""
-    return pipeline_rank() == pipeline_size() - 1 and (vp_size is None or vp_stage == vp_size - 1)
+    return rank("pp") == size("pp") - 1 and (vp_size is None or vp_stage == vp_size - 1)
 
 
 def all_gather(value: Any) -> list[Any]:
     """Every rank's `value` (picklable), by rank. A collective."""
-    if world_size() == 1:
+    if size() == 1:
         return [value]
     import torch
 
-    values: list[Any] = [None] * world_size()
+    values: list[Any] = [None] * size()
     torch.distributed.all_gather_object(values, value)
     return values

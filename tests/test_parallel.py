@@ -10,11 +10,11 @@ from tests.distributed import run_distributed
 
 
 def test_before_and_after():
-    assert (parallel.rank(), parallel.world_size(), parallel.is_main()) == (0, 1, True)
+    assert (parallel.rank(), parallel.size(), parallel.is_main()) == (0, 1, True)
     for _ in range(2):
         with parallel.single_process({"tensor_model_parallel_size": 4}):
             assert parallel.is_initialized()
-            assert parallel.tensor_parallel_size() == 1
+            assert parallel.size("tp") == 1
     assert not parallel.is_initialized()
 
 
@@ -22,7 +22,7 @@ def test_single_process_looks_away_from_the_environment(monkeypatch: pytest.Monk
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     with parallel.single_process():
-        assert (parallel.rank(), parallel.world_size()) == (0, 1)
+        assert (parallel.rank(), parallel.size()) == (0, 1)
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("3", "8")
 
 
@@ -37,11 +37,11 @@ def test_imagined_ranks(rank: int):
     fields = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "context_parallel_size": 2}
     with parallel.fake(16, rank, fields):
         # megatron-core's order, innermost first: tensor, context, data, pipeline.
-        assert parallel.tensor_parallel_rank() == rank % 2
-        assert parallel.context_parallel_size() == 2
-        assert parallel.data_parallel_rank() == rank // 4 % 2
-        assert parallel.data_parallel_size(with_context_parallel=True) == 4
-        assert parallel.pipeline_rank() == rank // 8
+        assert parallel.rank("tp") == rank % 2
+        assert parallel.size("cp") == 2
+        assert parallel.rank("dp") == rank // 4 % 2
+        assert parallel.size("dp_cp") == 4
+        assert parallel.rank("pp") == rank // 8
         assert parallel.is_pipeline_first_stage() == (rank < 8)
         assert parallel.is_pipeline_last_stage(vp_stage=1, vp_size=2) == (rank >= 8)
         assert not parallel.is_pipeline_last_stage(vp_stage=0, vp_size=2)
@@ -55,7 +55,7 @@ def seeds() -> dict[str, float]:
     with get_cuda_rng_tracker().fork():
         own = torch.rand(1).item()
     total = torch.tensor([parallel.rank() + 1.0])
-    torch.distributed.all_reduce(total, group=parallel.tensor_parallel_group())
+    torch.distributed.all_reduce(total, group=parallel.group("tp"))
     parallel.barrier()
     parallel.teardown()
     return {"common": common, "own": own, "sum": total.item()}

@@ -30,7 +30,7 @@ LEVELS = (
     {"launch"},
     {"status", "sweep_report"},
 )
-WITHIN_A_LEVEL = {("parallel", "platform"), ("platform", "config")}
+WITHIN_A_LEVEL = {("parallel", "platform"), ("platform", "config"), ("parallel", "config")}
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 SOURCES = sorted((ROOT / "bridge").rglob("*.py"))

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge.api import groups, saving
+from bridge import parallel
+from bridge.api import saving
 from bridge.api.tasks import describe, stream, tasks
 from bridge.config import effect
 from bridge.config.annotation import DTYPES
@@ -34,7 +35,7 @@ def load_model(
     routed = route({"model": read_section(path, key="path"), "parallelism": dict(parallelism or {})})
     effect.check(routed)
     weights_dtype = stored_dtype(path) if dtype is None else parse_dtype(dtype)
-    with groups.joined(routed):
+    with parallel.joined(routed):
         model = gpt.build(routed, dtype=weights_dtype)
         load_initial(model, path, routed, key="path")
     assets = path if locate.is_hf(path) else locate.locate(path, key="path").root / locate.HF_ASSETS

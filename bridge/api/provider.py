@@ -11,7 +11,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from bridge import parallel, platform
-from bridge.api import groups
 from bridge.api.source import refuse
 from bridge.config import annotation, effect, layout, mcore_fields, own_fields
 from bridge.config.architecture import NOT_ARCHITECTURE
@@ -92,7 +91,7 @@ class Provider:
         Raises ConfigError, ConversionError. Building calls this as well.
         """
         routed = self.routed
-        layout.check_model(routed, world_size=groups.num_processes() or _smallest_world(routed))
+        layout.check_model(routed, world_size=parallel.num_processes() or _smallest_world(routed))
         effect.check(routed)
         if any(_is_model_key(name, self._section) for name in self._given):
             hf_config.to_hf(self._section | _split(self._section, self._given)[0], dtype="float32")
@@ -103,7 +102,7 @@ class Provider:
         anew when a seed is given."""
         refuse("initialize_model_parallel", unsupported)
         routed = self.routed
-        made = groups.join(routed, seed=1234 if seed is None else seed)
+        made = parallel.join(routed, seed=1234 if seed is None else seed)
         if not made and seed is not None:
             parallel.seed_generators(routed.transformer, seed=seed)
 
@@ -115,7 +114,7 @@ class Provider:
         pre_process and post_process may only say what the pipeline stage does anyway.
         """
         self.finalize()
-        groups.join(self.routed)
+        parallel.join(self.routed)
         if self.virtual_pipeline_model_parallel_size and vp_stage is None:
             raise ConfigError("vp_stage: None; say which of the chunks to provide, or call provide_distributed_model")
         chunk: Any = gpt.build(self.routed, dtype=self._dtype(), only_stage=vp_stage)[0]
@@ -146,7 +145,7 @@ class Provider:
                 setattr(self, name, value)
         self.finalize()
         routed = self.routed
-        with groups.joined(routed):
+        with parallel.joined(routed):
             chunks: list[Any] = gpt.build(routed, dtype=self._dtype())
             for hook in [*self._hooks["pre"], *_listed(pre_wrap_hook)]:
                 chunks = hook(chunks) or chunks

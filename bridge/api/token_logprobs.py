@@ -40,7 +40,7 @@ def logprobs(
     rows = micro_batch_size or len(full["tokens"])
     _check(chunks, full, rows=rows)
     micro_batches = [_on_this_rank({name: full[name][at : at + rows] for name in full}) for at in _starts(full, rows)]
-    if parallel.pipeline_size() == 1:
+    if parallel.size("pp") == 1:
         results = [_of_output(_forward(chunks[0], micro), micro, chunks[0], temperature) for micro in micro_batches]
         return _whole_sequences(torch.cat(results))
     return _through_stages(chunks, micro_batches, temperature=temperature)
@@ -57,7 +57,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, *, vocab_size: int, tem
         raise ConfigError(f"temperature: {temperature} is not positive; set 1.0 for the model's own distribution")
     if labels.shape != logits.shape[:-1]:
         raise ConfigError(f"labels: shape {list(labels.shape)} does not fit logits {list(logits.shape)}")
-    columns, num_ranks = logits.shape[-1], parallel.tensor_parallel_size()
+    columns, num_ranks = logits.shape[-1], parallel.size("tp")
     if columns * num_ranks < vocab_size:
         raise ConfigError(
             f"logits: {columns} columns on {num_ranks} tensor-parallel ranks do not hold vocab_size={vocab_size}"
@@ -71,7 +71,7 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int, temperature: float) -> Tensor:
-        first = parallel.tensor_parallel_rank() * logits.shape[-1]
+        first = parallel.rank("tp") * logits.shape[-1]
         real = min(max(vocab_size - first, 0), logits.shape[-1])
         flat, wanted = logits.reshape(-1, logits.shape[-1])[:, :real], labels.reshape(-1)
         exact = torch.promote_types(logits.dtype, torch.float32)
@@ -117,8 +117,8 @@ def _chunks(flat: Tensor) -> Iterator[slice]:
 
 
 def _reduce(values: Tensor, operation: Any) -> None:
-    if parallel.tensor_parallel_size() > 1:
-        torch.distributed.all_reduce(values, op=operation, group=parallel.tensor_parallel_group())
+    if parallel.size("tp") > 1:
+        torch.distributed.all_reduce(values, op=operation, group=parallel.group("tp"))
 
 
 def _complete(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -145,21 +145,21 @@ def _complete(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _check(chunks: list[Any], full: Mapping[str, Tensor], *, rows: int) -> None:
     batch_size, length = full["tokens"].shape
     config = get_model_config(chunks[0])
-    divided = parallel.pipeline_size() > 1 or parallel.context_parallel_size() > 1
+    divided = parallel.size("pp") > 1 or parallel.size("cp") > 1
     if divided and torch.is_grad_enabled():
         raise ConfigError(
             "logprobs: gradients do not cross pipeline stages or context-parallel ranks here; call it under "
             "torch.no_grad(), and train with logprobs_from_logits in the loss function of megatron-core's schedule"
         )
-    if parallel.pipeline_size() > 1 and batch_size % rows:
+    if parallel.size("pp") > 1 and batch_size % rows:
         raise ConfigError(f"micro_batch_size: {batch_size} % {rows} must be 0 with pipeline stages; set a divisor")
-    if len(chunks) > 1 and batch_size // rows % parallel.pipeline_size():
+    if len(chunks) > 1 and batch_size // rows % parallel.size("pp"):
         raise ConfigError(
-            f"micro_batch_size: {batch_size} / {rows} passes must be a multiple of the {parallel.pipeline_size()} "
+            f"micro_batch_size: {batch_size} / {rows} passes must be a multiple of the {parallel.size('pp')} "
             "pipeline stages with virtual stages; set it so"
         )
-    parts = 2 * parallel.context_parallel_size() if parallel.context_parallel_size() > 1 else 1
-    parts *= parallel.tensor_parallel_size() if config.sequence_parallel else 1
+    parts = 2 * parallel.size("cp") if parallel.size("cp") > 1 else 1
+    parts *= parallel.size("tp") if config.sequence_parallel else 1
     if length % parts:
         raise ConfigError(f"batch: sequence {length} % {parts} must be 0 for the ranks that share a sequence; pad it")
 
@@ -170,7 +170,7 @@ def _starts(full: Mapping[str, Tensor], rows: int) -> range:
 
 def _on_this_rank(micro: dict[str, Tensor]) -> dict[str, Tensor]:
     """The part of every sequence that this context-parallel rank has."""
-    part: dict[str, Tensor] = get_batch_on_this_cp_rank(micro, cp_group=parallel.context_parallel_group())
+    part: dict[str, Tensor] = get_batch_on_this_cp_rank(micro, cp_group=parallel.group("cp"))
     return part
 
 
@@ -178,7 +178,7 @@ def _forward(chunk: Any, micro: Mapping[str, Tensor]) -> Any:
     bare = shards.unwrap(chunk)
     if not (bare.pre_process or bare.post_process):
         return chunk(None, None, None)
-    if parallel.pipeline_size() == 1:
+    if parallel.size("pp") == 1:
         chunk = bare  # Float16Module would make a float32 copy of all logits
     return chunk(micro["tokens"], micro["position_ids"], None)
 
@@ -201,7 +201,7 @@ def _through_stages(chunks: list[Any], micro_batches: list[dict[str, Tensor]], *
         data_iterator=[iter(micro_batches) for _ in chunks],
         model=chunks,
         num_microbatches=len(micro_batches),
-        seq_length=length * parallel.context_parallel_size(),
+        seq_length=length * parallel.size("cp"),
         micro_batch_size=rows,
         forward_only=True,
         collect_non_loss_data=True,
@@ -209,18 +209,18 @@ def _through_stages(chunks: list[Any], micro_batches: list[dict[str, Tensor]], *
     if parallel.is_pipeline_last_stage():
         values = _whole_sequences(torch.cat(results))
     else:
-        shape = (rows * len(micro_batches), length * parallel.context_parallel_size())
+        shape = (rows * len(micro_batches), length * parallel.size("cp"))
         values = torch.empty(shape, dtype=torch.float32, device=platform.device())
-    torch.distributed.broadcast(values, src=parallel.last_stage_rank(), group=parallel.pipeline_group())
+    torch.distributed.broadcast(values, src=parallel.last_stage_rank(), group=parallel.group("pp"))
     return values
 
 
 def _whole_sequences(part: Tensor) -> Tensor:
     """Of C ranks, number r has pieces r and 2 C - 1 - r of every sequence; the pieces of all in order."""
-    size = parallel.context_parallel_size()
+    size = parallel.size("cp")
     if size == 1:
         return part
     parts = [torch.empty_like(part) for _ in range(size)]
-    torch.distributed.all_gather(parts, part.contiguous(), group=parallel.context_parallel_group())
+    torch.distributed.all_gather(parts, part.contiguous(), group=parallel.group("cp"))
     halves = [half for one in parts for half in one.chunk(2, dim=1)]
     return torch.cat([*halves[0::2], *reversed(halves[1::2])], dim=1)

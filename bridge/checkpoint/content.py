@@ -12,6 +12,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from bridge import parallel
 from bridge.checkpoint.optimizer_state import OptimizerState
 from bridge.optim import schedule
+from bridge.parallel import Axis
 from bridge.platform.random_state import random_state
 
 FORMAT = 2  # 1 kept optimizer state in the shape of the optimizer that wrote it
@@ -76,16 +77,16 @@ def layout(state: Trainable) -> dict[str, Any]:
     """
     transformer, virtual = get_model_config(state.model[0]), parallel.virtual_pipeline_size()
     experts = {
-        "expert_model_parallel_size": parallel.expert_parallel_size(),
-        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size(),
+        "expert_model_parallel_size": parallel.size("ep"),
+        "expert_tensor_parallel_size": parallel.size("etp"),
     }
     return {
-        "tensor_model_parallel_size": parallel.tensor_parallel_size(),
-        "pipeline_model_parallel_size": parallel.pipeline_size(),
+        "tensor_model_parallel_size": parallel.size("tp"),
+        "pipeline_model_parallel_size": parallel.size("pp"),
         "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
-        "context_parallel_size": parallel.context_parallel_size(),
+        "context_parallel_size": parallel.size("cp"),
         **(experts if transformer.num_moe_experts else {}),
-        "data_parallel_size": parallel.data_parallel_size(),
+        "data_parallel_size": parallel.size("dp"),
         "use_distributed_optimizer": bool(state.model[0].ddp_config.use_distributed_optimizer),
         "params_dtype": str(transformer.params_dtype).removeprefix("torch."),
     }
@@ -100,8 +101,6 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def random_state_of_rank() -> ShardedObject:
     """This rank's generators, under a key that only the same rank of the same layout asks for."""
-    sizes = (
-        f"tp{parallel.tensor_parallel_size()}pp{parallel.pipeline_size()}cp{parallel.context_parallel_size()}"
-        f"ep{parallel.expert_parallel_size()}"
-    )
-    return ShardedObject(f"{RANDOM_STATE}{sizes}", random_state(), (parallel.world_size(),), (parallel.rank(),))
+    axes: tuple[Axis, ...] = ("tp", "pp", "cp", "ep")
+    sizes = "".join(f"{axis}{parallel.size(axis)}" for axis in axes)
+    return ShardedObject(f"{RANDOM_STATE}{sizes}", random_state(), (parallel.size(),), (parallel.rank(),))

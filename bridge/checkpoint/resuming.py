@@ -79,7 +79,7 @@ def _found(path: Path) -> CheckpointPath:
 
 def _check(directory: Path, *, verify: bool) -> None:
     """Sizes always, contents if asked; then the objects that loading would unpickle. The ranks share the reading."""
-    rank, world_size = parallel.rank(), parallel.world_size()
+    rank, world_size = parallel.rank(), parallel.size()
 
     def sound() -> None:
         recorded = checksums.read(directory)
@@ -104,7 +104,7 @@ def _loaded(path: CheckpointPath, state: Trainable) -> Position:
     except BridgeError:
         raise
     except FAILURES as error:
-        mine = damage(path.directory, share=(parallel.rank(), parallel.world_size()))
+        mine = damage(path.directory, share=(parallel.rank(), parallel.size()))
         fault = next(filter(None, parallel.all_gather(mine)), None)
         if fault is None:
             raise

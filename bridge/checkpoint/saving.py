@@ -176,7 +176,7 @@ def save_weights(directory: Path, model: Sequence[Any]) -> None:
 def _read_back(directory: Path) -> None:
     """What a resume would refuse ends the run at its first checkpoint, not when days depend on the last."""
     try:
-        check_plain(directory, share=(parallel.rank(), parallel.world_size()))
+        check_plain(directory, share=(parallel.rank(), parallel.size()))
     except BridgeError as error:
         raise RunError(str(error)) from error
 

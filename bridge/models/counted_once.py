@@ -20,7 +20,7 @@ from bridge.weights.shards import METADATA
 
 def mark(chunk: torch.nn.Module) -> None:
     """Set `tensor_model_parallel` of each parameter of a model chunk, where tensor ranks may hold copies."""
-    if parallel.tensor_parallel_rank() == 0:  # everything counts here
+    if parallel.rank("tp") == 0:  # everything counts here
         return
     own = {id(parameter): parameter for parameter in chunk.parameters()}
     description: Any = chunk

@@ -79,7 +79,7 @@ class GPT(GPTModel):
         Not to -inf, which gives NaN in a fused kernel when a rank holds nothing but padding.
         """
         columns = logits.size(-1)
-        real = self.true_vocab_size - parallel.tensor_parallel_rank() * columns
+        real = self.true_vocab_size - parallel.rank("tp") * columns
         if real < columns:
             logits[..., max(real, 0) :] = torch.finfo(logits.dtype).min
         return super().compute_language_model_loss(labels, logits)

@@ -49,14 +49,14 @@ def _calculator(train: Train, data_parallel_size: int) -> NumMicroBatchesCalcula
 
 def training(dataset: Any, *, train: Train, consumed: int, num_workers: int) -> Iterator[Batch]:
     """Endless micro-batches of this rank after the first `consumed` samples: [micro_batch_size, ...] tensors."""
-    num_ranks = parallel.data_parallel_size()
+    num_ranks = parallel.size("dp")
     batches = sampler.TrainingBatches(
         size=len(dataset),
         seed=train.seed,
         consumed=consumed,
         batch_size_at=batch_size_at(train, data_parallel_size=num_ranks),
         micro_batch_size=train.sequences_per_pass(num_ranks),
-        rank=parallel.data_parallel_rank(),
+        rank=parallel.rank("dp"),
         num_ranks=num_ranks,
     )
     return iter(_loader(dataset, batches, num_workers=num_workers))
@@ -69,7 +69,7 @@ def num_evaluation_samples(dataset: Any, train: Train) -> int:
 
 def evaluation(dataset: Any, *, train: Train, num_microbatches: int) -> Iterator[Batch]:
     """So many micro-batches of this rank for one evaluation: the samples in order, then some that do not count."""
-    rank, num_ranks = parallel.data_parallel_rank(), parallel.data_parallel_size()
+    rank, num_ranks = parallel.rank("dp"), parallel.size("dp")
     micro_batch_size = train.sequences_per_pass(num_ranks)
     ids = range(num_microbatches * micro_batch_size * num_ranks)
     batches = sampler.rank_micro_batches(ids, micro_batch_size=micro_batch_size, rank=rank, num_ranks=num_ranks)
@@ -87,7 +87,7 @@ def recorded(batches: Iterator[Batch], path: Path, *, train: Train, after: Posit
     """`batches`, the first one of the step after `after`; a line "STEP: ID ID ..." is appended to `path` for each that
     is read."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    num_ranks = parallel.data_parallel_size()
+    num_ranks = parallel.size("dp")
     size_at = batch_size_at(train, data_parallel_size=num_ranks)
     step, consumed = after.step, after.consumed_samples
     with path.open("a", buffering=1) as file:

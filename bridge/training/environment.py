@@ -30,7 +30,7 @@ def describe(*, step: int) -> dict[str, Any]:
         "command": os.environ.get(COMMAND),
         "directory": os.getcwd(),
         "host": os.uname().nodename,
-        "processes": parallel.world_size(),
+        "processes": parallel.size(),
         "device": platform.device_name(),
         "python": interpreter.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},

@@ -36,7 +36,7 @@ def evaluate(
 
 def _step_sizes(num_samples: int, *, shape: Shape, multiple: int) -> list[int]:
     """Micro-batches of each step: as many as in training, in the last what is left, rounded up to a `multiple`."""
-    num_microbatches = -(-num_samples // (shape.micro_batch_size * parallel.data_parallel_size()))
+    num_microbatches = -(-num_samples // (shape.micro_batch_size * parallel.size("dp")))
     full, left = divmod(num_microbatches, shape.num_microbatches)
     last = min(-(-left // multiple) * multiple, shape.num_microbatches)
     return [shape.num_microbatches] * full + [last] * (left > 0)
@@ -49,7 +49,7 @@ def _multiple(model: list[Any], shape: Shape) -> int:
         return shape.num_microbatches
     if len(model) == 1:
         return 1
-    return config.microbatch_group_size_per_vp_stage or parallel.pipeline_size()
+    return config.microbatch_group_size_per_vp_stage or parallel.size("pp")
 
 
 @contextmanager

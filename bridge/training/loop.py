@@ -56,7 +56,7 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse, saves: Saves) -
     pending = Pending(_rates(job), policy)
     iterators = rerun.iterators(_training_batches(job, pulse))
     take_step = partial(train_step, job.state, iterators, policy=policy, rerun=rerun, before_update=saves.before_update)
-    batch_size_at = batches.batch_size_at(train, data_parallel_size=parallel.data_parallel_size())
+    batch_size_at = batches.batch_size_at(train, data_parallel_size=parallel.size("dp"))
     eval_loss = _evaluation_at(job, progress.step)
     reason = stop.signalled() if progress.step < train.steps else None  # while the model was built
     while progress.step < train.steps and reason is None:
@@ -148,7 +148,7 @@ def _rates(job: Job) -> Rates:
             job.transformer, vocab_size=job.config.model["vocab_size"], sequence_length=sequence_length
         ),
         sequence_length=sequence_length,
-        num_devices=parallel.world_size(),
+        num_devices=parallel.size(),
     )
 
 
@@ -175,14 +175,10 @@ def _recorded(iterator: Iterator[Batch], job: Job) -> Iterator[Batch]:
     if parallel.is_main():
         batches.forget_after(job.progress.step, directory)
     parallel.barrier()
-    first_of_its_samples = (
-        parallel.tensor_parallel_rank() == 0
-        and parallel.context_parallel_rank() == 0
-        and parallel.is_pipeline_first_stage()
-    )
+    first_of_its_samples = parallel.rank("tp") == 0 and parallel.rank("cp") == 0 and parallel.is_pipeline_first_stage()
     if not first_of_its_samples:
         return iterator
-    path = directory / f"data_parallel_{parallel.data_parallel_rank()}.txt"
+    path = directory / f"data_parallel_{parallel.rank('dp')}.txt"
     return batches.recorded(iterator, path, train=job.config.train, after=job.progress)
 
 

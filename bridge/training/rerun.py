@@ -161,7 +161,7 @@ class Rerun:
         kept = json.loads(self.path.read_text()) if self.path.is_file() else None
         if kept is None or kept["step"] != step or step + 1 in self.train.iterations_to_skip:
             return
-        if len(kept["ranks"]) != parallel.world_size():
+        if len(kept["ranks"]) != parallel.size():
             if parallel.is_main():
                 print(
                     f"{self.path} is from {len(kept['ranks'])} processes: step {step + 1} is not rerun for comparison"

@@ -8,7 +8,7 @@ from megatron.core.distributed import DistributedDataParallelConfig, finalize_mo
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config, unwrap_model
 
-from bridge import checkpoint, parallel, platform
+from bridge import checkpoint, parallel
 from bridge.checkpoint import Position, Trainable
 from bridge.config import modules, sections
 from bridge.config.routing import Routed
@@ -84,14 +84,12 @@ def _check_vocabulary(made: int, config: RunConfig) -> None:
 
 
 def join(config: RunConfig) -> None:
-    """Make the process groups that `config` asks for. Raises ConfigError for what this platform cannot do."""
+    """`parallel.join`, and the buffers of communication that overlaps with computation."""
     routed = config.routed
-    platform.check(routed.transformer | routed.ddp | routed.optimizer, routed.origin)
-    instances = routed.get("num_distributed_optimizer_instances")
-    parallel.initialize(routed.transformer, seed=config.train.seed, num_distributed_optimizer_instances=instances)
+    parallel.join(routed, seed=config.train.seed)
     if routed.get("tp_comm_overlap"):
-        sequences = config.train.sequences_per_pass(parallel.data_parallel_size())
-        num_tokens = sequences * config.data["sequence_length"] // parallel.context_parallel_size()
+        sequences = config.train.sequences_per_pass(parallel.size("dp"))
+        num_tokens = sequences * config.data["sequence_length"] // parallel.size("cp")
         user_buffers.create(routed.transformer, num_tokens=num_tokens)
 
 

@@ -28,7 +28,7 @@ class Shape(NamedTuple):
 
 def shape_of(train: Train, *, sequence_length: int, samples: int) -> Shape:
     """The shape of a step that reads `samples` over all data-parallel ranks, which are whole micro-batches of each."""
-    num_ranks = parallel.data_parallel_size()
+    num_ranks = parallel.size("dp")
     micro_batch_size = train.sequences_per_pass(num_ranks)
     return Shape(sequence_length, micro_batch_size, samples // (micro_batch_size * num_ranks))
 
@@ -172,4 +172,4 @@ def token_loss(losses: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, 
 
 def _on_device(batch: Batch) -> Batch:
     moved = {name: batch[name].to(platform.device(), non_blocking=True) for name in INPUTS}
-    return get_batch_on_this_cp_rank(moved, cp_group=parallel.context_parallel_group())
+    return get_batch_on_this_cp_rank(moved, cp_group=parallel.group("cp"))

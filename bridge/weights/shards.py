@@ -127,7 +127,7 @@ def gather(model: Sequence[torch.nn.Module], keys: Iterable[str] | None = None) 
                 data = local[key].pieces[source.piece].data.contiguous()
             else:
                 data = torch.empty(source.shape, dtype=target.dtype, device=device)
-            if parallel.world_size() > 1:
+            if parallel.size() > 1:
                 torch.distributed.broadcast(data.view(-1).view(torch.uint8), src=source.rank)
             whole[Piece(data, source.offsets).place] = data
         yield key, whole

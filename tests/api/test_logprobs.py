@@ -30,7 +30,7 @@ def on_ranks(dtype, temperature, tp):
 def ours(dtype, temperature, tp=1):
     whole, labels, weights = drawn(dtype, PADDED)
     width = PADDED // tp
-    part = whole[..., parallel.tensor_parallel_rank() * width :][..., :width].clone().requires_grad_()
+    part = whole[..., parallel.rank("tp") * width :][..., :width].clone().requires_grad_()
     found = bridge.logprobs_from_logits(part, labels, vocab_size=VOCAB, temperature=temperature)
     (found * weights).sum().backward()
     return found.detach(), part.grad

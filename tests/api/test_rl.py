@@ -49,7 +49,7 @@ def train_step(model, optimizer):
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     tokens, advantages = rollouts()
-    mine = slice(parallel.data_parallel_rank(), None, parallel.data_parallel_size())
+    mine = slice(parallel.rank("dp"), None, parallel.size("dp"))
     micros = [{"tokens": tokens[row : row + 1], "advantages": advantages[row : row + 1]} for row in range(BATCH)[mine]]
     for chunk in model:
         chunk.zero_grad_buffer()

@@ -28,15 +28,15 @@ def step(run: RunConfig) -> Measured:
     data = setup.prepare_data(run)
     parallel.initialize(run.routed.transformer, seed=run.train.seed)
     job = setup.build(run, data)
-    size = run.train.sequences_per_pass(parallel.data_parallel_size())
-    count = run.train.global_batch_size // (size * parallel.data_parallel_size())
+    size = run.train.sequences_per_pass(parallel.size("dp"))
+    count = run.train.global_batch_size // (size * parallel.size("dp"))
     model = job.state.model
     streams = [batches.training(job.datasets.train, train=run.train, consumed=0, num_workers=0) for _ in model]
     saved = Saved(_storages(_static(job.state)))
     with saved.watching():
         one_step(job, streams, micro_batch_size=size, num_microbatches=count)
     weights, gradients, optimizer = (sum(_storages(part).values()) for part in _parts(job.state))
-    return Measured(parallel.pipeline_rank(), weights, gradients, optimizer, saved.peak)
+    return Measured(parallel.rank("pp"), weights, gradients, optimizer, saved.peak)
 
 
 class Held:

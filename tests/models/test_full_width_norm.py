@@ -30,7 +30,7 @@ def part_of_the_norm(tp: int) -> dict[str, torch.Tensor]:
     routed = route({"model": {**MODEL, "qk_layernorm_full_width": True}, "parallelism": fields})
     parallel.initialize(routed.transformer)
     x, weight, gradient = tensors()
-    rank, heads = parallel.tensor_parallel_rank(), SHAPE[2] // tp
+    rank, heads = parallel.rank("tp"), SHAPE[2] // tp
     mine = slice(rank * heads, (rank + 1) * heads)
     norm = FullWidthNorm(gpt.transformer_config(routed), 8, EPS, num_heads=4)
     norm.weight.data.copy_(weight.view(4, 8)[mine].reshape(-1))

@@ -262,7 +262,7 @@ def test_meta_model_of_one_rank_of_many():
     parallelism = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "pipeline_dtype": "fp32"}
     setup = routed(parallelism=parallelism)
     with parallel.fake(8, 5, setup.transformer):
-        assert (parallel.pipeline_rank(), parallel.tensor_parallel_rank(), parallel.data_parallel_size()) == (1, 1, 2)
+        assert (parallel.rank("pp"), parallel.rank("tp"), parallel.size("dp")) == (1, 1, 2)
         (model,) = gpt.build(setup, meta=True)
     assert (model.pre_process, model.post_process) == (False, True)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

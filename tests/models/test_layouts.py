@@ -102,7 +102,7 @@ def _step(routed: Any, section: dict[str, Any], directory: str) -> tuple[float, 
             gradients[key] = gradients[key][:rows]
     total = torch.tensor([float(sum(loss["sum"].item() for loss in losses))])
     torch.distributed.all_reduce(total)
-    return total.item() / parallel.tensor_parallel_size() / parallel.data_parallel_size(), gradients
+    return total.item() / parallel.size("tp") / parallel.size("dp"), gradients
 
 
 def _forward(data: Any, model: Any) -> Any:
@@ -110,7 +110,7 @@ def _forward(data: Any, model: Any) -> Any:
 
     ids = hf_models.prompts(length=LENGTH + 1, seed=next(data))
     batch = {"ids": ids[:, :-1], "labels": ids[:, 1:], "positions": torch.arange(LENGTH).expand(2, -1)}
-    batch = get_batch_on_this_cp_rank(batch, cp_group=parallel.context_parallel_group())
+    batch = get_batch_on_this_cp_rank(batch, cp_group=parallel.group("cp"))
     output = model(batch["ids"], batch["positions"], None, labels=batch["labels"])
 
     def loss(per_token: torch.Tensor) -> Any:

@@ -13,7 +13,7 @@ def uneven() -> tuple[torch.Tensor, torch.Tensor]:
     from bridge import parallel
 
     parallel.initialize({"tensor_model_parallel_size": 2})
-    rank, group = parallel.rank(), parallel.tensor_parallel_group()
+    rank, group = parallel.rank(), parallel.group("tp")
     own = torch.arange(SIZES[rank] * 2.0).view(SIZES[rank], 2) + 100 * rank
     gathered = mappings._gather_along_first_dim(own, group, SIZES)
     scattered = mappings._reduce_scatter_along_first_dim(torch.arange(8.0).view(4, 2) * (rank + 1), group, SIZES)

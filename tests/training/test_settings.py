@@ -89,7 +89,7 @@ def outcome(name: str, folder: Path) -> str:
         check_arrived(name, job)
         chunks = range(len(job.state.model))
         read = [batches.training(job.datasets.train, train=config.train, consumed=0, num_workers=0) for _ in chunks]
-        num_microbatches = 4 // parallel.data_parallel_size()
+        num_microbatches = 4 // parallel.size("dp")
         assert runs.one_step(job, read, micro_batch_size=1, num_microbatches=num_microbatches).updated is not None
         return "live"
     finally:

@@ -32,7 +32,7 @@ def sharded(key, tensor, *, dim=0):
     """This rank's part of a matrix split along `dim`; vectors and scalars are the same on every rank."""
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    rank, size = parallel.rank(), parallel.world_size()
+    rank, size = parallel.rank(), parallel.size()
     if tensor.ndim < 2:
         return ShardedTensor.from_rank_offsets(key, tensor.clone(), replica_id=rank)
     return ShardedTensor.from_rank_offsets(key, tensor.chunk(size, dim)[rank].contiguous(), (dim, rank, size))
@@ -61,7 +61,7 @@ def save_with_mcore(directory):
     from megatron.core import dist_checkpointing
 
     parallel.initialize({})
-    rank, size = parallel.rank(), parallel.world_size()
+    rank, size = parallel.rank(), parallel.size()
     state = {key: sharded(key, tensor, dim=number % 2) for number, (key, tensor) in enumerate(TENSORS.items())}
     state |= {"step": 3, "rng": dist_checkpointing.mapping.ShardedObject("rng", [rank], (size,), (rank,))}
     dist_checkpointing.save(state, str(directory))

@@ -27,7 +27,7 @@ class FullWidthNorm(MegatronModule):
 
     def __init__(self, config: Any, hidden_size: int, eps: float, *, num_heads: int) -> None:
         super().__init__(config=config)
-        self.group, self.eps = parallel.tensor_parallel_group(), eps
+        self.group, self.eps = parallel.group("tp"), eps
         self.width = num_heads * hidden_size
         device = None if config.use_cpu_initialization else platform.device()
         weight = torch.ones(self.width // self.group.size(), dtype=config.params_dtype, device=device)
