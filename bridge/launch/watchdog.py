@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -61,14 +61,9 @@ def watching(pulse: "Pulse", config: RunConfig, *, rank: int) -> Iterator[None]:
 def _watch(pulse: "Pulse", config: RunConfig, rank: int, done: threading.Event, ending: threading.Event) -> None:
     timeout = config.launch.hang_seconds
     assert timeout is not None
-    looked, resumed = time.monotonic(), 0.0
-    while not done.wait(min(1.0, timeout / 10)):
-        # A process that was stopped (SIGSTOP, a suspended job) begins anew.
-        looked, before = time.monotonic(), looked
-        resumed = looked if looked - before > 1.0 + timeout / 10 else resumed
-        waited = _share_waited(pulse, timeout, resumed=resumed)
-        # A rank that gives up takes along those that wait for it and began to a little later.
-        if waited > 1 or (waited > 0.5 and _places(config.run_dir)):
+    patience = Patience(pulse, timeout)
+    while not done.wait(patience.interval):
+        if patience.over(lambda: bool(_places(config.run_dir))):
             ending.set()
             telling = threading.Thread(target=_tell, args=(pulse, config, rank), daemon=True)
             telling.start()
@@ -76,12 +71,31 @@ def _watch(pulse: "Pulse", config: RunConfig, rank: int, done: threading.Event, 
             os._exit(EXIT_CODES["failed"])
 
 
-def _share_waited(pulse: "Pulse", timeout: float, *, resumed: float = 0.0) -> float:
-    """How much of the time that a phase of a step may take is over; 1 is all of it. resumed: when it began at least."""
-    from bridge.training.pulse import WORK_BETWEEN_STEPS
+class Patience:
+    """How long `pulse` may stand still, `timeout` seconds in a phase of a step. Asked every `interval` seconds."""
 
-    since, slow = pulse.busy_since, pulse.finished_steps == 0 or pulse.place.phase in WORK_BETWEEN_STEPS
-    return 0.0 if since is None else (time.monotonic() - max(since, resumed)) / (timeout * (ALLOWANCE if slow else 1))
+    def __init__(self, pulse: "Pulse", timeout: float) -> None:
+        self.interval = min(1.0, timeout / 10)
+        self._pulse, self._timeout = pulse, timeout
+        self._looked, self._resumed = time.monotonic(), 0.0
+
+    def over(self, another_gave_up: Callable[[], bool]) -> bool:
+        """Whether this rank gives up: earlier when another has, as those that wait for it began to a little later."""
+        # A process that was stopped (SIGSTOP, a suspended job) begins anew.
+        self._looked, before = time.monotonic(), self._looked
+        if self._looked - before > 1.0 + self._timeout / 10:
+            self._resumed = self._looked
+        waited = self._share_waited()
+        return waited > 1 or (waited > 0.5 and another_gave_up())
+
+    def _share_waited(self) -> float:
+        """How much of the time that a phase of a step may take is over; 1 is all of it."""
+        from bridge.training.pulse import WORK_BETWEEN_STEPS
+
+        since = self._pulse.busy_since
+        slow = self._pulse.finished_steps == 0 or self._pulse.place.phase in WORK_BETWEEN_STEPS
+        allowed = self._timeout * (ALLOWANCE if slow else 1)
+        return 0.0 if since is None else (self._looked - max(since, self._resumed)) / allowed
 
 
 def _tell(pulse: "Pulse", config: RunConfig, rank: int) -> None:

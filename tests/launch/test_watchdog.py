@@ -3,16 +3,14 @@
 import json
 import os
 import re
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bridge.files import write_json
-from bridge.launch.watchdog import Stuck, described
-from bridge.runs.run_files import rank_file
+from bridge.launch.watchdog import Patience, Stuck, described
+from bridge.training import pulse as places
 from tests.distributed import run_distributed
 from tests.training.runs import config
 
@@ -78,18 +76,25 @@ def test_ranks_that_are_behind_come_first(places: dict[int, Stuck], world_size: 
     assert described(places, world_size=world_size) == said
 
 
+class Clock:
+    """The time that the product sees, which only a test moves on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
 def test_first_steps_evaluations_and_saves_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bridge.launch import watchdog
-    from bridge.training import pulse as places
-
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    clock = Clock(monkeypatch)
     pulse = places.Pulse()
+    patience = Patience(pulse, 10.0)
 
-    def late_after(seconds: float) -> bool:
-        nonlocal now
-        now += seconds
-        return watchdog._share_waited(pulse, 10.0) > 1
+    def late_after(seconds: int) -> bool:
+        over = False
+        for _ in range(seconds):
+            clock.now += 1.0
+            over = patience.over(lambda: False)
+        return over
 
     assert not late_after(10000)  # tokenising, loading: before the loop there are no steps
     pulse.enter(places.STARTING, step=0)
@@ -112,35 +117,19 @@ def test_first_steps_evaluations_and_saves_may_take_longer(monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("another_gave_up", "stopped", "seconds"), [(False, 0, 10), (True, 0, 5), (False, 1000, 1011)])
 def test_a_rank_gives_up_with_the_one_it_waits_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, another_gave_up: bool, stopped: float, seconds: float
+    monkeypatch: pytest.MonkeyPatch, another_gave_up: bool, stopped: float, seconds: float
 ) -> None:
     """Else the first to leave would break its connections before it has written its stacks. stopped: seconds, at the
     start, in which the whole process stood still: its job was suspended."""
-    from bridge.launch import watchdog
-    from bridge.training import pulse as places
-
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-
-    class Clock:
-        def wait(self, seconds: float) -> bool:
-            nonlocal now
-            now += seconds + (stopped if now == 0 else 0)
-            return False
-
-    def leave(_: int) -> None:
-        raise SystemExit
-
-    monkeypatch.setattr(watchdog, "_tell", lambda *_: None)
-    monkeypatch.setattr(os, "_exit", leave)
-    run = config(tmp_path, launch={"hang_timeout": "10s"})
-    (run.run_dir / "logs").mkdir(parents=True)
-    if another_gave_up:
-        write_json(Stuck(2, 1, "reading data", "host"), rank_file(run.run_dir, "hang", rank=1))
+    clock = Clock(monkeypatch)
     pulse = places.Pulse()
+    patience = Patience(pulse, 10.0)
     pulse.enter(places.STARTING, step=0)
     pulse.finish_step()
     pulse.enter(places.READING, step=2)
-    with pytest.raises(SystemExit):
-        watchdog._watch(pulse, run, 0, Clock(), threading.Event())  # type: ignore[arg-type]
-    assert seconds < now <= seconds + 1
+    clock.now = stopped
+    while clock.now < 2000:
+        clock.now += patience.interval
+        if patience.over(lambda: another_gave_up):
+            break
+    assert seconds < clock.now <= seconds + 1

@@ -5,7 +5,6 @@ no third outcome: a value that is accepted and lost, or a stack trace.
 """
 
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,15 @@ from megatron.core.transformer.enums import CudaGraphScope
 from megatron.core.utils import get_model_config, unwrap_model
 
 from bridge import parallel
-from bridge.config import effect, layout, mcore_fields, routing
+from bridge.config import effect, layout, mcore_fields
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
 from bridge.training import batches, settings, setup
 from tests.distributed import run_distributed
-from tests.training import every_field, runs
+from tests.training import every_field, refused_fields, runs
+from tests.training.refused_fields import NOT_FROM_YAML, REFUSED, UNREAD
 
 BASE = {"model": runs.MODEL, "optimizer": runs.ADAM, "precision": runs.FP32}
-NOT_FROM_YAML = {
-    name
-    for fields in mcore_fields.targets().values()
-    for name, field in fields.items()
-    if name in routing._REFUSED or name in routing._FIXED or not mcore_fields.expressible(field)
-} - {"activation_func"}
-UNREAD = {name for _, names in effect.UNREAD for name in names.split()} | effect.OLD_NAMES.keys()
-REFUSED = NOT_FROM_YAML | UNREAD | every_field.NEEDS_GPU | {"average_in_collective"}
 # What megatron-core makes of the values of tests.training.every_field that it does not keep as they are.
 FORMS: dict[str, Any] = {
     "activation_func": torch.nn.functional.gelu,
@@ -168,16 +160,38 @@ NOT_TRAINING = ("inference", "export", "post_training", "quantization", "ssm", "
 OTHER_MODELS = tuple(f"models/{name}" for name in ("T5", "bert", "mamba", "multimodal", "retro"))
 
 
+# Part of the reason why a field is refused -> all files of megatron-core that may read it, or the folders they are in.
+ONLY_READ_IN = {
+    "reads it nowhere": (),
+    "Megatron-FSDP": ("distributed/fsdp/",),
+    "only GPT models": ("ssm/",),
+    "optimizer is adam or sgd": ("optimizer/muon.py",),
+    "megatron-core's own attention": ("transformer/dot_product_attention.py",),
+    "Apex's norms": ("fusions/fused_layer_norm.py", "transformer/torch_norm.py"),
+}
+
+
 def test_what_is_accepted_is_read_by_what_trains():
-    root = mcore_fields._root()
-    declared = {root / file for classes in mcore_fields._DATACLASSES.values() for file, _ in classes}
-    read: set[str] = set()
-    for path in root.rglob("*.py"):
-        if path not in declared and not path.relative_to(root).as_posix().startswith(NOT_TRAINING + OTHER_MODELS):
-            read |= set(re.findall(r"(?<=config\.)\w+|(?<=config, ['\"])\w+|(?<=config\[0\]\.)\w+", path.read_text()))
+    read = {
+        name
+        for name, files in refused_fields.readers().items()
+        if not all(file.startswith(NOT_TRAINING + OTHER_MODELS) for file in files)
+    }
     targets = mcore_fields.targets()
     fields = {name for part in ("transformer", "ddp", "optimizer") for name in targets[part]}
-    assert fields - UNREAD - NOT_FROM_YAML - read == READ_WHERE_THEY_ARE_DECLARED
+    unread = UNREAD.keys() | effect.OLD_NAMES.keys()
+    assert fields - unread - NOT_FROM_YAML - read == READ_WHERE_THEY_ARE_DECLARED
+
+
+@pytest.mark.parametrize("said", ONLY_READ_IN)
+def test_what_is_refused_as_unread_is_read_nowhere_else(said: str):
+    found = {name: refused_fields.readers().get(name, []) for name, reason in UNREAD.items() if said in reason}
+    assert found
+    assert not [name for name, files in found.items() if not all(file.startswith(ONLY_READ_IN[said]) for file in files)]
+
+
+def test_the_list_of_refused_fields_is_current():
+    assert refused_fields.LIST.read_text() == refused_fields.listed(), "run python -m tests.training.refused_fields"
 
 
 def losses(folder: Path, overlapped: bool) -> list[float]:
