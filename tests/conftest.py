@@ -4,10 +4,10 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests import durations
 from tests.forks import sitecustomize  # watches this process, too
 
 FORKS = tempfile.TemporaryDirectory(prefix="forks_")
@@ -30,13 +30,12 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
     os.environ.pop(name, None)  # pytest under torchrun must not turn into one of its workers
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With -n: a file's tests stay in one process, which makes its fixtures (a Slurm, a checkpoint) once."""
-    from xdist.scheduler import LoadFileScheduling
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-durations", action="store_true", help="note how long tests take: tests/durations.py")
 
-    config.option.loadscopereorder = False  # by number of tests: those that take minutes would come last
-    return LoadFileScheduling(config, log)
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(durations.Plugin(config))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -60,6 +59,16 @@ def no_fork_of_a_process_with_threads() -> Iterator[None]:
     for note in notes:
         note.unlink()
     assert not noted, noted
+
+
+@pytest.fixture(scope="module")
+def warm_processes() -> Iterator[None]:
+    """Processes that the module's tests start need not import torch and megatron: see tests/warm."""
+    from tests import warm
+
+    warm.on()
+    yield
+    warm.off()
 
 
 @pytest.fixture(scope="session")

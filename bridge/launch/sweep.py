@@ -140,10 +140,8 @@ def check_suggestion(job: Composed) -> None:
     """
     if not job.suggested:
         return
-    try:
-        saved = read_yaml(job.directory / run_files.OVERRIDES)
-    except FileNotFoundError:
-        return
+    file = job.directory / run_files.OVERRIDES
+    saved = read_yaml(file) if file.exists() else None
     if saved and not set(job.swept) <= set(saved):
         keys = {override.partition("=")[0] for override in job.swept}
         held = " ".join(override for override in saved if override.partition("=")[0] in keys)

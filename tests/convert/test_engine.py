@@ -1,9 +1,5 @@
 """Options of a conversion that change how it is done, or what is refused, but not what comes out."""
 
-import re
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +11,6 @@ from bridge.weights import locate, transfer
 from tests import hf_models
 from tests.convert.test_round_trip import assert_same, load_by_mcore, tensors
 from tests.distributed import run_distributed
-from tests.test_docs import ROOT
 
 
 def test_workers_write_the_same_model(tiny_hf, tmp_path):
@@ -92,13 +87,3 @@ def test_a_file_that_shrinks_meanwhile_is_named(tiny_hf, tmp_path, monkeypatch):
     with pytest.raises(ConversionError, match="model.safetensors: tensor model.* cannot be read"):
         import_hf(source, tmp_path / "out" / "megatron")
     assert not list((tmp_path / "out").iterdir())
-
-
-def test_the_benchmark_runs_small(tmp_path):
-    command = [sys.executable, "-W", "ignore", "benchmarks/convert.py", "--size", "20MB", "--transformers-size", "5MB"]
-    command += ["--directory", str(tmp_path), "--workers", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^\| (\w+) \| ([\d.]+) GB \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ GB", done.stdout, re.MULTILINE)
-    assert [row[0] for row in rows] == ["plain", "import", "export", "transformers"]
-    assert not list(tmp_path.iterdir())

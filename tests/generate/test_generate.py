@@ -13,6 +13,7 @@ from bridge.errors import ConfigError
 from bridge.generate import __main__ as generate_main
 from bridge.generate import decoding, options
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
 PROMPT = [72, 101, 108, 108, 111, 10, 33, 200]
 
 

@@ -17,6 +17,8 @@ from bridge.launch import notebook
 from bridge.runs.claim import latest_step
 from tests.launch.commands import TINY, write_user_source
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
+
 
 @pytest.fixture(autouse=True)
 def _in_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

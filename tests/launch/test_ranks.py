@@ -63,6 +63,7 @@ def test_first_node(node_list: str, first: str, monkeypatch: pytest.MonkeyPatch)
     assert ranks._first_address(node_list) == first
 
 
+@pytest.mark.usefixtures("warm_processes")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

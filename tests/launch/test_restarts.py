@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tests.distributed import run_distributed
 from tests.launch.commands import TINY, train
 from tests.training.runs import config
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
 DYING_SOURCE = """
 import os, signal
 from dataclasses import dataclass
@@ -61,15 +62,12 @@ def ran(run_dir: Path, endings: list[tuple[Result, int | None]], monkeypatch: An
     """`run_workers` with up to 5 restarts, the workers ending as told: (result, step of the latest checkpoint)."""
     (run_dir / "logs").mkdir()
     (run_dir / "checkpoints").mkdir()
-
-    def end(*_: Any, **__: Any) -> tuple[Result, bool]:
-        result, step = endings.pop(0)
-        if step is not None:
-            (run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(step))
-        return result, stopping
-
-    monkeypatch.setattr(spawn, "_run_once", end)
-    return spawn.run_workers(Claim(run_dir, -1, None), num_devices=1, fields={}, max_restarts=5)
+    told = [{"result": asdict(result), "step": step, "stopping": stopping} for result, step in endings]
+    (run_dir / "endings.json").write_text(json.dumps(told))
+    monkeypatch.setattr(spawn, "WORKER", "tests.launch.ending")
+    return spawn.run_workers(
+        Claim(run_dir, os.open(run_dir, os.O_RDONLY), None), num_devices=1, fields={}, max_restarts=5
+    )
 
 
 FAILED, DONE = Result("failed", error="x"), Result("done", 9, 1.0)
@@ -95,7 +93,7 @@ def test_restarts_end_when_they_lead_nowhere(
     said: str,
 ) -> None:
     assert ran(tmp_path, endings, monkeypatch) == last
-    assert endings == []
+    assert json.loads((tmp_path / "endings.json").read_text()) == []
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1:] == ([said] if said else [])
 

@@ -16,6 +16,7 @@ from bridge.launch import process_tree, spawn
 from bridge.runs.result import Result
 from tests.launch.commands import ROOT, TINY, is_the_crash, start, train, wait_for, write_user_source
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 

@@ -21,6 +21,7 @@ from bridge.runs import read
 from bridge.runs.result import Result, read_result, write_result
 from tests.launch.commands import TINY, train, write_user_source
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
 # Optuna with a learning rate from 1e-4 to 1e-2; job 0 of the seed that is set has 2.4e-4, the others more than 3e-4.
 OPTUNA = ("hydra/sweeper=optuna", "optimizer.lr=tag(log,interval(1e-4,1e-2))")
 

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = ("model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64", "data.sequence_length=32")
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_the_benchmark_of_layouts_runs_small(tmp_path: Path):
     command = [sys.executable, "-W", "ignore", "benchmarks/parallelism.py", "--model", "tiny", "--precision", "fp32"]
     command += ["--layouts", "one,pp2", "--steps", "3", "--repeats", "1"]

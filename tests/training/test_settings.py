@@ -15,7 +15,7 @@ from megatron.core.transformer.enums import CudaGraphScope
 from megatron.core.utils import get_model_config, unwrap_model
 
 from bridge import parallel
-from bridge.config import effect, layout, mcore_fields
+from bridge.config import effect, layout, mcore_fields, routing
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
 from bridge.training import batches, settings, setup
