@@ -59,7 +59,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
     for step in range(1, config.train.steps + 1):
         platform.synchronize()
         started = time.perf_counter()
-        train_step(job.state, streams, shape, step=step, policy=policy, rerun=rerun)
+        train_step(job.objective, job.state, streams, shape, step=step, policy=policy, rerun=rerun)
         platform.synchronize()
         seconds.append(time.perf_counter() - started)
     peak = platform.peak_memory_bytes() - before

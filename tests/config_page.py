@@ -11,7 +11,7 @@ from bridge.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "config.md"
-GROUPS = ("model", "parallelism", "optimizer", "precision", "peft", "data", "recipe")
+GROUPS = ("model", "parallelism", "optimizer", "precision", "peft", "data", "objective", "recipe")
 
 _VALUE = r"""(?:"[^"]*"|[^"])*?"""
 _LINE = re.compile(rf"^(?P<indent> *)(?P<key>[\w.]+):(?P<value>{_VALUE})(?:\s+# (?P<comment>.+)|\s*)$")

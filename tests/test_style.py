@@ -23,7 +23,7 @@ LEVELS = (
     {"weights"},
     {"runs"},
     {"models", "peft", "data", "optim"},
-    {"checkpoint", "sources"},
+    {"checkpoint", "sources", "objectives"},
     {"convert"},
     {"training", "api"},
     {"estimate", "generate"},

@@ -8,13 +8,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from bridge import parallel, platform
 from bridge.api.tasks import chunks_of
+from bridge.data.batch import Batch, to_this_rank
 from bridge.errors import ConfigError
+from bridge.objectives.next_token import NextToken
+from bridge.objectives.passes import Shape, through_schedule
 from bridge.weights import shards
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -39,9 +41,11 @@ def logprobs(
     full = _complete(batch)
     rows = micro_batch_size or len(full["tokens"])
     _check(chunks, full, rows=rows)
-    micro_batches = [_on_this_rank({name: full[name][at : at + rows] for name in full}) for at in _starts(full, rows)]
+    starts = range(0, len(full["tokens"]), rows)
+    micro_batches = [to_this_rank({name: full[name][at : at + rows] for name in full}, full) for at in starts]
     if parallel.size("pp") == 1:
-        results = [_of_output(_forward(chunks[0], micro), micro, chunks[0], temperature) for micro in micro_batches]
+        bare = shards.unwrap(chunks[0])  # Float16Module would make a float32 copy of all logits
+        results = [_of_output(_forward(bare, micro), micro, bare, temperature) for micro in micro_batches]
         return _whole_sequences(torch.cat(results))
     return _through_stages(chunks, micro_batches, temperature=temperature)
 
@@ -164,53 +168,36 @@ def _check(chunks: list[Any], full: Mapping[str, Tensor], *, rows: int) -> None:
         raise ConfigError(f"batch: sequence {length} % {parts} must be 0 for the ranks that share a sequence; pad it")
 
 
-def _starts(full: Mapping[str, Tensor], rows: int) -> range:
-    return range(0, len(full["tokens"]), rows)
+def _forward(chunk: Any, micro: Batch) -> Any:
+    """What an objective's forward gives without labels: logits on the last stage."""
+    objective = NextToken()
+    ends = objective.keys(shards.unwrap(chunk))
+    return objective.forward(chunk, Batch(tokens=micro["tokens"], position_ids=micro["position_ids"]) if ends else {})
 
 
-def _on_this_rank(micro: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of every sequence that this context-parallel rank has."""
-    part: dict[str, Tensor] = get_batch_on_this_cp_rank(micro, cp_group=parallel.group("cp"))
-    return part
-
-
-def _forward(chunk: Any, micro: Mapping[str, Tensor]) -> Any:
-    bare = shards.unwrap(chunk)
-    if not (bare.pre_process or bare.post_process):
-        return chunk(None, None, None)
-    if parallel.size("pp") == 1:
-        chunk = bare  # Float16Module would make a float32 copy of all logits
-    return chunk(micro["tokens"], micro["position_ids"], None)
-
-
-def _of_output(logits: Tensor, micro: Mapping[str, Tensor], chunk: Any, temperature: float) -> Tensor:
+def _of_output(logits: Tensor, micro: Batch, chunk: Any, temperature: float) -> Tensor:
     vocab_size = shards.unwrap(chunk).true_vocab_size
     return logprobs_from_logits(logits, micro["labels"], vocab_size=vocab_size, temperature=temperature)
 
 
-def _through_stages(chunks: list[Any], micro_batches: list[dict[str, Tensor]], *, temperature: float) -> Tensor:
+def _through_stages(chunks: list[Any], micro_batches: list[Batch], *, temperature: float) -> Tensor:
     """By megatron-core's schedule; then the last stage tells the others, who need the numbers for their losses too."""
 
-    def forward_step(micros: Iterator[dict[str, Tensor]], chunk: Any) -> Any:
+    def forward_step(micros: Iterator[Batch], chunk: Any) -> Any:
         micro = next(micros)
         return _forward(chunk, micro), lambda logits, non_loss_data: _of_output(logits, micro, chunk, temperature)
 
     rows, length = micro_batches[0]["tokens"].shape
-    results = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(micro_batches) for _ in chunks],
-        model=chunks,
-        num_microbatches=len(micro_batches),
-        seq_length=length * parallel.size("cp"),
-        micro_batch_size=rows,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
+    shape = Shape(length * parallel.size("cp"), rows, len(micro_batches))
+    batches = [iter(micro_batches) for _ in chunks]
+    options = {"forward_only": True, "collect_non_loss_data": True}
+    results = through_schedule(forward_step, batches, chunks, shape, **options)
     if parallel.is_pipeline_last_stage():
         values = _whole_sequences(torch.cat(results))
     else:
-        shape = (rows * len(micro_batches), length * parallel.size("cp"))
-        values = torch.empty(shape, dtype=torch.float32, device=platform.device())
+        values = torch.empty(
+            rows * len(micro_batches), shape.sequence_length, dtype=torch.float32, device=platform.device()
+        )
     torch.distributed.broadcast(values, src=parallel.last_stage_rank(), group=parallel.group("pp"))
     return values
 

@@ -29,7 +29,7 @@ METADATA = {
 class Position(NamedTuple):
     """How far a run has come. step: optimizer steps, `skipped` of them left out, `nonfinite` with a loss or gradient
     that is not finite, `spikes` with a sudden loss. recent_losses: what the next spike is measured against.
-    data: identity of the samples that `consumed_samples` counts."""
+    data: identity of the samples that `consumed_samples` counts. consumed_tokens: theirs, padding left out."""
 
     step: int = 0
     consumed_samples: int = 0
@@ -38,6 +38,7 @@ class Position(NamedTuple):
     nonfinite: int = 0
     spikes: int = 0
     recent_losses: tuple[float, ...] = ()
+    consumed_tokens: int | None = None
 
 
 class Trainable(NamedTuple):

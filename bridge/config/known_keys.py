@@ -10,7 +10,8 @@ from bridge.config.annotation import of_dataclass_field
 from bridge.config.run_config import RunConfig
 from bridge.config.schema import ConvertConfig
 
-_NAMED = {"data": "data", "peft": "peft"}  # section -> package of modules that declare its keys
+# Section -> the package of modules that declare its keys.
+_NAMED = {"data": "data", "objective": "objectives", "peft": "peft"}
 
 
 @cache
@@ -21,7 +22,7 @@ def of_command(primary: str) -> Mapping[str, str]:
     keys = dict(_declared(RunConfig))
     for section, package in _NAMED.items():
         for name in modules.known(package):
-            for key, text in _declared(modules.load(section, name, package).Config, f"{section}."):
+            for key, text in _declared(modules.options(modules.load(section, name, package)), f"{section}."):
                 keys.setdefault(key, text)
     return keys | _of_megatron()
 

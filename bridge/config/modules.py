@@ -1,4 +1,4 @@
-"""Code a configuration names: data sources, adapters, model families. One file each, found by name, no registry.
+"""Code a configuration names: data sources, objectives, adapters, model families. One file each, no registry.
 
 `jsonl` means bridge/data/jsonl.py; a dotted name (`my_pkg.my_source`) means that module of an installed package.
 """
@@ -15,17 +15,14 @@ from typing import Any
 from bridge.config import sections
 from bridge.errors import ConfigError, did_you_mean
 
+DECLARED = ("class Config", "OBJECTIVE", "FAMILY")  # how the line begins that makes a file one of those
 _BRIDGE = Path(__file__).resolve().parent.parent
 
 
 def known(package: str) -> list[str]:
-    """The modules in bridge/<package> that declare `Config` or `FAMILY` at top level (read as text, not imported)."""
+    """The modules in bridge/<package> that declare one of DECLARED at top level (read as text, not imported)."""
     files = sorted((_BRIDGE / package).glob("*.py"))
-    return [
-        file.stem
-        for file in files
-        if any(line.startswith(("class Config", "FAMILY")) for line in file.open(encoding="utf-8"))
-    ]
+    return [file.stem for file in files if any(line.startswith(DECLARED) for line in file.open(encoding="utf-8"))]
 
 
 def require(key: str, name: Any, package: str) -> None:
@@ -52,21 +49,32 @@ def load(key: str, name: str, package: str) -> ModuleType:
 
 
 def check_options(section: str, selector: str, values: Mapping[str, Any], *, package: str) -> None:
-    """Checks section `values` against the `Config` dataclass of the module that `values[selector]` names.
+    """Checks section `values` against the `options` of the module that `values[selector]` names.
 
-    Raises ConfigError. `Config` has a field for each key, the selector included.
+    Raises ConfigError.
     """
     key = f"{section}.{selector}"
     if selector not in values:
         near = difflib.get_close_matches(selector, list(values), n=1)
         found = f"; found {section}.{near[0]}, did you mean '{selector}'?" if near else ""
         raise ConfigError(f"{key}: is missing; set one of {', '.join(known(package))}{found}")
-    config = getattr(load(key, values[selector], package), "Config", None)
-    if not isinstance(config, type) or not dataclasses.is_dataclass(config):
+    declared = options(load(key, values[selector], package))
+    if declared is None:
+        name = "OBJECTIVE" if package == "objectives" else "Config"
         raise ConfigError(
-            f"{key}: module '{values[selector]}' has no dataclass named Config; add one that lists its options"
+            f"{key}: module '{values[selector]}' has no dataclass named {name}; add one that lists its options"
         )
-    sections.build(config, values, section)
+    try:
+        sections.build(declared, values, section)
+    except TypeError as error:  # a method is missing
+        raise ConfigError(f"{key}: '{values[selector]}' is not complete ({error})") from error
+
+
+def options(module: ModuleType) -> Any:
+    """The dataclass with a field for each key of the section, the selector included: Config or, of an objective, the
+    class that OBJECTIVE names. None when there is none."""
+    found = getattr(module, "Config", None) or getattr(module, "OBJECTIVE", None)
+    return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
 
 
 def _importable(name: str) -> bool:

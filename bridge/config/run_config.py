@@ -52,6 +52,7 @@ class RunConfig:
     precision: dict[str, Any]
     peft: dict[str, Any]
     data: dict[str, Any]
+    objective: dict[str, Any] = field(default_factory=lambda: {"name": "next_token"})
     scheduler: Scheduler = field(default_factory=Scheduler)
     train: Train = field(default_factory=Train)
     init: Init = field(default_factory=Init)
@@ -85,6 +86,8 @@ def from_dict(config: Mapping[str, Any]) -> RunConfig:
             raise sections.unknown_key(str(key), value, sorted(fields))
     _check_named(config, "data", "source", package="data")
     _check_named(config, "peft", "method", package="peft")
+    if "objective" in config:  # not in the config.yaml of a run that an earlier version started
+        _check_named(config, "objective", "name", package="objectives")
     run = sections.build(RunConfig, config, "")
     _check_name(run.name)
     _check_precision(run.routed)

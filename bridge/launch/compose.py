@@ -32,7 +32,7 @@ from bridge.launch.hydra_errors import of_the_users, one_line
 
 GRID_SWEEPER = "hydra_plugins.bridge_grid.GridSweeper"
 # Sections that accept fields no YAML file lists: megatron-core's dataclasses, data sources and adapters check those.
-OPEN_SECTIONS = ("model", "parallelism", "optimizer", "precision", "peft", "data")
+OPEN_SECTIONS = ("model", "parallelism", "optimizer", "precision", "peft", "data", "objective")
 
 
 class Composed(NamedTuple):

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.num_microbatches_calculator import (
     ConstantNumMicroBatchesCalculator,
     NumMicroBatchesCalculator,
@@ -16,8 +15,7 @@ from bridge import parallel, platform
 from bridge.checkpoint import Position
 from bridge.config.schema import Train
 from bridge.data import loader, sampler
-
-Batch = dict[str, torch.Tensor]
+from bridge.data.batch import Batch
 
 
 def batch_size_at(train: Train, *, data_parallel_size: int) -> Callable[[int], int]:

@@ -1,4 +1,4 @@
-"""The mean loss over a fixed part of the validation split."""
+"""The mean loss, and what else an objective measures, over a fixed part of the validation split."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,14 +9,23 @@ from megatron.core.utils import get_model_config
 
 from bridge import parallel
 from bridge.config.schema import Train
+from bridge.objectives import passes
+from bridge.objectives.objective import Objective
+from bridge.objectives.passes import Measured, Shape
 from bridge.training import batches
-from bridge.training.step import Shape, evaluation_step, global_means, shape_of
+from bridge.training.step import shape_of
 
 
 def evaluate(
-    model: list[Any], dataset: Any, *, train: Train, sequence_length: int, advance: Callable[[], None] = lambda: None
-) -> float:
-    """Loss in nats per token over the first `train.eval_samples` of `dataset`. A collective call.
+    objective: Objective,
+    model: list[Any],
+    dataset: Any,
+    *,
+    train: Train,
+    sequence_length: int,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """eval_loss and the objective's other numbers over the first `train.eval_samples` of `dataset`. A collective call.
 
     The same whatever the batch sizes and the layout: what is lacking to whole micro-batches on all ranks is filled up
     with samples that do not count. Dropout is off; parameters and generators are left alone.
@@ -26,12 +35,14 @@ def evaluate(
     num_samples = batches.num_evaluation_samples(dataset, train)
     sizes = _step_sizes(num_samples, shape=shape, multiple=_multiple(model, shape))
     iterators = [batches.evaluation(dataset, train=train, num_microbatches=sum(sizes)) for _ in model]
-    losses = []
-    with _evaluating(model):
+    sums = []
+    with _evaluating(model), torch.no_grad():
         for size in sizes:
             advance()
-            losses.append(evaluation_step(model, iterators, shape._replace(num_microbatches=size)))
-    return global_means([torch.stack(losses).sum(dim=0)])[0]
+            of_this_step = shape._replace(num_microbatches=size)
+            sums.append(passes.run(objective, iterators, model, of_this_step, forward_only=True).sums)
+    (found,) = passes.totals(objective, [Measured(torch.stack(sums).sum(dim=0), 0, 0)])
+    return {f"eval_{name}": value for name, value in found.numbers.items()}
 
 
 def _step_sizes(num_samples: int, *, shape: Shape, multiple: int) -> list[int]:

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from bridge import parallel
 from bridge.checkpoint import Position
+from bridge.data.batch import Batch
+from bridge.objectives import passes
 from bridge.optim import schedule
 from bridge.runs import run_files
 from bridge.training import batches, flops
-from bridge.training.batches import Batch
 from bridge.training.evaluate import evaluate
 from bridge.training.loss_policy import LossPolicy
 from bridge.training.metrics import Pending, Rates, Report, Step
@@ -20,7 +21,7 @@ from bridge.training.pulse import COMPUTING, EVALUATING, REPORTING, SAVING, STAR
 from bridge.training.rerun import Ending, Rerun
 from bridge.training.saves import Saves
 from bridge.training.setup import Job
-from bridge.training.step import pass_over, shape_of, train_step
+from bridge.training.step import StepResult, shape_of, train_step
 from bridge.training.stop import Stop
 from bridge.training.stragglers import Stragglers
 from bridge.weights import pointer
@@ -53,9 +54,10 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse, saves: Saves) -
     policy = LossPolicy(job.config, progress)
     rerun = Rerun(job.config, policy, step=progress.step, model=job.state.model)
     stragglers = Stragglers(job.config.log.straggler_interval, pulse, job.state.model)
-    pending = Pending(_rates(job), policy)
+    pending = Pending(job.objective, _rates(job), policy, consumed_tokens=_consumed_tokens(job))
     iterators = rerun.iterators(_training_batches(job, pulse))
-    take_step = partial(train_step, job.state, iterators, policy=policy, rerun=rerun, before_update=saves.before_update)
+    step_of = partial(train_step, job.objective, job.state, iterators, policy=policy, rerun=rerun)
+    take_step = partial(step_of, before_update=saves.before_update)
     batch_size_at = batches.batch_size_at(train, data_parallel_size=parallel.size("dp"))
     eval_loss = _evaluation_at(job, progress.step)
     reason = stop.signalled() if progress.step < train.steps else None  # while the model was built
@@ -66,21 +68,20 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse, saves: Saves) -
         lr = schedule.learning_rate(job.state.optimizer)
         pulse.enter(COMPUTING, step=step)
         if step in train.iterations_to_skip:
-            result = pass_over(job.state, iterators, shape)
+            result = StepResult(passes.only_read(job.objective, iterators, job.state.model, shape))
         else:
             stragglers.begin_step()
             result = take_step(shape, step=step)
         if result.ending is not None:
             _report(pending, report)
-            kept = policy.remembered(progress)
-            _end_for_rerun(job, progress=kept, ending=result.ending, rerun=rerun, saves=saves, pulse=pulse)
+            _end_for_rerun(job, pending.remembered(progress), result.ending, rerun=rerun, saves=saves, pulse=pulse)
             return Outcome("stopped", progress.step, eval_loss, result.ending.message)
         progress = progress._replace(
             step=step,
             consumed_samples=progress.consumed_samples + samples,
             skipped=progress.skipped + (not result.updated),
         )
-        pending.add(Step(step, result, lr, samples, progress.consumed_samples, progress.skipped))
+        pending.add(Step(step, result, lr, progress.consumed_samples, progress.skipped))
 
         last = step == train.steps
         reason = None if last else stop.reason(step=step)
@@ -92,10 +93,10 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse, saves: Saves) -
             _say(rerun.statistics())
         _say(stragglers.report(step))
         if evaluating and job.datasets.valid is not None:
-            eval_loss = _evaluate(job, pulse)
-            report.write({"step": step, "eval_loss": eval_loss})
+            report.write({"step": step} | (found := _evaluate(job, pulse)))
+            eval_loss = found["eval_loss"]
         if saving:
-            _save(job, policy.remembered(progress), saves, pulse)
+            _save(job, pending.remembered(progress), saves, pulse)
         else:
             saves.poll(step)
         if evaluating or saving:
@@ -125,7 +126,7 @@ def _save(job: Job, progress: Position, saves: Saves, pulse: Pulse) -> None:
     pulse.enter(REPORTING)
 
 
-def _end_for_rerun(job: Job, *, progress: Position, ending: Ending, rerun: Rerun, saves: Saves, pulse: Pulse) -> None:
+def _end_for_rerun(job: Job, progress: Position, ending: Ending, *, rerun: Rerun, saves: Saves, pulse: Pulse) -> None:
     """Save what megatron-core's rerun state machine wants kept. Raises HardwareFault when that was its last word."""
     saves.finish()
     there = pointer.read(job.checkpoints) == iteration_directory(job.checkpoints, iteration=progress.step)
@@ -142,14 +143,15 @@ def _due(step: int, interval: int | None) -> bool:
 
 
 def _rates(job: Job) -> Rates:
-    sequence_length = job.data.options.sequence_length
-    return Rates(
-        flops_per_token=flops.per_token(
-            job.transformer, vocab_size=job.config.model["vocab_size"], sequence_length=sequence_length
-        ),
-        sequence_length=sequence_length,
-        num_devices=parallel.size(),
-    )
+    per_token = partial(flops.per_token, job.transformer, vocab_size=job.config.model["vocab_size"])
+    without_attention = per_token(sequence_length=0)
+    return Rates(without_attention, per_token(sequence_length=1) - without_attention, parallel.size())
+
+
+def _consumed_tokens(job: Job) -> int:
+    """Before the next step. A checkpoint of an earlier version tells of samples alone, then all of one length."""
+    known = job.progress.consumed_tokens
+    return job.progress.consumed_samples * job.data.options.sequence_length if known is None else known
 
 
 def _training_batches(job: Job, pulse: Pulse) -> list[Iterator[Batch]]:
@@ -182,9 +184,10 @@ def _recorded(iterator: Iterator[Batch], job: Job) -> Iterator[Batch]:
     return batches.recorded(iterator, path, train=job.config.train, after=job.progress)
 
 
-def _evaluate(job: Job, pulse: Pulse) -> float:
+def _evaluate(job: Job, pulse: Pulse) -> dict[str, float]:
     with _gathered_parameters(job.state.model):
-        loss = evaluate(
+        found = evaluate(
+            job.objective,
             job.state.model,
             job.datasets.valid,
             train=job.config.train,
@@ -192,7 +195,7 @@ def _evaluate(job: Job, pulse: Pulse) -> float:
             advance=partial(pulse.enter, EVALUATING),
         )
     pulse.enter(REPORTING)
-    return loss
+    return found
 
 
 def _evaluation_at(job: Job, step: int) -> float | None:

@@ -19,14 +19,18 @@ from typing import Any, NamedTuple, Protocol
 import yaml
 
 from bridge import platform
+from bridge.checkpoint import Position
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError, RunError
 from bridge.files import write_text
+from bridge.objectives import passes
+from bridge.objectives.objective import Objective
+from bridge.objectives.passes import Totals
 from bridge.runs import run_files
 from bridge.training import environment
 from bridge.training.console import Console
 from bridge.training.loss_policy import LossPolicy, Verdict
-from bridge.training.step import StepResult, global_means
+from bridge.training.step import StepResult
 
 TRAINING = (
     "step",  # number of the optimizer step, from 1
@@ -34,7 +38,7 @@ TRAINING = (
     "grad_norm",  # L2 norm of the whole gradient before clipping; null when it is not finite or the step was left out
     "lr",  # learning rate the step used
     "consumed_samples",  # sequences read since the start of the run, this step included
-    "consumed_tokens",  # their tokens
+    "consumed_tokens",  # their tokens, padding left out
     "tokens_per_second",  # of all ranks together
     "tflops_per_gpu",  # model TFLOP/s of each device (bridge.training.flops)
     "step_seconds",  # mean over the steps between two reports
@@ -48,20 +52,19 @@ Values = Mapping[str, Any]
 
 
 class Rates(NamedTuple):
-    """What turns seconds into rates: FLOPs per token, tokens per sequence, number of devices."""
+    """What turns seconds into rates. A sequence of s tokens costs s flops_per_token + s^2 flops_per_square."""
 
     flops_per_token: float
-    sequence_length: int
+    flops_per_square: float
     num_devices: int
 
 
 class Step(NamedTuple):
-    """One step as the loop saw it. samples: sequences of this step; the loss is still on the device."""
+    """One step as the loop saw it; what it measured is still on the device."""
 
     step: int
     result: StepResult
     lr: float
-    samples: int
     consumed_samples: int
     skipped: int
 
@@ -69,8 +72,8 @@ class Step(NamedTuple):
 class Pending:
     """Steps whose loss nobody has looked at: reading a loss waits for the device, so it is done once per report."""
 
-    def __init__(self, rates: Rates, policy: LossPolicy) -> None:
-        self.rates, self.policy = rates, policy
+    def __init__(self, objective: Objective, rates: Rates, policy: LossPolicy, *, consumed_tokens: int) -> None:
+        self.objective, self.rates, self.policy, self.consumed_tokens = objective, rates, policy, consumed_tokens
         self.steps: list[Step] = []
         self.restart_clock()
 
@@ -87,15 +90,14 @@ class Pending:
         """The lines of all steps kept since the last call, and what was found about each. A collective call."""
         if not self.steps:
             return []
-        computed = [step.result.loss for step in self.steps if step.result.loss is not None]
-        losses = iter(global_means(computed) if computed else [])
+        totals = passes.totals(self.objective, [step.result.measured for step in self.steps])
         platform.synchronize()
         seconds = (time.perf_counter() - self.started) / len(self.steps)
         taken = []
-        for step in self.steps:
-            loss = None if step.result.loss is None else next(losses)
-            verdict = self._verdict(step, loss)
-            taken.append((self._line(step, loss, verdict, seconds), verdict))
+        for step, total in zip(self.steps, totals, strict=True):
+            verdict = self._verdict(step, total.numbers.get("loss"))
+            self.consumed_tokens += total.tokens
+            taken.append((self._line(step, total, verdict, seconds), verdict))
         self.steps = []
         self.restart_clock()
         return taken
@@ -107,24 +109,30 @@ class Pending:
             return self.policy.nothing()
         return self.policy.judge(step.step, loss=loss, grad_norm=step.result.grad_norm or 0.0)
 
-    def _line(self, step: Step, loss: float | None, verdict: Verdict, seconds: float) -> dict[str, Any]:
-        tokens_per_second = step.samples * self.rates.sequence_length / seconds
+    def remembered(self, progress: Position) -> Position:
+        """`progress` with what a resumed run needs to report and judge as this one would have. After `take`."""
+        return self.policy.remembered(progress)._replace(consumed_tokens=self.consumed_tokens)
+
+    def _line(self, step: Step, total: Totals, verdict: Verdict, seconds: float) -> dict[str, Any]:
+        rates = self.rates
+        flops = total.tokens * rates.flops_per_token + total.squares * rates.flops_per_square
         values = (
             step.step,
-            loss,
+            total.numbers.get("loss"),
             step.result.grad_norm,
             step.lr,
             step.consumed_samples,
-            step.consumed_samples * self.rates.sequence_length,
-            tokens_per_second,
-            tokens_per_second * self.rates.flops_per_token / self.rates.num_devices / 1e12,
+            self.consumed_tokens,
+            total.tokens / seconds,
+            flops / seconds / rates.num_devices / 1e12,
             seconds,
             step.skipped,
             verdict.nonfinite,
             verdict.spikes,
             platform.peak_memory_bytes(),
         )
-        return dict(zip(TRAINING, values, strict=True))
+        others = {name: total.numbers.get(name) for name in self.objective.numbers}
+        return dict(zip(TRAINING, values, strict=True)) | others
 
 
 class Sink(Protocol):

@@ -1,4 +1,4 @@
-"""eval_only: the loss of a checkpoint or Hugging Face directory. No optimizer, no run."""
+"""eval_only: what the objective measures of a checkpoint or Hugging Face directory. No optimizer, no run."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from typing import Any
 from bridge import parallel
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError, RunError
+from bridge.objectives import objective as objectives
 from bridge.training import batches, setup
 from bridge.training.evaluate import evaluate
 from bridge.training.loop import Outcome
@@ -24,11 +25,13 @@ def run(config: RunConfig, data: setup.Data) -> Outcome:
     if valid is None:
         raise ConfigError("eval_only: true, but the data holds nothing out to evaluate on; set data.split, e.g. '95,5'")
     model = setup.build_model(config, routed=setup.per_token_loss(config.routed))
-    loss = evaluate(model, valid, train=config.train, sequence_length=data.options.sequence_length)
+    objective = objectives.build(config.objective)
+    found = evaluate(objective, model, valid, train=config.train, sequence_length=data.options.sequence_length)
+    loss = found["eval_loss"]
     result = {
         "path": config.init.path,
         "step": _step(config.init.path),
-        "eval_loss": loss,
+        **found,
         "num_samples": batches.num_evaluation_samples(valid, config.train),
         "data": config.data["source"],
     }
@@ -46,7 +49,7 @@ def _step(path: str | None) -> int | None:
 
 
 def _append(result: dict[str, Any], path: Path) -> None:
-    finite = result | ({} if math.isfinite(result["eval_loss"]) else {"eval_loss": None})
+    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in result.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:

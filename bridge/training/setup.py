@@ -17,6 +17,8 @@ from bridge.data import source
 from bridge.data.source import Datasets, Prepared
 from bridge.errors import ConfigError
 from bridge.models import ddp, gpt
+from bridge.objectives import objective as objectives
+from bridge.objectives.objective import Objective
 from bridge.optim import optimizer as optimizers
 from bridge.optim import schedule
 from bridge.platform import user_buffers
@@ -43,6 +45,7 @@ class Job:
     """A run that is ready to take its next step. progress: where it stands, 0 or the checkpoint's."""
 
     config: RunConfig
+    objective: Objective
     state: Trainable
     data: Data
     datasets: Datasets
@@ -135,7 +138,8 @@ def build(config: RunConfig, data: Data) -> Job:
         )
     if resuming and parallel.is_main():
         print(f"resumed from {latest.directory} at step {progress.step}", flush=True)
-    return Job(config=config, state=state, data=data, datasets=datasets, progress=progress)
+    objective = objectives.build(config.objective)
+    return Job(config, objective, state=state, data=data, datasets=datasets, progress=progress)
 
 
 def per_token_loss(routed: Routed) -> Routed:

@@ -12,7 +12,7 @@ from bridge.errors import ConfigError
 from tests.config.composing import composed
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-GROUPS = ("model", "parallelism", "optimizer", "precision", "peft", "data", "recipe")
+GROUPS = ("model", "parallelism", "optimizer", "precision", "peft", "data", "objective", "recipe")
 OPTIONS = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
 
 

@@ -113,7 +113,7 @@ def one_step(job: Any, streams: list[Any], *, micro_batch_size: int, num_microba
     policy = LossPolicy(job.config, job.progress)
     rerun = Rerun(job.config, policy, step=0, model=job.state.model)
     shape = Shape(job.data.options.sequence_length, micro_batch_size, num_microbatches)
-    return train_step(job.state, streams, shape, step=1, policy=policy, rerun=rerun)
+    return train_step(job.objective, job.state, streams, shape, step=1, policy=policy, rerun=rerun)
 
 
 def losses(lines: list[dict[str, Any]]) -> list[float]:

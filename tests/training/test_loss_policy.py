@@ -1,41 +1,25 @@
 """Steps that are left out: for a loss that is not finite, for a sudden one, and because they are listed."""
 
+import dataclasses
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed import run_distributed
-from tests.training.runs import EXPERTS, Ran, config, losses, sample_ids, train
+from tests.training.runs import EXPERTS, config, losses, sample_ids, train
 
 STEPS = {"steps": 16, "eval_interval": None, "global_batch_size": 2}
 BAD = 13  # after the ten steps before which nothing is called a spike
 
 
-def train_with_bad_loss(run: Any, factor: float, gradient: float = 1.0) -> Ran:
-    """Rank 1's loss, or the gradient it has from it, is `factor` or `gradient` times what it should be in step BAD."""
-    from bridge.training import loop, step
-
-    steps = 0
-    forward_backward, train_step = step._forward_backward, loop.train_step
-
-    def bad_forward_backward(model: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = forward_backward(model, *args, **kwargs)
-        if steps == BAD and os.environ["RANK"] == "1" and not kwargs["forward_only"]:
-            loss[0] *= factor
-            model[0].buffers[0].grad_data.mul_(gradient)
-        return loss
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
-        steps = kwargs["step"]
-        return train_step(*args, **kwargs)
-
-    step._forward_backward, loop.train_step = bad_forward_backward, counted
-    return train(run)
+def bad(run: Any, factor: float, gradient: float = 1.0, *, first: int = BAD, micro_batches: int = 1) -> Any:
+    """`run`; rank 1's loss, or the gradient it has from it, is `factor` or `gradient` times what it should be, in the
+    step that is the `first` one of the process."""
+    objective = {"name": "tests.training.bad_objective", "rank": 1, "first": first, "micro_batches": micro_batches}
+    return dataclasses.replace(run, objective={**objective, "factor": factor, "gradient": gradient})
 
 
 def run_with(directory: Path, name: str, **options: Any) -> Any:
@@ -85,7 +69,7 @@ def test_a_bad_step_is_left_out_on_all_ranks_as_if_it_had_been_listed(
     tmp_path: Path, listed: Any, policy: dict[str, Any], factor: float, gradient: float, counted: str
 ) -> None:
     run = run_with(tmp_path, "run", **policy)
-    run_distributed(train_with_bad_loss, 2, run, factor, gradient)
+    run_distributed(train, 2, bad(run, factor, gradient))
     lines = strict_lines(run)[:-1]
     assert losses(lines)[BAD:] == listed[0][BAD:] and sample_ids(run.run_dir) == listed[1]
     assert [line["skipped"] for line in lines] == [line[counted] for line in lines] == [0] * (BAD - 1) + [1] * 4
@@ -101,14 +85,14 @@ def test_stages_of_a_pipeline_leave_a_step_out_together(tmp_path: Path) -> None:
     known = config(tmp_path, name="known", train={**STEPS, "iterations_to_skip": [BAD]}, **stages)
     found = config(tmp_path, name="found", train={**STEPS, "nonfinite_loss": "skip"}, **stages)
     run_distributed(train, 2, known)
-    run_distributed(train_with_bad_loss, 2, found, math.nan)
+    run_distributed(train, 2, bad(found, math.nan, micro_batches=2))
     assert strict_lines(found)[BAD - 1]["nonfinite"] == 1
     assert losses(strict_lines(found)[BAD:]) == losses(strict_lines(known)[BAD:])
 
 
 def test_a_loss_that_is_not_finite_goes_into_the_metrics_as_null_and_training_on(tmp_path: Path) -> None:
     run = run_with(tmp_path, "run", nonfinite_loss="continue")
-    run_distributed(train_with_bad_loss, 2, run, math.inf)
+    run_distributed(train, 2, bad(run, math.inf))
     lines = strict_lines(run)[:-1]
     assert lines[BAD - 1]["loss"] is None and len(lines) == 16
     assert [line["nonfinite"] for line in lines] == [0] * (BAD - 1) + [1] * 4
@@ -119,14 +103,14 @@ def test_a_loss_that_is_not_finite_goes_into_the_metrics_as_null_and_training_on
 def test_an_error_reports_the_steps_up_to_it_and_saves_nothing(tmp_path: Path, policy: Any, factor: float) -> None:
     run = run_with(tmp_path, "run", **policy)
     with pytest.raises(AssertionError, match=rf"FloatingPointError: step {BAD}: loss (is inf|.* is above 10 times)"):
-        run_distributed(train_with_bad_loss, 2, run, factor)
+        run_distributed(train, 2, bad(run, factor))
     assert [line["step"] for line in strict_lines(run)] == list(range(1, BAD + 1))
     assert not (run.run_dir / "checkpoints").exists()
 
 
 def test_a_resumed_run_remembers_what_a_spike_is_measured_against(tmp_path: Path, listed: Any) -> None:
     policy = {"spiking_loss": "skip", "loss_spike_factor": 3.0}
-    run_distributed(train, 2, run_with(tmp_path, "run", **policy, exit_interval=12))
+    run_distributed(train, 2, run_with(tmp_path, "run", **policy, exit_interval=BAD - 1))
     run = run_with(tmp_path, "run", **policy)
-    run_distributed(train_with_bad_loss, 2, run, 10.0)
+    run_distributed(train, 2, bad(run, 10.0, first=1))
     assert losses(strict_lines(run)[:-1])[BAD:] == listed[0][BAD:]

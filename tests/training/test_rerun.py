@@ -1,6 +1,8 @@
 """A suspicious loss is computed again: what megatron-core's rerun state machine finds, saves and remembers."""
 
+import dataclasses
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -21,39 +23,26 @@ class Ended(NamedTuple):
     error: str
 
 
-def train_to_the_end(run: Any, *, faulty: tuple[int, int, int] | None = None, host: str | None = None) -> Ended:
-    """`faulty`: (rank, step, computations) whose loss is NaN. `host`: what this machine calls itself."""
-    from bridge.training import rerun, step
-
+def train_to_the_end(run: Any, host: str | None) -> Ended:
+    """`host`: what this machine calls itself."""
     if host is not None:
         name = os.uname()
         os.uname = lambda: os.uname_result((name.sysname, host, *name[2:]))  # type: ignore[assignment, return-value]
-    if faulty is not None:
-        rank, at, left = faulty
-        original = step._forward_backward
-
-        def broken(*args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            loss = original(*args, **kwargs)
-            machine = rerun.mcore.get_rerun_state_machine()
-            if os.environ["RANK"] == str(rank) and machine.current_iteration == at and left > 0:
-                left -= 1
-                return loss * float("nan")
-            return loss
-
-        step._forward_backward = broken
     try:
         return Ended(train(run), "")
     except RuntimeError as error:
         return Ended(None, f"{type(error).__name__}: {error}")
 
 
-def ended(run: Any, world_size: int = 1, **kwargs: Any) -> list[Ended]:
-    return run_distributed(_call, world_size, run, kwargs)
-
-
-def _call(run: Any, kwargs: dict[str, Any]) -> Ended:
-    return train_to_the_end(run, **kwargs)
+def ended(
+    run: Any, world_size: int = 1, *, faulty: tuple[int, int, int] | None = None, host: str | None = None
+) -> list[Ended]:
+    """`faulty`: a rank whose loss is NaN, from which computation of a step's gradients on, and how often."""
+    if faulty is not None:
+        keys = dict(zip(("rank", "first", "computations"), faulty, strict=True))
+        objective = {"name": "tests.training.bad_objective", "micro_batches": 4 // world_size, "factor": math.nan}
+        run = dataclasses.replace(run, objective=objective | keys)
+    return run_distributed(train_to_the_end, world_size, run, host)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +81,7 @@ def test_a_result_that_stays_is_taken_to_other_hardware(tmp_path: Path, straight
     kept = json.loads((run.run_dir / "rerun_state.json").read_text())
     assert [rank["initial_result"] for rank in kept["ranks"]] == [None, "nan"]
 
-    again = ended(run, 2, faulty=(1, 4, 1), host="here")  # nothing to learn on the same device
+    again = ended(run, 2, faulty=(1, 1, 1), host="here")  # nothing to learn on the same device
     assert {rank.ran.status for rank in again if rank.ran} == {"stopped"} and len(again) == 2
 
     elsewhere = ended(run, 2, host="there")  # there, the loss is a number

@@ -1,0 +1,41 @@
+"""Pretraining: every token is predicted from those before it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bridge.objectives.objective import Loss, Objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bridge.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class NextToken(Objective):
+    """Cross entropy of the labels in nats, over those that loss_mask counts."""
+
+    name: str = "next_token"
+
+    def keys(self, chunk: Any) -> tuple[str, ...]:
+        """See Objective; nothing between the two ends of a pipeline."""
+        return ("tokens", "labels", "loss_mask", "position_ids") if chunk.pre_process or chunk.post_process else ()
+
+    def forward(self, model: Callable[..., Any], batch: "Batch") -> Any:
+        """The loss of every token, float32 [B, S]; logits [B, S, padded vocabulary / TP] of a batch without labels."""
+        labels, mask = batch.get("labels"), batch.get("loss_mask")
+        return model(batch.get("tokens"), batch.get("position_ids"), None, labels=labels, loss_mask=mask)
+
+    def loss(self, output: "Tensor", batch: "Batch") -> Loss:
+        """The sum of the token losses `output` [B, S] that count, and their number."""
+        mask = batch["loss_mask"].view(-1).float()
+        return Loss((output.view(-1).float() * mask).sum(), mask.sum())
+
+    def lengths(self, batch: "Batch") -> "Tensor":
+        """All sequences have the length of the row."""
+        tokens = batch["tokens"]
+        return tokens.new_full((tokens.shape[0],), tokens.shape[1])
+
+
+OBJECTIVE = NextToken

@@ -1,0 +1,145 @@
+"""The passes of a step through megatron-core's schedules, for any objective, and what they have to say."""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from bridge import parallel, platform
+from bridge.data.batch import Batch, to_this_rank
+from bridge.errors import ConfigError
+from bridge.objectives.objective import Objective
+
+
+class Shape(NamedTuple):
+    """Sizes megatron-core's schedules ask for. sequence_length: tokens per sequence, before context parallelism."""
+
+    sequence_length: int
+    micro_batch_size: int
+    num_microbatches: int
+
+
+class Measured(NamedTuple):
+    """What the micro-batches of a step have to say on this rank, or nothing on ranks without the last pipeline stage.
+
+    sums: float64 [1 + len(objective.numbers), 2] on the device, sum and count of the loss and of each number; [0, 2] of
+    micro-batches that were only read. tokens, squares: the sum of the lengths of their sequences and of their squares;
+    context- and tensor-parallel ranks, which share sequences, have the same.
+    """
+
+    sums: Tensor
+    tokens: int
+    squares: int
+
+
+class Totals(NamedTuple):
+    """`Measured` of all ranks together. numbers: name -> mean, `loss` first; NaN where nothing counted. Empty where
+    micro-batches were only read."""
+
+    numbers: dict[str, float]
+    tokens: int
+    squares: int
+
+
+def forward_step(
+    objective: Objective, batches: Iterator[Batch], model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
+    """megatron-core's forward_step_func: one micro-batch through one model chunk; the loss function for its output.
+
+    return_schedule_plan: what the chunk would compute, for megatron-core to mix with another chunk's backward pass
+    (overlap_moe_expert_parallel_comm).
+    """
+    chunk = unwrap_model(model)
+    keys = objective.keys(chunk)
+    loaded: Batch = next(batches) if keys else {}
+    batch = to_this_rank(loaded, keys)
+    output = objective.forward(chunk.build_schedule_plan if return_schedule_plan else model, batch)
+    return output, partial(_loss, objective, batch, loaded)
+
+
+def _loss(objective: Objective, batch: Batch, loaded: Batch, output: Any) -> tuple[Tensor, Tensor, Measured]:
+    """megatron-core's loss function: the sum, what it divides the gradient of all micro-batches and ranks by
+    (calculate_per_token_loss), and what goes into the report."""
+    total, divisor, numbers = objective.loss(output, batch)
+    if unknown := numbers.keys() - set(objective.numbers):
+        raise ConfigError(f"objective.name: '{objective.name}' reports {min(unknown)}; list it in its `numbers`")
+    pairs = [(total, divisor), *(numbers.get(name, (None, None)) for name in objective.numbers)]
+    nothing = total.new_zeros((), dtype=torch.float64)
+    flat = [nothing if value is None else value.detach().double() for pair in pairs for value in pair]
+    return total, divisor.int(), Measured(torch.stack(flat).view(-1, 2), *_lengths(objective, loaded))
+
+
+def _lengths(objective: Objective, loaded: Batch) -> tuple[int, int]:
+    lengths = objective.lengths(loaded)
+    return int(lengths.sum()), int((lengths * lengths).sum())
+
+
+def run(
+    objective: Objective, batches: list[Iterator[Batch]], model: list[Any], shape: Shape, *, forward_only: bool
+) -> Measured:
+    """Forward, and unless `forward_only` backward, over the next micro-batches of `batches`, an iterator per chunk."""
+    step = partial(forward_step, objective)
+    found: list[Measured] = through_schedule(step, batches, model, shape, forward_only=forward_only)
+    rows = 1 + len(objective.numbers)
+    sums = [torch.zeros(rows, 2, dtype=torch.float64, device=platform.device())]  # not the last pipeline stage
+    sums += [one.sums for one in found]
+    return Measured(torch.stack(sums).sum(dim=0), sum(one.tokens for one in found), sum(one.squares for one in found))
+
+
+def through_schedule(
+    step: Any, batches: list[Iterator[Batch]], model: list[Any], shape: Shape, **options: Any
+) -> list[Any]:
+    """megatron-core's schedule for this layout with the forward_step_func `step`: what its loss functions reported,
+    one by one; empty but on the last pipeline stage."""
+    several = len(model) > 1
+    reports: list[Any] = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=batches if several else batches[0],
+        model=model if several else model[0],
+        num_microbatches=shape.num_microbatches,
+        seq_length=shape.sequence_length,
+        micro_batch_size=shape.micro_batch_size,
+        **options,
+    )
+    return reports
+
+
+def only_read(objective: Objective, batches: list[Iterator[Batch]], model: list[Any], shape: Shape) -> Measured:
+    """Read what `run` would read, and do nothing with it."""
+    tokens = squares = 0
+    for chunk, iterator in zip(unwrap_model(model), batches, strict=True):
+        for _ in range(shape.num_microbatches if objective.keys(chunk) else 0):
+            loaded = next(iterator)
+            if chunk.post_process:
+                more = _lengths(objective, loaded)
+                tokens, squares = tokens + more[0], squares + more[1]
+    return Measured(torch.zeros(0, 2, dtype=torch.float64, device=platform.device()), tokens, squares)
+
+
+def totals(objective: Objective, measured: list[Measured]) -> list[Totals]:
+    """Each of `measured` over all ranks. A collective call.
+
+    Ranks without the last pipeline stage add zeros; tensor-parallel ranks each add the same numbers, which cancels.
+    """
+    lengths = torch.tensor([[one.tokens, one.squares] for one in measured], dtype=torch.float64).to(platform.device())
+    flat = torch.cat([lengths.flatten(), *(one.sums.flatten() for one in measured)])
+    torch.distributed.all_reduce(flat)
+    found = flat.tolist()  # waits for the device
+    sharing = parallel.size("tp") * parallel.size("cp")
+    numbers = iter(found[2 * len(measured) :])
+    result = []
+    for one, tokens, squares in zip(measured, found[::2], found[1::2], strict=False):
+        means = _means(objective, numbers) if len(one.sums) else {}
+        result.append(Totals(means, round(tokens / sharing), round(squares / sharing)))
+    return result
+
+
+def _means(objective: Objective, numbers: Iterator[float]) -> dict[str, float]:
+    """Of the next sums and counts of `numbers`."""
+    pairs = [(name, next(numbers), next(numbers)) for name in ("loss", *objective.numbers)]
+    return {name: total / count if count else math.nan for name, total, count in pairs}
