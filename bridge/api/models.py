@@ -36,7 +36,7 @@ def load_model(
     effect.check(routed)
     weights_dtype = stored_dtype(path) if dtype is None else parse_dtype(dtype)
     with parallel.joined(routed):
-        model = gpt.build(routed, dtype=weights_dtype)
+        model = gpt.build(routed, dtype=weights_dtype, seed=None)
         load_initial(model, path, routed, key="path")
     assets = path if locate.is_hf(path) else locate.locate(path, key="path").root / locate.HF_ASSETS
     for chunk in model:

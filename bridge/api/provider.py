@@ -47,6 +47,8 @@ class Provider:
         self._given: dict[str, Any] = {}
         self._default_dtype = dtype
         self._config: Any = None
+        self._seed = 1234
+        self._loads = weights is not None
         self._hooks: dict[str, list[Hook]] = {"pre": [], "post": []}
         if weights is not None:
             self.register_pre_wrap_hook(lambda chunks: load_initial(chunks, weights(), self.routed, key="hf_path"))
@@ -99,10 +101,11 @@ class Provider:
 
     def initialize_model_parallel(self, seed: int | None = None, **unsupported: Any) -> None:
         """Make the process groups of these sizes and seed the generators; groups that exist are checked, and seeded
-        anew when a seed is given."""
+        anew when a seed is given. It is also the seed of random weights; without one both have 1234."""
         refuse("initialize_model_parallel", unsupported)
         routed = self.routed
-        made = parallel.join(routed, seed=1234 if seed is None else seed)
+        self._seed = self._seed if seed is None else seed
+        made = parallel.join(routed, seed=self._seed)
         if not made and seed is not None:
             parallel.seed_generators(routed.transformer, seed=seed)
 
@@ -111,13 +114,15 @@ class Provider:
     ) -> Any:
         """One chunk of this rank's model, with random weights: a GPTModel, not wrapped. Process groups must exist.
 
+        The weights follow from the seed of `initialize_model_parallel`, whatever the layout.
+
         pre_process and post_process may only say what the pipeline stage does anyway.
         """
         self.finalize()
         parallel.join(self.routed)
         if self.virtual_pipeline_model_parallel_size and vp_stage is None:
             raise ConfigError("vp_stage: None; say which of the chunks to provide, or call provide_distributed_model")
-        chunk: Any = gpt.build(self.routed, dtype=self._dtype(), only_stage=vp_stage)[0]
+        chunk: Any = gpt.build(self.routed, dtype=self._dtype(), only_stage=vp_stage, seed=self._seed)[0]
         for name, asked in (("pre_process", pre_process), ("post_process", post_process)):
             if asked not in (None, getattr(chunk, name)):
                 raise ConfigError(f"{name}: {asked}, but this pipeline stage has {not asked}; leave it out")
@@ -146,7 +151,8 @@ class Provider:
         self.finalize()
         routed = self.routed
         with parallel.joined(routed):
-            chunks: list[Any] = gpt.build(routed, dtype=self._dtype())
+            seed = None if self._loads else self._seed
+            chunks: list[Any] = gpt.build(routed, dtype=self._dtype(), seed=seed)
             for hook in [*self._hooks["pre"], *_listed(pre_wrap_hook)]:
                 chunks = hook(chunks) or chunks
             chunks = list(gpt.in_float16_module(chunks))

@@ -134,7 +134,7 @@ def _megatron_logits(bones: Skeleton, dist: DistFiles, prompts: Sequence[Tensor]
     effect.check(routed)
     vocab_size = routed.gpt["vocab_size"]
     with parallel.single_process(routed.transformer):
-        model = gpt.build(routed, dtype=torch.float32)
+        model = gpt.build(routed, dtype=torch.float32, seed=None)
         into_model.load_megatron(model, dist, table=bones.table, vocab_size=vocab_size)
         chunk = model[0].eval()
         logits = []

@@ -8,14 +8,10 @@ clipping by it, then depends on the layout. What is a part and what a copy is kn
 which a checkpoint has every tensor once.
 """
 
-from typing import Any
-
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from bridge import parallel
-from bridge.weights.shards import METADATA
+from bridge.weights import shards
 
 
 def mark(chunk: torch.nn.Module) -> None:
@@ -23,8 +19,7 @@ def mark(chunk: torch.nn.Module) -> None:
     if parallel.rank("tp") == 0:  # everything counts here
         return
     own = {id(parameter): parameter for parameter in chunk.parameters()}
-    description: Any = chunk
-    for tensor in nested_values(description.sharded_state_dict(metadata=dict(METADATA))):
-        if isinstance(tensor, ShardedTensor | ShardedTensorFactory) and id(tensor.data) in own:
+    for tensor in shards.entries(chunk):
+        if id(tensor.data) in own:
             _, number_of_copy, _ = tensor.replica_id  # over pipeline, tensor (an expert's are its own) and data ranks
             own[id(tensor.data)].tensor_model_parallel = number_of_copy == 0  # type: ignore[attr-defined]

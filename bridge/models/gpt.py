@@ -1,6 +1,5 @@
 """The GPT model of one process: from routed config values to megatron-core model chunks."""
 
-import contextlib
 import copy
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from bridge import parallel, platform
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError
-from bridge.models import counted_once
+from bridge.models import counted_once, initialise
 from bridge.models.layer_spec import block_spec, prediction_spec
 from bridge.models.mcore_config import Config, MLAConfig, transformer_config
 from bridge.models.modules import scales
@@ -105,19 +104,21 @@ def build(
     meta: bool = False,
     wrap: bool = False,
     only_stage: int | None = None,
+    seed: int | None = 1234,
 ) -> list[GPT] | list[Float16Module]:
     """The model chunks of this process, one unless virtual pipeline stages are used, on this platform's device.
 
     Process groups must exist (`bridge.parallel`). `dtype` overrides the precision fields. `meta`: shapes, no storage.
     `wrap`: put bf16 and fp16 chunks into Float16Module, as megatron-core's schedules and optimizers expect.
     `only_stage`: of several virtual pipeline stages, this one alone.
+    `seed`: of the random weights, the same in every layout; None leaves them 0, for a caller that loads weights.
     Raises ConfigError when a value cannot be honoured; for keys without effect call `config.effect.check` before.
     """
     platform.set_switches(routed.transformer)
     config = transformer_config(routed, dtype=dtype, meta=meta)
     vp_size = config.virtual_pipeline_model_parallel_size
     stages = (None,) if not vp_size else range(vp_size) if only_stage is None else (only_stage,)
-    with torch.device("meta") if meta else contextlib.nullcontext():
+    with torch.device("meta") if meta else initialise.noted(config):
         chunks = [_chunk(routed, config, vp_stage=stage) for stage in stages]
     for chunk in chunks:
         chunk.routed = routed
@@ -125,6 +126,8 @@ def build(
         if not meta:  # routers and shared-expert gates are built on the CPU whatever use_cpu_initialization says
             chunk.to(platform.device())
             counted_once.mark(chunk)
+    if seed is not None and not meta:
+        initialise.draw(chunks, seed=seed)
     return in_float16_module(chunks) if wrap else chunks
 
 

@@ -1,6 +1,8 @@
 """The state of every random generator a training step may draw from, as plain tensors and tuples."""
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from bridge.platform.devices import on_cuda
@@ -38,6 +40,16 @@ def set_random_state(state: dict[str, Any]) -> None:
     set_tracker_state(state["tracker"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextlib.contextmanager
+def keep_random_state() -> Iterator[None]:
+    """Whatever is drawn inside, afterwards every generator is where it was before."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
 
 
 def tracker_state() -> "dict[str, torch.Tensor]":

@@ -98,7 +98,8 @@ def join(config: RunConfig) -> None:
 
 def build_model(config: RunConfig, *, routed: Routed) -> list[Any]:
     """The model chunks of this rank with the weights of init.path, or random ones, and it is said which."""
-    chunks: list[Any] = gpt.build(routed, wrap=True)
+    seed = config.train.seed if config.init.path is None else None
+    chunks: list[Any] = gpt.build(routed, wrap=True, seed=seed)
     initial.load(unwrap_model(chunks), routed=routed, path=config.init.path)
     tokenizer = config.data.get("tokenizer")
     if tokenizer is not None and parallel.is_main():
@@ -114,7 +115,7 @@ def build(config: RunConfig, data: Data) -> Job:
     routed = per_token_loss(config.routed)
     root = config.run_dir / run_files.CHECKPOINTS
     resuming = checkpoint.has_checkpoint(root)
-    chunks = gpt.build(routed, wrap=True) if resuming else build_model(config, routed=routed)
+    chunks = gpt.build(routed, wrap=True, seed=None) if resuming else build_model(config, routed=routed)
     model = ddp.wrap(chunks, DistributedDataParallelConfig(**routed.ddp))
     optimizer = optimizers.build(routed, model=model)
     scheduler = schedule.build(config.scheduler, optimizer=optimizer, fields=routed.optimizer, steps=config.train.steps)

@@ -5,6 +5,7 @@ shape, offset), for tensor, pipeline, virtual-pipeline and expert parallelism al
 whole tensors; gathering puts whole tensors together again. No layout is known here.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -48,24 +49,36 @@ class Source(NamedTuple):
 
 def pieces(model: Sequence[torch.nn.Module]) -> dict[str, Held]:
     """What this rank's model chunks hold, by checkpoint key, in the model's order. Wrappers (DDP) are seen through."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+    merged: dict[str, Held] = {}
+    for entry in (entry for chunk in model for entry in entries(chunk)):
+        for key, part in held(entry, entry.data.detach()):
+            merged.setdefault(key, Held(part.target, [])).pieces.extend(part.pieces)
+    return merged
 
-    held: dict[str, Held] = {}
-    for chunk in model:
-        state: dict[str, Any] = unwrap(chunk).sharded_state_dict(metadata=dict(METADATA))
-        apply_factories(state)
-        for tensor in nested_values(state):
-            if not isinstance(tensor, ShardedTensor):
-                continue  # extra state of Transformer Engine, not a weight
-            assert tensor.data is not None
-            stacked = tensor.prepend_axis_num  # experts: each is an entry of one tensor, moved by itself
-            key = names.entry(tensor.key, *tensor.global_offset[:stacked])
-            data = tensor.data.detach().view(tensor.local_shape)
-            target = Target(tuple(tensor.global_shape[stacked:]), tensor.allow_shape_mismatch, data.dtype)
-            piece = Piece(data, tuple(tensor.global_offset[stacked:]))
-            held.setdefault(key, Held(target, [])).pieces.append(piece)
-    return held
+
+def entries(chunk: Any) -> Iterator[Any]:
+    """megatron-core's ShardedTensor or ShardedTensorFactory of each tensor of a chunk, the tensor itself in `data`."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    for entry in nested_values(unwrap(chunk).sharded_state_dict(metadata=dict(METADATA))):
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory):  # not extra state of Transformer Engine
+            assert entry.data is not None
+            yield entry
+
+
+def held(entry: Any, data: Tensor) -> Iterator[tuple[str, Held]]:
+    """(checkpoint key, piece) for each part of `data`, a tensor in the shape and the place of that of an entry."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    entry = dataclasses.replace(entry, data=data)
+    for tensor in nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]:
+        stacked = tensor.prepend_axis_num  # experts: each is an entry of one tensor, moved by itself
+        key = names.entry(tensor.key, *tensor.global_offset[:stacked])
+        part = tensor.data.view(tensor.local_shape)
+        target = Target(tuple(tensor.global_shape[stacked:]), tensor.allow_shape_mismatch, part.dtype)
+        yield key, Held(target, [Piece(part, tuple(tensor.global_offset[stacked:]))])
 
 
 def unwrap(chunk: Any) -> Any:

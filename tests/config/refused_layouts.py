@@ -221,11 +221,6 @@ REFUSED = [
         {"world_size": 2},
         "parallelism.moe_token_dispatcher_type: allgather ... alltoall",
     ),
-    (
-        {EP: 2, "use_cpu_initialization": True, "model": EXPERTS},
-        {"world_size": 2},
-        "parallelism.use_cpu_initialization: ... 2 EP ranks ... false",
-    ),
     # recomputation
     (
         {"recompute_modules": ["mlp"]},

@@ -56,17 +56,12 @@ def _train_in_world(ranks: int, runs: Mapping[str, Any]) -> dict[str, Ran]:
 class Trained:
     """The runs of `cases`, trained when one of them is asked for: all of one model and number of processes at once.
 
-    Every run starts from weights that one process saved after a step, so biases that balance experts are not 0.
+    Every run draws its weights from the seed, so what a layout makes of the seed is compared as well.
     """
 
     def __init__(self, folder: Path, models: Mapping[str, dict[str, Any]], cases: Mapping[str, Case]) -> None:
         self.folder, self.models, self.cases = folder, models, cases
         self.results: dict[str, Ran] = {}
-        start = {"train": {"steps": 5, "exit_interval": 1, "eval_interval": None}}
-        _train_in_world(
-            1,
-            {name: config(folder, name=_start(name), whole_model=models[name], **start) for name in models},
-        )
         self.results |= _train_in_world(1, {name: self.run_of(name, Case(name, 1, {})) for name in models})
 
     def run_of(self, name: str, case: Case | None = None) -> Any:
@@ -77,7 +72,6 @@ class Trained:
             # Samples mask different shares of their tokens, so that a mean of means goes wrong.
             "data": {"source": "tests.training.masked", "sequence_length": 16, "vocab_size": 100, "num_samples": 50},
             "train": {"steps": STEPS, "eval_interval": None, "global_batch_size": 2 if experts else 4},
-            "init": {"path": str(self.folder / _start(case.model))},
         }
         sections = common.keys() | case.options.keys()
         merged = {key: {**common.get(key, {}), **case.options.get(key, {})} for key in sections}
@@ -107,10 +101,6 @@ class Trained:
         assert saved.keys() == expected.keys()
         for key, weight in expected.items():
             torch.testing.assert_close(saved[key], weight, atol=1e-4, rtol=1e-4, msg=lambda m, key=key: f"{key} {m}")
-
-
-def _start(model: str) -> str:
-    return f"start_{model}"
 
 
 def norms(ran: Ran) -> list[float]:

@@ -43,7 +43,3 @@ def experts(routed: Routed, layout: Layout) -> None:
             f"{routed.key('moe_token_dispatcher_type')}: allgather needs ranks with equally many tokens, but "
             "variable_seq_lengths is true; set it to alltoall"
         )
-    if layout.ep > 1 and routed.get("use_cpu_initialization"):
-        raise ConfigError(
-            f"{routed.key('use_cpu_initialization')}: gives all {layout.ep} EP ranks the same experts; set it to false"
-        )
