@@ -106,6 +106,17 @@ def test_word_is_code_in_one_place_only(word: str, home: str):
     assert not wrong, f"{word} outside {home}: {wrong}"
 
 
+def test_what_megatron_core_makes_of_absent_sizes_is_written_once():
+    """The width of an MLP and of a head, known to `bridge.config.complete`; Hugging Face has a rule for heads, too."""
+    mlp = re.compile(r"4 \* \w*[\w.\[\"(]*(hidden|n_embd)")
+    head = re.compile(r"hidden(_size)?[\")\]]* // \w*[\w.\[\"(]*heads")
+    texts = {_name(path): path.read_text() for path in SOURCES}
+    of_hf = ("bridge/models/hf/", "bridge/models/families/")
+    found = {name for name, text in texts.items() if mlp.search(text)}
+    found |= {name for name, text in texts.items() if head.search(text) and not name.startswith(of_hf)}
+    assert found == {"bridge/config/complete.py"}
+
+
 def test_an_environment_variable_of_ours_is_named_once():
     """Two parts that chose the same name would read each other's values."""
     named = [

@@ -61,7 +61,7 @@ class _Part(NamedTuple):
 def use(routed: Routed, shape: Layout, *, sequence_length: int, micro_batch_size: int, fused: bool) -> Use:
     """`sequence_length` in tokens, `micro_batch_size` in sequences."""
     fields = routed.transformer
-    half = fields.get("bf16") or fields.get("fp16") or fields.get("params_dtype", "fp32") != "fp32"
+    half = fields.get("bf16") or fields.get("fp16") or routed.get("params_dtype") != "fp32"
     granularity = fields.get("recompute_granularity")
     modules = fields.get("recompute_modules") or ["core_attn"]
     swiglu = fields.get("activation_func") == "silu" and fields.get("gated_linear_unit", False)

@@ -68,7 +68,7 @@ def rough(sizes: Sequence[Sizes], routed: Routed, shape: Layout, *, width: int) 
 
 
 def _groups(routed: Routed, shape: Layout) -> "_Groups":
-    instances = routed.ddp.get("num_distributed_optimizer_instances", 1)
+    instances = routed.get("num_distributed_optimizer_instances")
     expert_ranks = shape.world_size // (shape.pp * shape.ep * shape.etp)
     return _Groups(Sharing(shape.dp, shape.dp * shape.cp // instances), Sharing(shape.dp, expert_ranks // instances))
 
@@ -143,8 +143,7 @@ def _bytes(routed: Routed, width: int, padded: int, held: int) -> State:
 
 def _offloaded_fraction(routed: Routed) -> float:
     """Of the numbers in optimizer state, those that stay in the CPU's memory."""
-    fields = routed.optimizer
-    return float(fields.get("optimizer_offload_fraction", 0)) if fields.get("optimizer_cpu_offload") else 0.0
+    return float(routed.get("optimizer_offload_fraction")) if routed.get("optimizer_cpu_offload") else 0.0
 
 
 def _optimizer_bytes(routed: Routed, width: int) -> tuple[int, int]:
@@ -153,16 +152,15 @@ def _optimizer_bytes(routed: Routed, width: int) -> tuple[int, int]:
     The precision-aware optimizer keeps each in a dtype of its own, and of a 32-bit copy of bf16 only the 16 bits that
     the weight itself lacks (optimizer_config.py, store_param_remainders).
     """
-    fields = routed.optimizer
-    aware = bool(fields.get("use_precision_aware_optimizer"))
-    if fields.get("optimizer", "adam") == "sgd":
-        moments = ["momentum"] if fields.get("sgd_momentum", 0.9) else []
+    aware = bool(routed.get("use_precision_aware_optimizer"))
+    if routed.get("optimizer") == "sgd":
+        moments = ["momentum"] if routed.get("sgd_momentum") else []
     else:
         moments = ["exp_avg_dtype", "exp_avg_sq_dtype"]
-    states = sum(BYTES[fields.get(name, "fp32")] if aware else 4 for name in moments)
+    states = sum(BYTES[routed.get(name)] if aware else 4 for name in moments)
     if width == 4:
         return states, 0
-    main = BYTES[fields.get("main_params_dtype", "fp32")]
-    aware = aware and not fields.get("optimizer_cpu_offload")  # which has float32 of its own
-    remainders = aware and routed.transformer.get("bf16") and fields.get("store_param_remainders", True)
+    main = BYTES[routed.get("main_params_dtype")]
+    aware = aware and not routed.get("optimizer_cpu_offload")  # which has float32 of its own
+    remainders = aware and routed.get("bf16") and routed.get("store_param_remainders")
     return states, 2 if remainders and main == 4 else main
