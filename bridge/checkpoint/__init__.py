@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bridge.checkpoint.content import Position, Trainable
-    from bridge.checkpoint.loading import load
     from bridge.checkpoint.resuming import has_checkpoint, resume
     from bridge.checkpoint.saving import Saved, Saver, save_weights
 
-__all__ = ["Position", "Saved", "Saver", "Trainable", "has_checkpoint", "load", "resume", "save_weights"]
+__all__ = ["Position", "Saved", "Saver", "Trainable", "has_checkpoint", "resume", "save_weights"]
 
 _HOMES = {
     "content": ("Position", "Trainable"),
-    "loading": ("load",),
     "resuming": ("has_checkpoint", "resume"),
     "saving": ("Saved", "Saver", "save_weights"),
 }

@@ -108,6 +108,18 @@ def _refusing(check: Callable[[DictConfig], None], config: DictConfig) -> None:
         raise _Refused(as_config_error(error)) from error
 
 
+def jobs(config_name: str) -> list[Composed]:
+    """What `run` composes, and nothing is run. Raises what `run` does."""
+    found: list[Composed] = []
+
+    def keep(job: Composed) -> float:
+        found.append(job)
+        return 0.0
+
+    run(config_name, keep)
+    return found
+
+
 def run(
     config_name: str,
     job: Callable[[Composed], Any],

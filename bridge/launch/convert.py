@@ -25,10 +25,8 @@ def main() -> None:
 
 
 def _command() -> int:
-    jobs: list[compose.Composed] = []
     sys.argv[1:] = [_with_model_file(argument) for argument in sys.argv[1:]]
-    compose.run("convert", lambda job: jobs.append(job) or 0.0)  # type: ignore[func-returns-value]
-    codes = [_convert(job) for job in jobs]
+    codes = [_convert(job) for job in compose.jobs("convert")]
     return max(codes, default=0)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from bridge import platform
 from bridge.command_line import guarded
-from bridge.config import layout, run_config
+from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
 from bridge.launch import (
@@ -25,6 +25,7 @@ from bridge.launch import (
     tether,
     tokenizer,
     torchrun,
+    world,
 )
 from bridge.launch.environment import python_path
 from bridge.launch.ranks import RunToStart
@@ -190,16 +191,16 @@ def _checked(job: compose.Composed) -> tuple[RunConfig, int]:
     config = config_of(job)
     num_devices = _processes_per_node(config, job)
     if not config.plan:
-        _check_layout(config, world_size=num_devices * config.train.num_nodes)
+        world.check_layout(config, world_size=num_devices * config.train.num_nodes)
     return config, num_devices
 
 
 def _check_start(config: RunConfig, job: compose.Composed) -> None:
     """ConfigError for what would end the run, though its configuration is legal."""
     if job.slurm is None:
-        _check_local(config)
+        world.check_local(config)
         return
-    _check_restarts(config, starter="Slurm", instead="let Slurm requeue the job (launch.max_restarts=0)")
+    world.check_restarts(config, starter="Slurm", instead="let Slurm requeue the job (launch.max_restarts=0)")
     inputs.check(config, in_queue=True)
 
 
@@ -250,40 +251,9 @@ def _evaluate(config: RunConfig, job: compose.Composed, *, num_devices: int) -> 
             "hydra/launcher: slurm submits training runs; with eval_only=true start the command in an allocation, as "
             "`srun python train.py ...`"
         )
-    _check_local(config)
+    world.check_local(config)
     swept = None if job.number is None else job.swept
     return evaluation.run(config, overrides=job.overrides, swept=swept, num_devices=num_devices)
-
-
-def _check_local(config: RunConfig) -> None:
-    if config.train.num_nodes > 1:
-        raise ConfigError(
-            f"train.num_nodes: {config.train.num_nodes} nodes, and this command starts processes on its own only; add "
-            f"hydra/launcher=slurm, or run torchrun on every node"
-        )
-    if config.launch.detach:
-        raise ConfigError(
-            "launch.detach: true, and without Slurm nothing would keep the run; add hydra/launcher=slurm, or run "
-            "`nohup python train.py ... &`"
-        )
-    inputs.check(config)
-
-
-def _check_restarts(config: RunConfig, *, starter: str, instead: str) -> None:
-    if config.launch.max_restarts > 0:
-        raise ConfigError(
-            f"launch.max_restarts: {config.launch.max_restarts} is for workers that train.py starts itself, and "
-            f"{starter} starts these; {instead}"
-        )
-
-
-def _check_layout(config: RunConfig, *, world_size: int) -> None:
-    layout.check(
-        config.routed,
-        world_size=world_size,
-        sequence_length=config.data["sequence_length"],
-        train=config.train,
-    )
 
 
 def _dry_run(config: RunConfig, *, world_size: int) -> Result:
@@ -304,8 +274,7 @@ def _plan(config: RunConfig, *, world_size: int) -> Result:
 
 def _composed_once() -> RunToStart | None:
     """What `torchrun train.py ...` trains, composed by rank 0; None when there is nothing to train."""
-    jobs: list[compose.Composed] = []
-    compose.run("train", lambda job: jobs.append(job) or 0.0)  # type: ignore[func-returns-value]
+    jobs = compose.jobs("train")
     if not jobs:  # --cfg, --info
         return None
     if jobs[0].number is not None:
@@ -324,33 +293,13 @@ def _of_ranks(job: compose.Composed) -> RunToStart | None:
     if config.plan:
         _plan(config, world_size=torchrun.world_size())
         return None
-    _check_world(config)
+    world.check_world(config)
     if config.dry_run:
         _dry_run(config, world_size=torchrun.world_size())
         return None
     if config.eval_only and job.number is not None:
         raise ConfigError("eval_only: true, and several tasks share a job of this sweep; use one task per node and job")
     return RunToStart(config, job.overrides, None if job.number is None else job.swept)
-
-
-def _check_world(config: RunConfig) -> None:
-    world_size, per_node = torchrun.world_size(), torchrun.local_world_size()
-    if config.launch.detach:
-        raise ConfigError(f"launch.detach: true, but {torchrun.starter()} runs the processes; leave it out")
-    restarts = config.launch.max_restarts
-    _check_restarts(config, starter=torchrun.starter(), instead=f"use `torchrun --max-restarts={restarts}`")
-    if config.train.num_devices not in (None, per_node):
-        raise ConfigError(
-            f"train.num_devices: {config.train.num_devices} differs from the {per_node} processes that "
-            f"{torchrun.starter()} started on this node; leave it out under {torchrun.starter()}"
-        )
-    if config.train.num_nodes not in (1, world_size // per_node):
-        raise ConfigError(
-            f"train.num_nodes: {config.train.num_nodes} differs from the {world_size // per_node} nodes of "
-            f"{torchrun.starter()}; leave it out under {torchrun.starter()}"
-        )
-    _check_layout(config, world_size=world_size)
-    inputs.check(config)
 
 
 def _inside_job(composed: compose.Composed) -> float | None:

@@ -13,17 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# Dense (not sparse) peak in FLOP/s by a part of the device name; NVIDIA data sheets. The first match counts.
-PEAK_FLOPS = (
-    ("H200", {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12}),
-    ("H100 PCIe", {"bfloat16": 756e12, "float16": 756e12, "float32": 51e12}),
-    ("H100", {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12}),
-    ("B200", {"bfloat16": 2250e12, "float16": 2250e12, "float32": 80e12}),
-    ("A100", {"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12}),
-    ("L40S", {"bfloat16": 362e12, "float16": 362e12, "float32": 91.6e12}),
-)
-
-
 # One of them is there where torch finds a GPU: of NVIDIA's driver, of Windows' for its Linux, on Jetson, of AMD's.
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap", "/dev/kfd")
 
@@ -141,16 +130,3 @@ def peak_memory_bytes() -> int:
 
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def peak_flops(dtype: "torch.dtype") -> float | None:
-    """Peak dense FLOP/s of this device in `dtype`, or None when it is not in the table (every CPU)."""
-    if not on_cuda():
-        return None
-    import torch
-
-    name = torch.cuda.get_device_name()
-    for part, peaks in PEAK_FLOPS:
-        if part in name:
-            return peaks.get(str(dtype).removeprefix("torch."))
-    return None

@@ -92,17 +92,6 @@ class Table:
         """Copy -> original, of the copies every file of the family holds."""
         return {row.hf_name: row.same_as for row in self.rows if isinstance(row, Ignore) and row.same_as and row.always}
 
-    def expand(self, **sizes: int) -> list[Entry]:
-        """Every row for every value of its holes, `expand(layer=32)`, in the order of the rows."""
-        entries = []
-        for row in self.rows:
-            if isinstance(row, Row):
-                fillings: list[dict[str, str]] = [{}]
-                for hole in sorted(_holes(row.mcore_key)):
-                    fillings = [filled | {hole: str(n)} for filled in fillings for n in range(sizes[hole])]
-                entries += [_fill(row, filled) for filled in fillings]
-        return entries
-
 
 class _Found(NamedTuple):
     row: Row | Ignore

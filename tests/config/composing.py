@@ -9,12 +9,5 @@ from bridge.launch import compose
 
 def composed(*overrides: str, primary: str = "train") -> dict[str, Any]:
     """The resolved configuration of conf/<primary>.yaml under `overrides`, as plain Python."""
-    jobs: list[compose.Composed] = []
-
-    def keep(job: compose.Composed) -> float:
-        jobs.append(job)
-        return 0.0
-
     with mock.patch.object(sys, "argv", ["train.py", *overrides]):
-        compose.run(primary, keep)
-    return jobs[0].settings
+        return compose.jobs(primary)[0].settings

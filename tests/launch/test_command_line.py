@@ -211,9 +211,7 @@ def test_a_reader_that_has_gone_costs_no_traceback(arguments: list[str], tmp_pat
 
 def composed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[compose.Composed]:
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    jobs: list[compose.Composed] = []
-    compose.run("train", lambda job: jobs.append(job) or 0.0)
-    return jobs
+    return compose.jobs("train")
 
 
 def test_architecture_sections_take_unlisted_keys_without_a_plus(monkeypatch):

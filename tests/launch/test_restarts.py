@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bridge.errors import ConfigError
-from bridge.launch import driver, spawn
+from bridge.launch import spawn, world
 from bridge.runs.claim import Claim
 from bridge.runs.result import Result
 from bridge.training.metrics import read
@@ -118,4 +118,4 @@ def test_the_time_limit_counts_from_before_a_restart(tmp_path: Path) -> None:
 def test_torchruns_workers_are_restarted_by_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"^launch.max_restarts: 2 is for .*; use `torchrun --max-restarts=2`$"):
-        driver._check_world(config(tmp_path, launch={"max_restarts": 2}))
+        world.check_world(config(tmp_path, launch={"max_restarts": 2}))

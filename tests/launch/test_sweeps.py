@@ -15,7 +15,7 @@ from hydra.errors import MissingConfigException
 from hydra.experimental.callback import Callback
 
 from bridge import status, sweep_report
-from bridge.launch import compose, driver, hydra_errors, spawn
+from bridge.launch import compose, driver, hydra_errors, spawn, world
 from bridge.launch import sweep as sweeps
 from bridge.runs import read
 from bridge.runs.result import Result, read_result, write_result
@@ -80,9 +80,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Swept:
 
 def composed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[compose.Composed]:
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", *arguments])
-    jobs: list[compose.Composed] = []
-    compose.run("train", lambda job: jobs.append(job) or 0.0)
-    return jobs
+    return compose.jobs("train")
 
 
 @pytest.mark.parametrize(
@@ -381,5 +379,5 @@ def test_ctrl_c_where_nothing_runs_is_one_line(sweep, monkeypatch):
     def interrupt(*_, **__) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(driver, "_check_layout", interrupt)
+    monkeypatch.setattr(world, "check_layout", interrupt)
     assert sweep("optimizer.lr=1e-3", multirun=False) == (130, "", "SIGINT: ended; no run was under way\n")

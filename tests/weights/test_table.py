@@ -43,11 +43,6 @@ def test_ignored_names():
     assert TABLE.ignored("model.embed.weight") is None
 
 
-def test_expand_gives_every_layer():
-    keys = [entry.mcore_key for entry in TABLE.expand(layer=2)]
-    assert keys == ["embed.weight", "layers.0.fc1.weight", "layers.1.fc1.weight", "projector.0.weight"]
-
-
 def test_a_name_written_twice_is_our_mistake():
     with pytest.raises(AssertionError, match="two rows for a.weight"):
         Table([Row("a.weight", "x"), Row("a.weight", "y")])
