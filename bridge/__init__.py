@@ -6,13 +6,22 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bridge.api import AutoBridge, export_weights, load_model, logprobs, logprobs_from_logits, save_hf
+    from bridge.api import (
+        AutoBridge,
+        export_weights,
+        forward_backward,
+        load_model,
+        logprobs,
+        logprobs_from_logits,
+        save_hf,
+    )
     from bridge.launch.notebook import compose, train
 
 __all__ = [
     "AutoBridge",
     "compose",
     "export_weights",
+    "forward_backward",
     "load_model",
     "logprobs",
     "logprobs_from_logits",

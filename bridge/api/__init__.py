@@ -5,6 +5,7 @@ from bridge.api.models import export_weights, load_model, save_hf
 from bridge.api.provider import Provider
 from bridge.api.tasks import ConversionTask, HFWeightTuple
 from bridge.api.token_logprobs import logprobs, logprobs_from_logits
+from bridge.api.training import forward_backward
 
 __all__ = [
     "AutoBridge",
@@ -12,6 +13,7 @@ __all__ = [
     "HFWeightTuple",
     "Provider",
     "export_weights",
+    "forward_backward",
     "load_model",
     "logprobs",
     "logprobs_from_logits",

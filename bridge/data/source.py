@@ -3,11 +3,12 @@
 A source module (`bridge.data.<name>`, or a dotted name outside the tree) exposes
     Config                                       a frozen dataclass, subclass of SourceConfig
     prepare(config, *, cache, seed) -> Prepared  CPU work before process groups exist; leaves a completed cache entry
-    build(config, prepared, *, seed) -> Datasets map-style datasets whose items `bridge.training.step` understands
+    build(config, prepared, *, seed) -> Datasets map-style datasets of such items as the objective reads
 and, if it likes, what refuses a file that is missing before torch is imported and before a job waits in a queue:
     check(config) -> None                        raises ConfigError
 With data.num_workers > 0 the training dataset is pickled for other processes.
-An item is a dict of tensors of shape [sequence_length]: tokens, labels, position_ids (int64) and loss_mask (float32).
+An item is a dict of tensors of shape [sequence_length]: tokens, labels, position_ids (int64) and loss_mask (float32),
+and whatever else the objective names (bridge.data.batch, which stacks them).
 """
 
 import fcntl

@@ -73,6 +73,8 @@ def of_option(group: str, option: str, known: Sequence[str]) -> str:
     kind = difflib.get_close_matches(_letters(option), {_letters(name) for name in known}, n=1, cutoff=0.75)
     alike = alike or [name for name in known if _letters(name) in kind]
     listing = f"; the options are {', '.join(known)}" if known else ""
+    if group == "objective":
+        listing += f"{', and' if known else ';'} objective.name=my_package.my_loss takes a module of your own"
     return which_of(alike[:_MOST]) or did_you_mean(option, known) or listing
 
 

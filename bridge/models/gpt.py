@@ -1,13 +1,14 @@
 """The GPT model of one process: from routed config values to megatron-core model chunks."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper, roll_tensor
 from torch import Tensor
 
 from bridge import parallel, platform
@@ -37,6 +38,7 @@ class GPT(GPTModel):
     routed: Routed
     config: Any  # Config or MLAConfig
     rotary_pos_emb: torch.nn.Module
+    prediction_sums: Tensor | None = None  # float64 [prediction modules, 2]: sum of the losses and number of tokens
 
     def __init__(
         self, *, config: Config | MLAConfig, true_vocab_size: int, rotary_base: float = 10000, **kwargs: Any
@@ -62,14 +64,40 @@ class GPT(GPTModel):
 
         megatron-core runs it whenever the model has it, and needs labels for that.
         """
-        if self.config.mtp_num_layers is None or (kwargs["labels"] is not None and torch.is_grad_enabled()):
+        if self.config.mtp_num_layers is None:
             return super()._postprocess(hidden_states, *args, **kwargs)
+        if kwargs["labels"] is not None and torch.is_grad_enabled():
+            output: Tensor = super()._postprocess(hidden_states, *args, **kwargs)
+            self._measure_predictions(kwargs["labels"], kwargs["loss_mask"], kwargs.get("packed_seq_params"))
+            return output
         whole, self.config = self.config, copy.copy(self.config)
         try:
             self.config.mtp_num_layers = None
             return super()._postprocess(hidden_states, *args, **(kwargs | {"mtp_in_postprocess": False}))
         finally:
             self.config = whole
+
+    def start_measuring(self) -> None:
+        """Add up the losses of prediction modules in training passes from 0."""
+        modules = self.config.mtp_num_layers if self.post_process else None
+        self.prediction_sums = modules and torch.zeros(modules, 2, dtype=torch.float64, device=platform.device())
+
+    def measured(self) -> Iterator[tuple[str, Tensor]]:
+        """name -> [sum, count] of the tokens of this rank."""
+        rows = () if self.prediction_sums is None else self.prediction_sums
+        return ((f"mtp_{number}_loss", row) for number, row in enumerate(rows, start=1))
+
+    def _measure_predictions(self, labels: Tensor, mask: Tensor | None, packing: Any) -> None:
+        """megatron-core has just noted the mean of each loss over the tokens of this micro-batch and rank, as many as
+        `mask` [batch, sequence] counts after one more shift for each module."""
+        means = MTPLossLoggingHelper.tracker.pop("values", None)
+        if self.prediction_sums is None or means is None:
+            return
+        mask = torch.ones_like(labels) if mask is None else mask
+        for row, mean in zip(self.prediction_sums, means, strict=True):
+            mask, count = roll_tensor(mask, cp_group=self.cp_group, packed_seq_params=packing)
+            row[0] += torch.where(count > 0, mean * count, 0)
+            row[1] += count
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy over the true vocabulary, float [batch, sequence], of logits [sequence, batch, padded / TP].

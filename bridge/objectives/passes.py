@@ -13,6 +13,7 @@ from torch import Tensor
 from bridge import parallel, platform
 from bridge.data.batch import Batch, to_this_rank
 from bridge.errors import ConfigError
+from bridge.models import measures
 from bridge.objectives.objective import Objective
 
 
@@ -25,23 +26,34 @@ class Shape(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What the micro-batches of a step have to say on this rank, or nothing on ranks without the last pipeline stage.
+    """What the micro-batches of a step have to say on this rank.
 
-    sums: float64 [1 + len(objective.numbers), 2] on the device, sum and count of the loss and of each number; [0, 2] of
-    micro-batches that were only read. tokens, squares: the sum of the lengths of their sequences and of their squares;
-    context- and tensor-parallel ranks, which share sequences, have the same.
+    sums: float64 [names, 2] on the device, sum and count of each of `names`: the loss and the objective's numbers, 0 on
+    ranks without the last pipeline stage, then the model's own. No names of micro-batches that were only read.
+    experts: float64 [layers, experts], the tokens each got (bridge.models.measures).
+    tokens, squares: the sum of the lengths of the sequences and of their squares, on the last pipeline stage; context-
+    and tensor-parallel ranks, which share sequences, have the same.
     """
 
+    names: tuple[str, ...]
     sums: Tensor
+    experts: Tensor
     tokens: int
     squares: int
 
 
 class Totals(NamedTuple):
-    """`Measured` of all ranks together. numbers: name -> mean, `loss` first; NaN where nothing counted. Empty where
-    micro-batches were only read."""
+    """`Measured` of all ranks together. numbers: name -> mean, `loss` first; NaN where nothing counted."""
 
     numbers: dict[str, float]
+    tokens: int
+    squares: int
+
+
+class _Reported(NamedTuple):
+    """Of one micro-batch on the last pipeline stage; sums [1 + objective's numbers, 2]."""
+
+    sums: Tensor
     tokens: int
     squares: int
 
@@ -62,7 +74,7 @@ def forward_step(
     return output, partial(_loss, objective, batch, loaded)
 
 
-def _loss(objective: Objective, batch: Batch, loaded: Batch, output: Any) -> tuple[Tensor, Tensor, Measured]:
+def _loss(objective: Objective, batch: Batch, loaded: Batch, output: Any) -> tuple[Tensor, Tensor, _Reported]:
     """megatron-core's loss function: the sum, what it divides the gradient of all micro-batches and ranks by
     (calculate_per_token_loss), and what goes into the report."""
     total, divisor, numbers = objective.loss(output, batch)
@@ -71,7 +83,7 @@ def _loss(objective: Objective, batch: Batch, loaded: Batch, output: Any) -> tup
     pairs = [(total, divisor), *(numbers.get(name, (None, None)) for name in objective.numbers)]
     nothing = total.new_zeros((), dtype=torch.float64)
     flat = [nothing if value is None else value.detach().double() for pair in pairs for value in pair]
-    return total, divisor.int(), Measured(torch.stack(flat).view(-1, 2), *_lengths(objective, loaded))
+    return total, divisor.int(), _Reported(torch.stack(flat).view(-1, 2), *_lengths(objective, loaded))
 
 
 def _lengths(objective: Objective, loaded: Batch) -> tuple[int, int]:
@@ -83,12 +95,23 @@ def run(
     objective: Objective, batches: list[Iterator[Batch]], model: list[Any], shape: Shape, *, forward_only: bool
 ) -> Measured:
     """Forward, and unless `forward_only` backward, over the next micro-batches of `batches`, an iterator per chunk."""
+    if not forward_only:
+        measures.reset(model)
     step = partial(forward_step, objective)
-    found: list[Measured] = through_schedule(step, batches, model, shape, forward_only=forward_only)
-    rows = 1 + len(objective.numbers)
-    sums = [torch.zeros(rows, 2, dtype=torch.float64, device=platform.device())]  # not the last pipeline stage
-    sums += [one.sums for one in found]
-    return Measured(torch.stack(sums).sum(dim=0), sum(one.tokens for one in found), sum(one.squares for one in found))
+    found: list[_Reported] = through_schedule(step, batches, model, shape, forward_only=forward_only)
+    names = ("loss", *objective.numbers)
+    sums = torch.zeros(len(names), 2, dtype=torch.float64, device=platform.device())
+    for one in found:
+        sums += one.sums
+    lengths = sum(one.tokens for one in found), sum(one.squares for one in found)
+    if forward_only:
+        return Measured(names, sums, _nothing(), *lengths)
+    own = measures.collect(model)
+    return Measured((*names, *own.names), torch.cat([sums, own.sums]), own.experts, *lengths)
+
+
+def _nothing() -> Tensor:
+    return torch.zeros(0, 2, dtype=torch.float64, device=platform.device())
 
 
 def through_schedule(
@@ -118,28 +141,28 @@ def only_read(objective: Objective, batches: list[Iterator[Batch]], model: list[
             if chunk.post_process:
                 more = _lengths(objective, loaded)
                 tokens, squares = tokens + more[0], squares + more[1]
-    return Measured(torch.zeros(0, 2, dtype=torch.float64, device=platform.device()), tokens, squares)
+    return Measured((), _nothing(), _nothing(), tokens, squares)
 
 
-def totals(objective: Objective, measured: list[Measured]) -> list[Totals]:
+def totals(measured: list[Measured]) -> list[Totals]:
     """Each of `measured` over all ranks. A collective call.
 
     Ranks without the last pipeline stage add zeros; tensor-parallel ranks each add the same numbers, which cancels.
     """
     lengths = torch.tensor([[one.tokens, one.squares] for one in measured], dtype=torch.float64).to(platform.device())
-    flat = torch.cat([lengths.flatten(), *(one.sums.flatten() for one in measured)])
+    parts = [tensor for one in measured for tensor in (one.sums, one.experts)]
+    flat = torch.cat([lengths.flatten(), *(part.flatten() for part in parts)])
     torch.distributed.all_reduce(flat)
-    found = flat.tolist()  # waits for the device
+    flat = flat.cpu()  # waits for the device
     sharing = parallel.size("tp") * parallel.size("cp")
-    numbers = iter(found[2 * len(measured) :])
+    pieces = iter(flat[2 * len(measured) :].split([part.numel() for part in parts]))
     result = []
-    for one, tokens, squares in zip(measured, found[::2], found[1::2], strict=False):
-        means = _means(objective, numbers) if len(one.sums) else {}
-        result.append(Totals(means, round(tokens / sharing), round(squares / sharing)))
+    for one, counted in zip(measured, (flat[: 2 * len(measured)].view(-1, 2) / sharing).tolist(), strict=True):
+        sums, experts = next(pieces).view(-1, 2).tolist(), next(pieces).view(one.experts.shape)
+        numbers = {name: _mean(*pair) for name, pair in zip(one.names, sums, strict=True)}
+        result.append(Totals(numbers | measures.of_experts(experts), *(round(count) for count in counted)))
     return result
 
 
-def _means(objective: Objective, numbers: Iterator[float]) -> dict[str, float]:
-    """Of the next sums and counts of `numbers`."""
-    pairs = [(name, next(numbers), next(numbers)) for name in ("loss", *objective.numbers)]
-    return {name: total / count if count else math.nan for name, total, count in pairs}
+def _mean(total: float, count: float) -> float:
+    return total / count if count else math.nan

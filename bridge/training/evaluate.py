@@ -11,7 +11,7 @@ from bridge import parallel
 from bridge.config.schema import Train
 from bridge.objectives import passes
 from bridge.objectives.objective import Objective
-from bridge.objectives.passes import Measured, Shape
+from bridge.objectives.passes import Shape
 from bridge.training import batches
 from bridge.training.step import shape_of
 
@@ -35,13 +35,14 @@ def evaluate(
     num_samples = batches.num_evaluation_samples(dataset, train)
     sizes = _step_sizes(num_samples, shape=shape, multiple=_multiple(model, shape))
     iterators = [batches.evaluation(dataset, train=train, num_microbatches=sum(sizes)) for _ in model]
-    sums = []
+    measured = []
     with _evaluating(model), torch.no_grad():
         for size in sizes:
             advance()
             of_this_step = shape._replace(num_microbatches=size)
-            sums.append(passes.run(objective, iterators, model, of_this_step, forward_only=True).sums)
-    (found,) = passes.totals(objective, [Measured(torch.stack(sums).sum(dim=0), 0, 0)])
+            measured.append(passes.run(objective, iterators, model, of_this_step, forward_only=True))
+    sums = torch.stack([one.sums for one in measured]).sum(dim=0)
+    (found,) = passes.totals([measured[0]._replace(sums=sums)])
     return {f"eval_{name}": value for name, value in found.numbers.items()}
 
 

@@ -54,7 +54,7 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse, saves: Saves) -
     policy = LossPolicy(job.config, progress)
     rerun = Rerun(job.config, policy, step=progress.step, model=job.state.model)
     stragglers = Stragglers(job.config.log.straggler_interval, pulse, job.state.model)
-    pending = Pending(job.objective, _rates(job), policy, consumed_tokens=_consumed_tokens(job))
+    pending = Pending(_rates(job), policy, consumed_tokens=_consumed_tokens(job))
     iterators = rerun.iterators(_training_batches(job, pulse))
     step_of = partial(train_step, job.objective, job.state, iterators, policy=policy, rerun=rerun)
     take_step = partial(step_of, before_update=saves.before_update)

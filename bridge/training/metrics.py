@@ -1,8 +1,7 @@
 """What a run reports and where: metrics.jsonl always; console, TensorBoard and Weights & Biases as asked.
 
-metrics.jsonl has one JSON object per line. A training step's keys are TRAINING, an evaluation's step and eval_loss, and
-a finished save's step, saved_step and save_stall_seconds: how long rank 0 waited for the checkpoint of saved_step.
-Each ends with `time`, when it was written, in seconds since 1970.
+metrics.jsonl has one JSON object per line: of a training step (TRAINING, then what the objective and the model
+measure), of an evaluation, of a finished save. docs/metrics.md has every name.
 """
 
 import dataclasses
@@ -23,6 +22,7 @@ from bridge.checkpoint import Position
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError, RunError
 from bridge.files import write_text
+from bridge.models import measures
 from bridge.objectives import passes
 from bridge.objectives.objective import Objective
 from bridge.objectives.passes import Totals
@@ -51,6 +51,16 @@ TRAINING = (
 Values = Mapping[str, Any]
 
 
+def check_names(objective: Objective, config: Any) -> None:
+    """Raises ConfigError for a number of the objective that has the name of another value of a line."""
+    taken = {*TRAINING, "time", *measures.names(config), *measures.TOKENS_PER_EXPERT}
+    if doubled := taken.intersection(objective.numbers):
+        raise ConfigError(
+            f"objective.name: '{objective.name}' reports {min(doubled)}, a name that every report has; give it another "
+            "one in its `numbers`"
+        )
+
+
 class Rates(NamedTuple):
     """What turns seconds into rates. A sequence of s tokens costs s flops_per_token + s^2 flops_per_square."""
 
@@ -72,8 +82,8 @@ class Step(NamedTuple):
 class Pending:
     """Steps whose loss nobody has looked at: reading a loss waits for the device, so it is done once per report."""
 
-    def __init__(self, objective: Objective, rates: Rates, policy: LossPolicy, *, consumed_tokens: int) -> None:
-        self.objective, self.rates, self.policy, self.consumed_tokens = objective, rates, policy, consumed_tokens
+    def __init__(self, rates: Rates, policy: LossPolicy, *, consumed_tokens: int) -> None:
+        self.rates, self.policy, self.consumed_tokens = rates, policy, consumed_tokens
         self.steps: list[Step] = []
         self.restart_clock()
 
@@ -90,7 +100,7 @@ class Pending:
         """The lines of all steps kept since the last call, and what was found about each. A collective call."""
         if not self.steps:
             return []
-        totals = passes.totals(self.objective, [step.result.measured for step in self.steps])
+        totals = passes.totals([step.result.measured for step in self.steps])
         platform.synchronize()
         seconds = (time.perf_counter() - self.started) / len(self.steps)
         taken = []
@@ -131,8 +141,7 @@ class Pending:
             verdict.spikes,
             platform.peak_memory_bytes(),
         )
-        others = {name: total.numbers.get(name) for name in self.objective.numbers}
-        return dict(zip(TRAINING, values, strict=True)) | others
+        return dict(zip(TRAINING, values, strict=True)) | {k: v for k, v in total.numbers.items() if k != "loss"}
 
 
 class Sink(Protocol):

@@ -23,7 +23,7 @@ from bridge.optim import optimizer as optimizers
 from bridge.optim import schedule
 from bridge.platform import user_buffers
 from bridge.runs import run_files
-from bridge.training import initial, settings
+from bridge.training import initial, metrics, settings
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ def build(config: RunConfig, data: Data) -> Job:
     if resuming and parallel.is_main():
         print(f"resumed from {latest.directory} at step {progress.step}", flush=True)
     objective = objectives.build(config.objective)
+    metrics.check_names(objective, get_model_config(model[0]))
     return Job(config, objective, state=state, data=data, datasets=datasets, progress=progress)
 
 

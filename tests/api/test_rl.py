@@ -3,7 +3,7 @@
 The rollout model and the reference are transformers'; the step is plain SGD, so that the reference can take it too.
 """
 
-from functools import partial
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 import bridge
 from bridge import parallel
+from bridge.objectives.next_token import NextToken
+from bridge.objectives.objective import Loss
 from tests import hf_models
 from tests.api.layouts import LAYOUTS
 from tests.distributed import run_distributed
@@ -29,41 +31,34 @@ def rollouts():
     return tokens, advantages
 
 
-def policy_loss(micro, vocab_size, logits):
-    labels = micro["tokens"].roll(-1, dims=1)
-    logprobs = bridge.logprobs_from_logits(logits, labels, vocab_size=vocab_size)
-    loss = -(logprobs * micro["advantages"]).sum()
-    return loss, torch.tensor(labels.numel(), dtype=torch.int), {"loss": loss.detach()}
+@dataclass(frozen=True)
+class Policy(NextToken):
+    """Raises the log-probability of tokens with an advantage."""
 
+    numbers = ("logprob",)
 
-def forward_step(micros, chunk):
-    from megatron.core.utils import unwrap_model
+    def keys(self, chunk):
+        return super().keys(chunk) + (("advantages",) if chunk.post_process else ())
 
-    micro = next(micros)
-    positions = torch.arange(micro["tokens"].shape[1]).expand_as(micro["tokens"])
-    output = chunk(micro["tokens"], positions, None)
-    return output, partial(policy_loss, micro, unwrap_model(chunk).true_vocab_size)
+    def loss(self, output, batch):
+        count = torch.tensor(output.numel())
+        return Loss((output * batch["advantages"]).sum(), count, {"logprob": (-output.sum(), count)})
 
 
 def train_step(model, optimizer):
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     tokens, advantages = rollouts()
     mine = slice(parallel.rank("dp"), None, parallel.size("dp"))
-    micros = [{"tokens": tokens[row : row + 1], "advantages": advantages[row : row + 1]} for row in range(BATCH)[mine]]
-    for chunk in model:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(micros) for _ in model],
-        model=model,
-        num_microbatches=len(micros),
-        seq_length=tokens.shape[1],
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    batch = {
+        "tokens": tokens,
+        "labels": tokens.roll(-1, dims=1),
+        "loss_mask": torch.ones(tokens.shape),
+        "position_ids": torch.arange(tokens.shape[1]).expand_as(tokens),
+        "advantages": advantages,
+    }
+    micros = [{name: batch[name][row : row + 1] for name in batch} for row in range(BATCH)[mine]]
+    numbers = bridge.forward_backward(model, micros, Policy())
     assert optimizer.step()[0]
+    return numbers
 
 
 def rl_step(path, parallelism, folder):
@@ -89,7 +84,7 @@ def rl_step(path, parallelism, folder):
     tokens, _ = rollouts()
     size = 1 if len(model) == 1 else 2
 
-    train_step(model, optimizer)
+    numbers = train_step(model, optimizer)
     streamed = {}
     for name, weight in auto.export_hf_weights(model, cpu=True, show_progress=False):
         assert not weight.requires_grad
@@ -103,7 +98,7 @@ def rl_step(path, parallelism, folder):
         assert torch.equal(weight, kept[name]), f"{name}: the stream shares memory with the model"
     with torch.no_grad():
         later = bridge.logprobs(model, {"tokens": tokens}, micro_batch_size=size)
-    return streamed, logprobs, later
+    return streamed, logprobs, later, numbers
 
 
 def of_transformers(model, tokens):
@@ -118,7 +113,7 @@ def test_rl_step(tiny_hf, tmp_path, variant, layout):
     path = tiny_hf(variant)
     world_size = 1 if layout == "alone" else 2
     results = run_distributed(rl_step, world_size, path, LAYOUTS[layout], tmp_path)
-    streamed, logprobs, later = results[0]
+    streamed, logprobs, later, numbers = results[0]
     for others in results[1:]:
         assert all(torch.equal(others[0][name], weight) for name, weight in streamed.items())
         assert torch.equal(others[1], logprobs) or layout == "dp2"
@@ -137,6 +132,7 @@ def test_rl_step(tiny_hf, tmp_path, variant, layout):
 
     # And the step was the right one.
     with torch.no_grad():
+        assert numbers["logprob"] == pytest.approx(of_transformers(reference, tokens).mean().item(), rel=1e-5)
         assert (of_transformers(reference, tokens) - theirs).abs().max() > 1e-2
     loss = -(of_transformers(reference, tokens) * advantages).sum() / tokens.numel()
     loss.backward()

@@ -25,6 +25,7 @@ CONFIG: dict[str, Any] = {
     "precision": {},
     "peft": {"method": "none"},
     "data": {"source": "mock", "sequence_length": 64},
+    "objective": {"name": "next_token"},
     "train": {"steps": 5},
     "log": {"wandb": {"project": "p"}},
 }
@@ -130,6 +131,17 @@ WRONG = [
         {"peft.method": "nne"},
         "peft.method: 'nne' is not known; set one of none or an importable dotted module name; did you mean 'none'?",
     ),
+    (
+        {"objective.name": "next_tokn"},
+        "objective.name: 'next_tokn' is not known; set one of next_token or an importable dotted module name; "
+        "did you mean 'next_token'?",
+    ),
+    ({"objective.name": "tests.training.no_objective"}, "objective.name: 'tests.training.no_objective' is not known"),
+    (
+        {"objective.name": "bridge.errors"},
+        "objective.name: module 'bridge.errors' has no dataclass named OBJECTIVE; add one that lists its options",
+    ),
+    ({"objective": {"name": "next_token", "beta": 0.1}}, "objective.beta: unknown key (value 0.1); known here: name"),
     ({"peft.rank": 8}, "peft.rank: unknown key (value 8); known here: method"),
     ({"optimizer.lr": ...}, "optimizer.lr: is missing; set the learning rate"),
     ({"optimizer.min_lr": 1.0}, "optimizer.min_lr: 1.0 is above optimizer.lr (0.001)"),

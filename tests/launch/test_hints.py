@@ -86,6 +86,7 @@ def test_keys(key, value, hint):
         ("data", "jsonl", "the options are mock, stdlib, and data.source="),
         ("hydra/launcher", "joblib", "it needs a package that is missing: pip install hydra-joblib-launcher"),
         ("peft", "nothing_near", "the options are none"),
+        ("objective", "my_loss", "the options are next_token, and objective.name="),
     ],
 )
 def test_options(group, option, hint):

@@ -44,19 +44,24 @@ def test_logits_and_gradients_equal_transformers(variant: str, tmp_path: Path):
     tokens, labels = ids[:, :-1], ids[:, 1:]
     hf, expected = hf_predictions.transformers_models(directory), []
     main, predicted = hf.logits(tokens)
+    losses = []  # of each module: sum, number of tokens
     loss = F.cross_entropy(main.flatten(0, 1), labels.flatten(), reduction="sum")
     for number, logits in enumerate(predicted):
         shifted = labels[:, number + 1 :]
         further = F.cross_entropy(logits[:, : -number - 1].flatten(0, 1), shifted.flatten(), reduction="sum")
         loss = loss + 0.1 / len(predicted) * further
+        losses.append([further.item(), shifted.numel()])
         expected.append(logits.detach())
     (loss / labels.numel()).backward()
     with parallel.single_process():
         model, _ = build(directory)
+        model.start_measuring()
         seen: list[torch.Tensor] = []
         model.mtp.register_forward_hook(lambda _module, _inputs, output: seen.append(output.detach()))
         positions = torch.arange(LENGTH).expand_as(tokens)
         model.train()(tokens, positions, None, labels=labels).sum().backward()
+        measured = {name: pair.tolist() for name, pair in model.measured()}
+        assert measured == {f"mtp_{number}_loss": pytest.approx(pair) for number, pair in enumerate(losses, start=1)}
         for hidden, logits in zip(seen[0].chunk(1 + len(expected))[1:], expected, strict=True):
             output = model.embedding.word_embeddings if model.output_layer.weight is None else model.output_layer
             torch.testing.assert_close(

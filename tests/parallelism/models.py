@@ -36,6 +36,8 @@ ALLTOALL = {
     "moe_router_load_balancing_type": "seq_aux_loss",
     "moe_token_dispatcher_type": "alltoall",
 }
+# Over all replicas: what one process computes of them in one micro-batch.
+BALANCED_AS_A_WHOLE = {**ALLTOALL, "moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 1.0}
 # Latent attention alone, and with experts and a prediction module.
 _LATENT = {
     "family": "deepseek_v3",

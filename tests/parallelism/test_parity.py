@@ -6,15 +6,17 @@ up to 1e-2, 1.1e-5. What megatron-core gets wrong (`test_what_is_refused_compute
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bridge.config import layout
 from bridge.errors import ConfigError
+from tests.distributed import run_distributed
 from tests.parallelism import models
-from tests.parallelism.worlds import Case, Trained, norms, option
-from tests.training.runs import losses
+from tests.parallelism.worlds import Case, Trained, norms, option, own_numbers
+from tests.training.runs import config, losses, train
 
 REL = 1e-5
 MODELS = {
@@ -145,6 +147,20 @@ def check(trained: Trained, name: str) -> None:
     run = trained.run_of(name)
     length = run.data["sequence_length"]
     layout.check(run.routed, world_size=SAME[name].ranks, sequence_length=length, train=run.train)
+
+
+def test_a_loss_that_balances_all_replicas_has_the_same_weight_on_any_number(tmp_path: Path):
+    """megatron-core's is divided by the number of replicas."""
+    ran = {}
+    for ranks in (1, 2):
+        batch = {"steps": 5, "eval_interval": None, "global_batch_size": 2, "micro_batch_size": 2 // ranks}
+        run = config(tmp_path, name=f"{ranks}", whole_model=models.BALANCED_AS_A_WHOLE, train=batch)
+        ran[ranks] = run_distributed(train, ranks, run)[0]
+    assert losses(ran[2].lines) == pytest.approx(losses(ran[1].lines), rel=REL)
+    assert norms(ran[2]) == pytest.approx(norms(ran[1]), rel=REL)
+    for now, then in zip(own_numbers(ran[2]), own_numbers(ran[1]), strict=True):
+        assert now == pytest.approx(then, rel=REL)
+    assert len(own_numbers(ran[2])[0]) == 5
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -1,6 +1,7 @@
 """Many short training runs in one set of processes, which start once, and what is compared between them."""
 
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +73,7 @@ class Trained:
             # Samples mask different shares of their tokens, so that a mean of means goes wrong.
             "data": {"source": "tests.training.masked", "sequence_length": 16, "vocab_size": 100, "num_samples": 50},
             "train": {"steps": STEPS, "eval_interval": None, "global_batch_size": 2 if experts else 4},
+            "objective": {"name": "tests.training.probability"},
         }
         sections = common.keys() | case.options.keys()
         merged = {key: {**common.get(key, {}), **case.options.get(key, {})} for key in sections}
@@ -96,6 +98,8 @@ class Trained:
         assert len(losses(alone.lines)) == STEPS
         assert losses(ours.lines) == pytest.approx(losses(alone.lines), rel=rel)
         assert norms(ours) == pytest.approx(norms(alone), rel=rel)
+        for now, then in zip(own_numbers(ours), own_numbers(alone), strict=True):
+            assert now == pytest.approx(then, rel=rel)
         assert ours.eval_loss == pytest.approx(alone.eval_loss, rel=rel)
         saved, expected = saved_weights(self.folder / name), saved_weights(self.folder / model)
         assert saved.keys() == expected.keys()
@@ -106,6 +110,13 @@ class Trained:
 def norms(ran: Ran) -> list[float]:
     """Gradient norms by step."""
     return [line["grad_norm"] for line in ran.lines if "loss" in line]
+
+
+def own_numbers(ran: Ran) -> list[dict[str, float]]:
+    """What the objective and the model measure of themselves, by line: a number of the objective's own, balancing and
+    prediction losses, tokens per expert."""
+    names = re.compile(r"(eval_)?probability|.*load_balancing_loss|z_loss|mtp_\d_loss|tokens_per_expert_.*")
+    return [{name: line[name] for name in line if names.fullmatch(name)} for line in ran.lines]
 
 
 def saved_weights(run_dir: Path) -> dict[str, torch.Tensor]:

@@ -61,6 +61,7 @@ def config(runs_dir: Path, *, whole_model: dict[str, Any] | None = None, **overr
         "precision": dict(FP32),
         "peft": {"method": "none"},
         "data": {"source": "mock", "sequence_length": 16, "vocab_size": 100, "num_samples": 50},
+        "objective": {"name": "next_token"},
         "scheduler": {"lr_warmup_steps": 3},
         "train": {"steps": 20, "global_batch_size": 4, "micro_batch_size": 1, "eval_interval": 10, "eval_samples": 4},
         "init": {},

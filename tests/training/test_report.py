@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import struct
 import subprocess
 import textwrap
@@ -15,41 +16,81 @@ import torch
 import yaml
 
 from bridge.config import run_config
+from bridge.errors import ConfigError
 from tests.distributed import run_distributed
-from tests.training.runs import config, train
+from tests.parallelism.models import LATENT
+from tests.training.runs import config, sample_ids, train
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAINING = {
-    "step",
-    "loss",
-    "grad_norm",
-    "lr",
-    "consumed_samples",
-    "consumed_tokens",
-    "tokens_per_second",
-    "tflops_per_gpu",
-    "step_seconds",
-    "skipped",
-    "nonfinite",
-    "spikes",
-    "peak_memory_bytes",
-    "time",
+# A dense layer, one with experts, and a prediction module with experts, balanced in every way there is.
+EVERY_NUMBER = {
+    **LATENT,
+    "num_layers": 2,
+    "moe_layer_freq": [0, 1],
+    "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss", "global_aux_loss"],
+    "moe_aux_loss_coeff": [0.01, 0.02, 0.03],
 }
 
 
-def test_metrics_have_exactly_these_keys(tmp_path: Path) -> None:
+def documented() -> set[str]:
+    """The names in the tables of docs/metrics.md."""
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "metrics.md").read_text(), flags=re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
+def test_metrics_are_the_documented_ones_and_what_a_computation_by_hand_gives(tmp_path: Path) -> None:
+    """In a run that is resumed after its second step, of two micro-batches each."""
+    run = config(
+        tmp_path,
+        whole_model=EVERY_NUMBER,
+        data={"source": "tests.training.masked", "sequence_length": 16, "vocab_size": 100, "num_samples": 50},
+        objective={"name": "tests.training.experts_by_hand", "micro_batches": 2},
+        train={"steps": 4, "eval_interval": 4, "global_batch_size": 2},
+        scheduler={"lr_warmup_steps": 1},
+        log={"log_interval": 3, "sample_ids": True},
+    )
     began = time.time()
-    lines = run_distributed(train, 1, config(tmp_path, log={"log_interval": 7}))[0].lines
-    steps = [line for line in lines if "eval_loss" not in line]
-    assert [set(line) for line in steps] == [TRAINING] * 20
-    assert [line["step"] for line in steps] == list(range(1, 21))
-    assert [line["consumed_samples"] for line in steps] == list(range(4, 84, 4))
-    assert [(set(line), line["step"]) for line in lines if "eval_loss" in line] == [
-        ({"step", "eval_loss", "time"}, 10),
-        ({"step", "eval_loss", "time"}, 20),
-    ]
+    stopped = dataclasses.replace(run, train=dataclasses.replace(run.train, exit_interval=2))
+    run_distributed(stop_and_go_on, 1, stopped, run)
+    lines = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    names = {re.sub(r"mtp_\d+_loss", "mtp_N_loss", name) for line in lines for name in line}
+    assert {name for name in names if "by_hand" not in name} == documented() - {"NAME", "eval_NAME"}
+
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert [line["consumed_samples"] for line in steps] == [2, 4, 6, 8]
+    for line in steps:
+        for name in line:
+            if name.startswith("by_hand_"):
+                assert line[name.removeprefix("by_hand_")] == pytest.approx(line[name], rel=1e-5), (line["step"], name)
+        assert sum(name.startswith("by_hand_") for name in line) == 7
+    ids = sample_ids(run.run_dir)[0]
+    lengths = [16 * (index % 5 + 1) // 5 for index in ids]
+    assert [line["consumed_tokens"] for line in steps] == [sum(lengths[: 2 * number]) for number in (1, 2, 3, 4)]
+    for number, line in enumerate(steps):
+        tokens = line["tokens_per_second"] * line["step_seconds"]
+        assert tokens == pytest.approx(sum(lengths[2 * number : 2 * number + 2]))
+    assert [line["step"] for line in lines if "eval_loss" in line] == [4]
     times = [line["time"] for line in lines]
     assert times == sorted(times) and began < times[0] and times[-1] < time.time()
+
+
+def test_a_number_cannot_have_the_name_of_another() -> None:
+    from types import SimpleNamespace
+
+    from bridge.training import metrics
+
+    model = SimpleNamespace(num_moe_experts=None, mtp_num_layers=1)
+    for name in ("lr", "mtp_1_loss", "tokens_per_expert_max"):
+        with pytest.raises(ConfigError, match=f"^objective.name: 'policy' reports {name}, .*; give it another one"):
+            metrics.check_names(SimpleNamespace(name="policy", numbers=("kl", name)), model)
+    metrics.check_names(SimpleNamespace(name="policy", numbers=("kl", "mtp_2_loss")), model)
+
+
+def stop_and_go_on(stopped: Any, run: Any) -> None:
+    """One run in this process, in two parts."""
+    train(stopped)
+    train(run)
 
 
 def test_lines_after_the_resumed_step_are_cut(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 Hugging Face family where its own differs."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,13 @@ from torch import Tensor
 from bridge import platform
 from bridge.errors import ConfigError
 
+# moe_router_load_balancing_type -> the name that its loss has in a report, megatron-core's.
+BALANCING = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+MEASURED = (*BALANCING.values(), "z_loss")
 # What takes the choice out of the router's hands, and the value that leaves it there.
 REFUSED = (
     ("moe_router_fusion", False),
@@ -56,12 +64,19 @@ def use(layer: Any, config: Any) -> None:
 class Router(TopKRouter):
     """megatron-core's router; dropping, the balancing losses themselves and updates of the bias are its own.
 
-    Three of its faults are put right. Jitter would go on after training. A backward pass without a schedule would leave
+    Four of its faults are put right. Jitter would go on after training. A backward pass without a schedule would leave
     a scale of the balancing losses in the process (shape []) into which no schedule can put its own (shape [1]). And
     with calculate_per_token_loss every rank scales the gradient of its part of a balancing loss by its own number of
     tokens, where the number in the sequences it shares with its tensor and context ranks is due, and seq_aux_loss by
-    that of one sequence: the losses would be weaker the more ranks or sequences there are.
+    that of one sequence: the losses would be weaker the more ranks or sequences there are. global_aux_loss, of which
+    each data-parallel rank has a part, would be divided by their number.
+
+    After `start_measuring` it adds up, for training passes with a gradient, what `measured` tells and the tokens that
+    each expert got (int64 [experts]).
     """
+
+    sums: Tensor | None = None
+    tokens_per_expert: Tensor
 
     def __init__(self, config: Any, pg_collection: Any = None) -> None:
         self.own_choice = chooses_otherwise(config)
@@ -79,7 +94,44 @@ class Router(TopKRouter):
     def attach_and_log_load_balancing_loss(self, activation: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """For the tokens of all sequences of this rank, [tokens, experts] in `activation`."""
         kwargs["valid_token_count"] = activation.shape[0]
-        return super().attach_and_log_load_balancing_loss(activation, *args, **kwargs)
+        coefficient, loss, name, sharing, *others = args
+        # The loss is the sum of the parts of the ranks in `sharing`: times their number, so that it is the mean.
+        self._measure(name, loss.detach() / coefficient * sharing.size(), 1)
+        replicas = sharing.size() // self.tp_cp_group.size() if self.calculate_per_token_loss else 1
+        parts = (coefficient * replicas, loss * replicas, name, sharing, *others)
+        return super().attach_and_log_load_balancing_loss(activation, *parts, **kwargs)
+
+    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """`logits` [tokens, experts], with the gradient of the z-loss. padding_mask: bool [tokens]."""
+        if self._measuring() and self.config.moe_z_loss_coeff is not None:
+            squares = torch.logsumexp(logits.detach(), dim=-1).square()
+            counted = squares if padding_mask is None else squares[~padding_mask]
+            self._measure("z_loss", counted.sum(), counted.numel())
+        return super().apply_z_loss(logits, padding_mask=padding_mask)
+
+    def start_measuring(self) -> None:
+        """Add up from 0."""
+        if self.sums is None:
+            self.sums = torch.zeros(len(MEASURED), 2, dtype=torch.float64, device=platform.device())
+            experts = self.config.num_moe_experts
+            self.tokens_per_expert = torch.zeros(experts, dtype=torch.int64, device=platform.device())
+        self.sums.zero_()
+        self.tokens_per_expert.zero_()
+
+    def measured(self) -> Iterator[tuple[str, Tensor]]:
+        """name -> [sum, count], float64. A balancing loss, without its coefficient, is counted once per micro-batch,
+        the z-loss once per token."""
+        return iter(() if self.sums is None else zip(MEASURED, self.sums, strict=True))
+
+    def _measuring(self) -> bool:
+        return self.sums is not None and self.training and torch.is_grad_enabled()
+
+    def _measure(self, name: str, total: Tensor, count: int) -> None:
+        if self._measuring():
+            assert self.sums is not None
+            row = self.sums[MEASURED.index(name)]  # added to in place, as a CUDA graph would
+            row[0] += total
+            row[1] += count
 
     def apply_input_jitter(self, input: Tensor) -> Tensor:
         """Noise on hidden states [sequence, batch, hidden], in training alone."""
@@ -90,8 +142,14 @@ class Router(TopKRouter):
 
         `logits` [sequence, batch, experts] -> weights (0 where not chosen) and choice (bool), [tokens, experts].
         """
-        if not self.own_choice:
-            return super().routing(logits, padding_mask)
+        choosing = self._own_routing if self.own_choice else super().routing
+        probs, routing_map = choosing(logits, padding_mask)
+        if self._measuring():
+            counted = routing_map if padding_mask is None else routing_map & ~padding_mask.reshape(-1, 1)
+            self.tokens_per_expert += counted.sum(dim=0)
+        return probs, routing_map
+
+    def _own_routing(self, logits: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         length, batch = logits.shape[:2]
         logits = logits.view(-1, self.config.num_moe_experts)
         padding_mask = None if padding_mask is None else padding_mask.reshape(-1)
