@@ -36,7 +36,7 @@ def guarded(command: Callable[[], int], *, only_prints: bool = False) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
         if only_prints:
             return DONE
-        print("standard output: its reader has gone; ended", file=sys.stderr, flush=True)
+        print("standard output was closed by its reader; stopping", file=sys.stderr, flush=True)
         return FAILED
 
 

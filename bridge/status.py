@@ -95,7 +95,7 @@ def collect(directories: Sequence[Path]) -> list[Run]:
 def table(found: Sequence[Run], *, width: int | None = None, color: bool = False) -> str:
     """One line per run below a header, and a line that counts the states.
 
-    width: cut lines after so many characters; None: nothing is cut.
+    width: cut lines after this many characters; None: nothing is cut.
     """
     rows = [HEADER, *(_cells(run) for run in found)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
@@ -107,7 +107,7 @@ def table(found: Sequence[Run], *, width: int | None = None, color: bool = False
         ]
         lines.append(_painted(GAP.join(cells).rstrip()[:width], row[1], cells[0], color=color))
     states = Counter(run.state for run in found)
-    lines.append(", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "no run in such a state")
+    lines.append(", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "no run is in that state")
     return "\n".join(lines)
 
 
@@ -174,15 +174,23 @@ def _screen(view: View) -> str:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m bridge.status", description="A table of the runs and sweep jobs below directories.")
-    parser.add_argument("directories", nargs="*", default=["runs"], help="where to look (runs)")
+    parser.add_argument("directories", nargs="*", default=["runs"], help="directories to search (default: runs)")
     states, keys = ",".join(STATES), ", ".join(SORTABLE)
     parser.add_argument("--state", type=_states, metavar="STATE,...", help=f"only {states}")
-    parser.add_argument("--sort", choices=SORTABLE, default="name", metavar="BY", help=f"{keys}; least first, -: last")
+    parser.add_argument(
+        "--sort",
+        choices=SORTABLE,
+        default="name",
+        metavar="BY",
+        help=f"{keys}; lowest first, runs without a value last",
+    )
     parser.add_argument("--reverse", action="store_true", help="greatest first")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="a list of objects instead of a table")
-    form.add_argument("--watch", action="store_true", help="again every few seconds, until Ctrl-C")
-    parser.add_argument("--interval", type=_seconds, default=5.0, help="seconds between two looks with --watch (5)")
+    form.add_argument("--watch", action="store_true", help="refresh every few seconds, until Ctrl-C")
+    parser.add_argument(
+        "--interval", type=_seconds, default=5.0, help="seconds between refreshes with --watch (default: 5)"
+    )
     return parser
 
 

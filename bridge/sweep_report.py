@@ -68,7 +68,7 @@ def _command(arguments: Sequence[str] | None) -> int:
 
 
 def page(directory: Path) -> str:
-    """The HTML page on the runs at and below `directory`. ConfigError when there is none or it is no directory."""
+    """The HTML page on the runs at and below `directory`. ConfigError when there is none or it is not a directory."""
     found = read.find(directory)
     announced = {str(row.get("job")): _values(row.get("overrides")) for row in read.sweep_rows(directory)}
     if not found:

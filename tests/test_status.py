@@ -122,7 +122,7 @@ def test_which_runs_and_in_which_order(arguments, expected, tmp_path, capsys):
     assert status.main([str(tmp_path), *arguments]) == 0
     _, *rows, last = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows] == expected
-    assert expected or last == "no run in such a state"
+    assert expected or last == "no run is in that state"
     assert status.main([str(tmp_path), *arguments, "--json"]) == 0
     assert [run["name"] for run in json.loads(capsys.readouterr().out)] == expected
 

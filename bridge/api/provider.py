@@ -120,8 +120,12 @@ class Provider:
         """
         self.finalize()
         parallel.join(self.routed)
-        if self.virtual_pipeline_model_parallel_size and vp_stage is None:
-            raise ConfigError("vp_stage: None; say which of the chunks to provide, or call provide_distributed_model")
+        chunks = self.virtual_pipeline_model_parallel_size
+        if chunks and vp_stage is None:
+            raise ConfigError(
+                f"vp_stage is None, but the model has {chunks} chunks on each stage; pass vp_stage=0 to {chunks - 1}, "
+                "or call provide_distributed_model"
+            )
         chunk: Any = gpt.build(self.routed, dtype=self._dtype(), only_stage=vp_stage, seed=self._seed)[0]
         for name, asked in (("pre_process", pre_process), ("post_process", post_process)):
             if asked not in (None, getattr(chunk, name)):

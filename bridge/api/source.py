@@ -27,7 +27,7 @@ NOT_SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "low_memory_save": ((False, None), "saving never copies the model; leave it out"),
     "hf_tokenizer_path": ((None,), "the tokenizer files of this bridge's directory are saved; leave it out"),
     "hf_tokenizer_kwargs": ((None, {}), "tokenizer files are copied, not loaded; leave it out"),
-    "skip_temp_dist_context": ((None, False), "no process group is made for a moment; leave it out"),
+    "skip_temp_dist_context": ((None, False), "temporary process groups are not made; leave it out"),
     "use_megatron_fsdp": ((False, None), "only megatron-core's DistributedDataParallel is used; leave it out"),
     "use_torch_fsdp2": ((False, None), "only megatron-core's DistributedDataParallel is used; leave it out"),
     "overlap_param_gather_with_optimizer_step": ((False, None), "it is not supported; leave it out"),
@@ -68,5 +68,5 @@ def directory(path: str | Path, *, key: str, weights: bool) -> Path:
     except (OSError, ValueError) as error:  # huggingface_hub's errors are of these kinds
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"{key}: {path} is no directory, and as a repository cannot be fetched ({reason}); give a directory"
+            f"{key}: {path} is not a directory, and cannot be fetched as a repository ({reason}); give a directory"
         ) from error

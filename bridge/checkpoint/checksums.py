@@ -71,7 +71,7 @@ def size_faults(directory: Path, recorded: Mapping[str, Checksum]) -> list[str]:
             faults.append(f"{file}: cannot be read ({error.strerror})")
             continue
         if size != expected.bytes:
-            faults.append(f"{file}: has {size} bytes, {expected.bytes} were saved; it is damaged")
+            faults.append(f"{file}: has {size} bytes, but {expected.bytes} were saved; it is damaged")
     return faults
 
 
@@ -91,5 +91,5 @@ def content_faults(
             faults.append(f"{file}: cannot be read ({error.strerror})")
             continue
         if found.crc32 != expected.crc32:
-            faults.append(f"{file}: CRC-32 is {found.crc32}, {expected.crc32} was saved; it is damaged")
+            faults.append(f"{file}: CRC-32 is {found.crc32}, but {expected.crc32} was saved; it is damaged")
     return faults

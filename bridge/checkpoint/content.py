@@ -11,6 +11,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 
 from bridge import parallel
 from bridge.checkpoint.optimizer_state import OptimizerState
+from bridge.errors import shown
 from bridge.optim import schedule
 from bridge.parallel import Axis
 from bridge.platform.random_state import random_state
@@ -96,7 +97,9 @@ def layout(state: Trainable) -> dict[str, Any]:
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """As in: lr 0.01 -> 0.02, min_lr 0 -> 0.001. Names that both have with different values; empty without any."""
     return ", ".join(
-        f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]
+        f"{name} {shown(before[name])} -> {shown(now[name])}"
+        for name in now
+        if before.get(name, now[name]) != now[name]
     )
 
 

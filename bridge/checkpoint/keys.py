@@ -53,14 +53,14 @@ def without_missing_extra_state(wanted: dict[str, Any], stored: Collection[str])
 
 
 class Differences(NamedTuple):
-    """Keys that a checkpoint lacks, and keys in it that no rank asks for, without those that nobody misses."""
+    """Keys that a checkpoint lacks, and keys in it that no rank asks for, without the unimportant ones."""
 
     missing: list[str]
     unasked: list[str]
 
     def __str__(self) -> str:
-        lacks = f"it lacks {by_class(self.missing)}" if self.missing else ""
-        too_much = f"this run has no place for its {by_class(self.unasked)}" if self.unasked else ""
+        lacks = f"it lacks {by_class(self.missing)} of this run" if self.missing else ""
+        too_much = f"it has {by_class(self.unasked)} that this run does not use" if self.unasked else ""
         return "; ".join(filter(None, (lacks, too_much)))
 
     @property

@@ -55,11 +55,14 @@ def load(path: CheckpointPath, state: Trainable) -> Position:
 def _check_same(differences: keys.Differences, directory: Path) -> None:
     if differences.kinds == {keys.OPTIMIZER}:
         raise ConfigError(
-            f"checkpoint: {directory} is of another optimizer: {differences}; set the optimizer it is of, or "
+            f"checkpoint: {directory} was saved with a different optimizer: {differences}; use that optimizer, or "
             f"{WEIGHTS_ONLY.format(path=directory)}"
         )
     if differences.kinds:
-        raise ConfigError(f"checkpoint: {directory} is of another model: {differences}; set another name=")
+        raise ConfigError(
+            f"checkpoint: {directory} was saved with a different model: {differences}; use that model, or set "
+            "another name="
+        )
 
 
 def _check_format(directory: Path, stored: frozenset[str], *, now: Mapping[str, Any]) -> None:
@@ -76,8 +79,8 @@ def _check_format(directory: Path, stored: frozenset[str], *, now: Mapping[str, 
         )
     if common.get("format") != content.FORMAT:
         raise ConfigError(
-            f"checkpoint: {directory} is no training checkpoint of this program (format {common.get('format')!r}, not "
-            f"{content.FORMAT}); {WEIGHTS_ONLY.format(path=directory)}"
+            f"checkpoint: {directory} is not a training checkpoint of this program (format {common.get('format')!r}, "
+            f"not {content.FORMAT}); {WEIGHTS_ONLY.format(path=directory)}"
         )
 
 
@@ -104,4 +107,4 @@ def _say_what_changed(loaded: Mapping[str, Any], state: Trainable, *, same_gener
         anew = "" if same_generators else "; random generators start anew"
         print(f"layout since the checkpoint: {changed}{anew}", flush=True)
     if changed := content.changes(loaded["settings"], schedule.settings(state.scheduler, state.optimizer)):
-        print(f"settings since the checkpoint: {changed}; the present ones apply", flush=True)
+        print(f"settings since the checkpoint: {changed}; the new ones apply", flush=True)

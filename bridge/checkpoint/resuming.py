@@ -27,7 +27,7 @@ class Resumed(NamedTuple):
 
 
 def has_checkpoint(root: Path) -> bool:
-    """Whether a run has saved below `root`, be it damaged."""
+    """Whether a run has saved below `root`, even a damaged checkpoint."""
     return (root / LATEST).is_file()
 
 
@@ -38,7 +38,7 @@ def resume(root: Path, state: Trainable, options: Checkpoint, *, reseed: Callabl
     of their own keep them from repeating the first steps.
 
     Raises DamagedError naming the file when a file is damaged, unless options.fall_back lets the next older checkpoint
-    be tried, which is said aloud and makes that one the latest; ConversionError when loading a file could run code.
+    be tried, which is printed and makes that one the latest; ConversionError when loading a file could run code.
     """
     candidates = _candidates(root)
     for path, older in zip(candidates, [*candidates[1:], None], strict=True):

@@ -184,6 +184,6 @@ def _read_back(directory: Path) -> None:
 def _check_shared(directory: Path) -> None:
     if not directory.is_dir():
         raise RunError(
-            f"{directory} was made by rank 0 and is not there on rank {parallel.rank()}; runs_dir must be a directory "
-            "that all nodes share"
+            f"{directory} was made by rank 0, but rank {parallel.rank()} does not see it; set runs_dir to a "
+            "directory that all nodes share"
         )

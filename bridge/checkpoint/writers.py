@@ -109,9 +109,9 @@ class Writers:
         files_on_disk = []
         for writer in self._writers:
             if writer.is_alive():
-                raise TimeoutError(f"a writer got no further within checkpoint.write_timeout={self._timeout}")
+                raise TimeoutError(f"a writer made no progress within checkpoint.write_timeout={self._timeout}")
             if writer.written is None:
-                raise writer.error or RuntimeError("a writer has ended without a word")
+                raise writer.error or RuntimeError("a writer ended without an error message")
             files_on_disk.append(writer.written)
         return files_on_disk
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from bridge.errors import ConfigError, did_you_mean
+from bridge.errors import ConfigError, did_you_mean, shown
 
 # How a dtype is written in a configuration, and the attribute of `torch` it means. mcore keeps fp8 states as bytes.
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "uint8"}
@@ -38,7 +38,7 @@ def check(key: str, value: Any, annotation: str, enums: Enums | None = None) -> 
         return
     if value == "???":
         raise ConfigError(f"{key}: is not set; set {_describe(kind)}")
-    raise ConfigError(f"{key}: {value!r} does not fit; set {_describe(kind)}{_nearest_choice(value, kind)}")
+    raise ConfigError(f"{key}: {shown(value)} does not fit; set {_describe(kind)}{_nearest_choice(value, kind)}")
 
 
 def expressible(annotation: str, enums: Enums) -> bool:
@@ -144,7 +144,7 @@ def _fits(value: Any, kind: _Type) -> bool:
 def _describe(kind: _Type) -> str:
     match kind.kind:
         case "choice":
-            return "one of " + ", ".join(_written(choice) for choice in kind.choices)
+            return "one of " + ", ".join(map(shown, kind.choices))
         case "union":
             return " or ".join(dict.fromkeys(_describe(item) for item in kind.items if item.kind != "foreign"))
         case "list":
@@ -154,10 +154,6 @@ def _describe(kind: _Type) -> str:
         case "dict":
             return "a mapping"
     return _WORDS.get(kind.kind, "another key: this one takes no value from a configuration")
-
-
-def _written(choice: Any) -> str:
-    return "null" if choice is None else repr(choice)
 
 
 def _nearest_choice(value: Any, kind: _Type) -> str:

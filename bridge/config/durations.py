@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 
 UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _TEXT = re.compile("".join(rf"(?:(\d+){unit})?" for unit in UNITS))
@@ -13,7 +13,7 @@ def seconds(text: str) -> int:
     """How long `text` is: whole numbers, each with its unit, the largest unit first. ValueError for anything else."""
     found = _TEXT.fullmatch(text)
     if not text or found is None:
-        raise ValueError(f"{text!r} is no length of time")
+        raise ValueError(f"{text!r} is not a duration")
     return sum(int(number or 0) * size for number, size in zip(found.groups(), UNITS.values(), strict=True))
 
 
@@ -34,6 +34,6 @@ def check(key: str, value: Any) -> None:
         long_enough = seconds(str(value)) > 0
     except ValueError:
         unit = f"; a number needs its unit: {key}={value}s or {value}m" if str(value).isdigit() else ""
-        raise ConfigError(f"{key}: {value!r} is no length of time{unit}; set 90s, 30m, 3h50m or 1d") from None
+        raise ConfigError(f"{key}: {shown(value)} is not a duration{unit}; use e.g. 90s, 30m, 3h50m or 1d") from None
     if not long_enough:
-        raise ConfigError(f"{key}: {value!r} is too short; set 1s or more")
+        raise ConfigError(f"{key}: {shown(value)} is too short; set 1s or more")

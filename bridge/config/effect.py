@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from bridge.config import mcore_fields, own_fields
 from bridge.config.routing import Routed
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 
 
 class Group(NamedTuple):
@@ -86,7 +86,7 @@ _MAMBA = "only GPT models are built"
 _VARIANT = "attention of another kind than softmax is not built"
 _TIMERS = "it belongs to megatron-core's timers, which are not used"
 _MUON = "optimizer is adam or sgd"
-_LOOP = "megatron-core leaves it to the training loop, and this one does not do it"
+_LOOP = "megatron-core leaves it to the training loop, and this one does not implement it"
 UNREAD: tuple[tuple[str, str], ...] = (
     (_NOWHERE, "moe_extended_tp async_tensor_model_parallel_allreduce moe_token_dropping moe_per_layer_logging"),
     (_NOWHERE, "cuda_graph_use_single_mempool main_grads_dtype apply_residual_connection_post_layernorm"),
@@ -110,14 +110,14 @@ UNREAD: tuple[tuple[str, str], ...] = (
     ),
     ("only Apex's norms read it, and they are not used", "memory_efficient_layer_norm persist_layer_norm"),
     ("the loss is computed in float32 here", "fp16_lm_cross_entropy"),
-    ("checkpoints are written so in any case", "hetereogenous_dist_checkpoint"),
+    ("checkpoints are always written that way", "hetereogenous_dist_checkpoint"),
     ("it follows from pipeline_model_parallel_layout", "mtp_standalone"),
     ("Transformer Engine offloads activations and nothing else", "cpu_offloading_activations cpu_offloading_weights"),
     ("Transformer Engine no longer reads it", "fp8_interval fp8_wgrad"),
     ("only Transformer Engine's own attention block reads it, and megatron-core's is used", "fp8_multi_head_attention"),
     ("megatron-core 0.16.1 overwrites what it selects", "use_torch_optimizer_for_cpu_offload"),
     ("batches are split evenly over context-parallel ranks", "max_seqlen_per_dp_cp_rank"),
-    ("positions of several dimensions belong to models of images", "mrope_section"),
+    ("positions of several dimensions are for models that read images", "mrope_section"),
     ("torch.distributed has no such exchange", "use_ring_exchange_p2p"),
     ("it needs the package kitchen", "use_kitchen use_kitchen_attention kitchen_attention_backend"),
     ("it needs the package grouped_gemm", "moe_use_legacy_grouped_gemm"),
@@ -179,7 +179,7 @@ def _for_more(routed: Routed, names: str) -> Iterator[str]:
 
 
 def _error(routed: Routed, name: str, what: str) -> ConfigError:
-    return ConfigError(f"{routed.key(name)}: {routed.given[name]!r} {what}")
+    return ConfigError(f"{routed.key(name)}: {shown(routed.given[name])} {what}")
 
 
 def _unread(routed: Routed) -> None:
@@ -216,9 +216,8 @@ def _groups(routed: Routed) -> None:
         for name in _for_more(routed, group.names):
             needed = routed.key(group.owner)
             wanted = f"={group.values[0]}" if len(group.values) == 1 else ""
-            raise _error(
-                routed, name, f"has no effect while {group.owner} is {found!r}; set {needed}{wanted} or leave it out"
-            )
+            what = f"has no effect while {group.owner} is {shown(found)}; set {needed}{wanted} or leave it out"
+            raise _error(routed, name, what)
     for names, owners in EITHER:
         for key in _for_more(routed, names) if not any(map(routed.get, owners)) else ():
             raise _error(routed, key, f"has no effect without {' or '.join(owners)}; leave it out")
@@ -239,7 +238,7 @@ def _predictions(routed: Routed) -> None:
     if modules is not None and modules < 1:
         raise _error(routed, "mtp_num_layers", "is not positive; set null")
     if modules and routed.get("recompute_method") == "uniform" and together not in (None, 1):
-        raise _error(routed, "recompute_num_layers", "does not go with model.mtp_num_layers; set 1")
+        raise _error(routed, "recompute_num_layers", "cannot be combined with model.mtp_num_layers; set 1")
 
 
 def _losses(routed: Routed) -> None:
@@ -247,12 +246,13 @@ def _losses(routed: Routed) -> None:
     kind = routed.get("moe_router_load_balancing_type")
     # "none" is how the loss is turned off whose coefficient came with the model.
     for name in _for_more(routed, "moe_aux_loss_coeff") if kind == "sinkhorn" else ():
-        raise _error(routed, name, f"has no effect while moe_router_load_balancing_type is {kind!r}; set aux_loss or 0")
+        what = f"has no effect while moe_router_load_balancing_type is {shown(kind)}; set aux_loss or 0"
+        raise _error(routed, name, what)
     if (routed.get("moe_expert_capacity_factor") or 0) < 0:
         raise _error(routed, "moe_expert_capacity_factor", "is below 0; set null to drop no tokens")
     half = routed.get("bf16") or routed.get("fp16")
     native = routed.given.get("cross_entropy_fusion_impl") == "native"
-    if routed.get("cross_entropy_loss_fusion") and native and not half:  # fused_cross_entropy.py:82
+    if routed.get("cross_entropy_loss_fusion") and native and not half:  # its backward ends in grad_input.to(torch.bfloat16)
         raise _error(
             routed,
             "cross_entropy_fusion_impl",
@@ -275,11 +275,13 @@ def _offloaded_optimizer(routed: Routed) -> None:
     if not (routed.get("bf16") or routed.get("fp16")):
         raise _error(routed, "optimizer_cpu_offload", "needs 16-bit weights; set precision=bf16, or false")
     if not 0 < routed.get("optimizer_offload_fraction") <= 1:
-        raise _error(routed, "optimizer_offload_fraction", "is not a part of the whole; set more than 0 and at most 1")
+        raise _error(
+            routed, "optimizer_offload_fraction", "is not a fraction of the whole; set more than 0 and at most 1"
+        )
     for name in _for_more(routed, "store_param_remainders main_params_dtype exp_avg_dtype exp_avg_sq_dtype"):
         raise _error(routed, name, "has no effect with optimizer_cpu_offload, which keeps float32; leave it out")
     for name in _for_more(routed, "decoupled_weight_decay"):
-        raise _error(routed, name, "does not go with optimizer_cpu_offload; set true")
+        raise _error(routed, name, "cannot be combined with optimizer_cpu_offload; set true")
 
 
 RULES: tuple[Callable[[Routed], None], ...] = (

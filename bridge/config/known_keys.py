@@ -31,7 +31,7 @@ def _declared(kind: Any, path: str = "") -> Iterator[tuple[str, str]]:
     for field in dataclasses.fields(kind):
         if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             yield from _declared(field.type, f"{path}{field.name}.")
-        elif field.metadata.get("duration"):  # a number is no text that only needs quotes: it needs a unit
+        elif field.metadata.get("duration"):  # a number needs a unit, not quotes
             yield f"{path}{field.name}", "duration"
         elif "dict" not in of_dataclass_field(field.type):
             yield f"{path}{field.name}", of_dataclass_field(field.type)

@@ -8,8 +8,8 @@ from typing import Any
 
 _LENGTH = "a run is train.steps optimizer steps long"
 _ACCUMULATION = (
-    "train.global_batch_size counts the sequences of a step; what train.micro_batch_size sequences on every process "
-    "leave of it is accumulated"
+    "train.global_batch_size counts the sequences of a step; what exceeds train.micro_batch_size on every process is "
+    "accumulated"
 )
 _RESUME = "the same command resumes the run in runs_dir/name; init.path=DIR starts another from its weights"
 _PLACE = "a run writes to the directory runs_dir/name; set runs_dir and name"
@@ -17,7 +17,9 @@ _DATA = "data=OPTION chooses a source, data.source=MODULE one of your own"
 _SHARDED = "choose parallelism=dp_sharded"
 _PRECISION = "choose precision=bf16, precision=fp16 or precision=fp32"
 _RECOMPUTE = "set parallelism.recompute_granularity=selective or full"
-_REPLICAS = "it is what the sizes in parallelism leave of all processes (train.num_devices x train.num_nodes)"
+_REPLICAS = (
+    "it is the number of all processes (train.num_devices x train.num_nodes) divided by the sizes in parallelism"
+)
 
 _TARGETS: dict[str, str] = {
     # length of the run and batches
@@ -49,7 +51,7 @@ _TARGETS: dict[str, str] = {
     "train.num_devices": (
         "gpus num_gpus n_gpus ngpus devices gpus_per_node nproc nproc_per_node num_processes world_size n_devices"
     ),
-    "devices are found, train.num_devices says how many to use": "trainer accelerator device",
+    "devices are found by themselves; train.num_devices says how many to use": "trainer accelerator device",
     "train.num_nodes": "nodes nnodes",
     # optimizer and schedule
     "optimizer.min_lr": "lr_min min_learning_rate end_lr",

@@ -12,7 +12,7 @@ from typing import Any
 from bridge.config import annotation, complete, mcore_fields, modules, other_names, own_fields, sections
 from bridge.config.divisibility import Number
 from bridge.config.mcore_fields import Field
-from bridge.errors import ConfigError, did_you_mean
+from bridge.errors import ConfigError, did_you_mean, shown
 
 SECTIONS = ("model", "parallelism", "optimizer", "precision")
 
@@ -169,7 +169,7 @@ def route(config: Mapping[str, Mapping[str, Any]]) -> Routed:
     for section, name, value in _entries(config):
         key = f"{section}.{name}"
         if name in origin:
-            raise ConfigError(f"{key}: is also set as {origin[name]} (here {value!r}); keep one of the two")
+            raise ConfigError(f"{key}: is also set as {origin[name]} (here {shown(value)}); keep one of the two")
         origin[name] = key
         if name in _OWN_KEYS and section == _home_section(name):
             annotation.check(key, value, _OWN_KEYS[name])
@@ -194,7 +194,7 @@ def _entries(config: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str
         values = config.get(section, {})
         if not isinstance(values, Mapping):
             raise ConfigError(
-                f"{section}: {values!r} is not a section; set its keys one by one, for example {section}.KEY=VALUE"
+                f"{section}: {shown(values)} is not a section; set its keys one by one, e.g. {section}.KEY=VALUE"
             )
         for name, value in values.items():
             yield section, str(name), value
@@ -217,18 +217,18 @@ def _check_field(key: str, name: str, value: Any, targets: Mapping[str, Mapping[
 
 def _refuse(key: str, name: str, value: Any, declared: list[Field]) -> None:
     if name in _REFUSED:
-        raise ConfigError(f"{key}: cannot be set (value {value!r}): {_REFUSED[name]}")
+        raise ConfigError(f"{key}: cannot be set (value {shown(value)}): {_REFUSED[name]}")
     if name not in _RETYPED and not all(mcore_fields.expressible(field) for field in declared):
-        raise ConfigError(f"{key}: cannot be set (value {value!r}): {_OBJECT_REASON}")
+        raise ConfigError(f"{key}: cannot be set (value {shown(value)}): {_OBJECT_REASON}")
     if name in _FIXED and value != ast.literal_eval(declared[0].default or "None"):
-        raise ConfigError(f"{key}: {value!r} is not supported: {_FIXED[name]}; leave it out")
+        raise ConfigError(f"{key}: {shown(value)} is not supported: {_FIXED[name]}; leave it out")
 
 
 def _unknown(key: str, name: str, value: Any, targets: Mapping[str, Mapping[str, Field]]) -> ConfigError:
     if name in _OWN_KEYS:
         belongs = _home_section(name)
         return ConfigError(
-            f"{key}: unknown key (value {value!r}); it belongs to the {belongs} section: set {belongs}.{name}"
+            f"{key}: unknown key (value {shown(value)}); it belongs to the {belongs} section: set {belongs}.{name}"
         )
     own = [other for other in _OWN_KEYS if key.startswith(f"{_home_section(other)}.")]
     known = [
@@ -240,7 +240,7 @@ def _unknown(key: str, name: str, value: Any, targets: Mapping[str, Mapping[str,
         or did_you_mean(name, known)
         or "; set a field of megatron-core's TransformerConfig, OptimizerConfig or DistributedDataParallelConfig"
     )
-    return ConfigError(f"{key}: unknown key (value {value!r}){hint}")
+    return ConfigError(f"{key}: unknown key (value {shown(value)}){hint}")
 
 
 def _check_model(parts: dict[str, dict[str, Any]], origin: Mapping[str, str]) -> str:
@@ -251,7 +251,7 @@ def _check_model(parts: dict[str, dict[str, Any]], origin: Mapping[str, str]) ->
     for name in _POSITIVE:
         value = parts["transformer"].get(name, parts["gpt"].get(name, 1))
         if value < 1:
-            raise ConfigError(f"{origin[name]}: {value} is not positive; set a whole number from 1 up")
+            raise ConfigError(f"{origin[name]}: {shown(value)} is not positive; set a whole number from 1 up")
     if "rope_parameters" in parts["transformer"]:
         _check_rope(parts["transformer"]["rope_parameters"])
     family = str(parts["gpt"].pop("family"))
@@ -268,7 +268,7 @@ def _check_rope(rope: Mapping[str, Any]) -> None:
         key = f"{path}.{name}"
         if name in ("rope_theta", "partial_rotary_factor"):
             ours = "model.rotary_base" if name == "rope_theta" else "model.rotary_percent"
-            raise ConfigError(f"{key}: belongs to another key (value {value!r}); set {ours}")
+            raise ConfigError(f"{key}: belongs to another key (value {shown(value)}); set {ours}")
         if name not in ("rope_type", *required, *optional):
             raise sections.unknown_key(key, value, ["rope_type", *required, *optional])
         if name != "rope_type":

@@ -1,7 +1,6 @@
 """One run's configuration, checked: what the driver writes as RUN_DIR/config.yaml and the workers read."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import yaml
 from bridge.config import effect, modules, routing, sections
 from bridge.config.routing import Routed
 from bridge.config.schema import Checkpoint, ConvertConfig, Init, Launch, Log, Rerun, Scheduler, Train
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 from bridge.files import read_yaml
 
 # A name becomes a directory, part of commands and an argument of Slurm. `=` and `,` come from override_dirname.
@@ -151,7 +150,7 @@ def convert_from_dict(config: Mapping[str, Any]) -> ConvertConfig:
 def _check_named(config: Mapping[str, Any], section: str, selector: str, *, package: str) -> None:
     values = config.get(section)
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{section}: {values!r} is not a section; set {section}.{selector}")
+        raise ConfigError(f"{section}: {shown(values)} is not a section; set {section}.{selector}")
     modules.check_options(section, selector, values, package=package)
 
 
@@ -175,7 +174,7 @@ def _check_precision(routed: Routed) -> None:
         value = fields.get(name)
         if value not in (None, trained) or (name == "params_dtype" and value is None and trained != "fp32"):
             raise ConfigError(
-                f"{routed.key(name)}: {value!r} is not the dtype of training, {trained}; set precision={trained}"
+                f"{routed.key(name)}: {shown(value)} is not the dtype of training, {trained}; set precision={trained}"
             )
 
 
@@ -218,7 +217,7 @@ def _check_saves(run: RunConfig) -> None:
     asked["rerun.mode"] = run.rerun.mode == "validate_results" and run.rerun.mode  # which goes on elsewhere
     for key, value in asked.items():
         if value:
-            raise ConfigError(f"{key}: {json.dumps(value)} needs checkpoints, and checkpoint.save is false; set one")
+            raise ConfigError(f"{key}: {shown(value)} needs checkpoints, and checkpoint.save is false; set one")
     if run.train.exit_interval is not None:
         raise ConfigError(
             f"train.exit_interval: {run.train.exit_interval} would stop every start there with checkpoint.save=false; "

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from bridge.config import annotation, durations, other_names
-from bridge.errors import ConfigError, did_you_mean
+from bridge.errors import ConfigError, did_you_mean, shown
 
 Section = TypeVar("Section")
 
@@ -14,7 +14,7 @@ def unknown_key(key: str, value: Any, names: Any) -> ConfigError:
     """The error for a key that is none of `names`. `key` is the full key."""
     names = list(names)
     meant = other_names.instead(key, value) or did_you_mean(key.rpartition(".")[2], names) or _listed(names)
-    return ConfigError(f"{key}: unknown key (value {value!r}){meant}")
+    return ConfigError(f"{key}: unknown key (value {shown(value)}){meant}")
 
 
 def build(kind: type[Section], values: Any, path: str) -> Section:
@@ -24,7 +24,7 @@ def build(kind: type[Section], values: Any, path: str) -> Section:
     (of a list: of each item), or `duration`, for a text such as 90s.
     """
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{path}: {values!r} is not a section; set its keys one by one, as {path}.KEY=VALUE")
+        raise ConfigError(f"{path}: {shown(values)} is not a section; set its keys one by one, e.g. {path}.KEY=VALUE")
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     arguments = {}
     for name, value in values.items():
@@ -52,7 +52,7 @@ def _value(field: "dataclasses.Field[Any]", value: Any, key: str) -> Any:
     smallest = field.metadata.get("min")
     for item in value if isinstance(value, list) else [value]:
         if smallest is not None and item is not None and item < smallest:
-            raise ConfigError(f"{key}: {item!r} is too small; set {smallest} or more")
+            raise ConfigError(f"{key}: {shown(item)} is too small; set {smallest} or more")
     return value
 
 

@@ -24,7 +24,7 @@ def check(config: ConvertConfig) -> None:
     if output is not None:
         target, source = (Path(getattr(config, key)).expanduser().resolve() for key in (output, inputs[0]))
         if source.is_relative_to(target):
-            raise ConfigError(f"{output}: {target} is or holds {inputs[0]}, what is read; choose another path")
+            raise ConfigError(f"{output}: {target} is or contains the input {inputs[0]}; choose another path")
         check_free(target, overwrite=config.overwrite, key=output)
 
 

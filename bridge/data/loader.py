@@ -62,7 +62,7 @@ class Numbered(torch.utils.data.Dataset[dict[str, Any]]):
         except Exception as error:
             raise ConfigError(
                 f"data.num_workers: the dataset of data.source cannot be sent to loader processes ({_line(error)}); "
-                "set data.num_workers=0, or give it what pickle needs"
+                "set data.num_workers=0, or make the dataset one that pickle can send"
             ) from error
 
     def __setstate__(self, state: bytes) -> None:

@@ -12,6 +12,6 @@ def check_split(split: str) -> None:
     """
     parts = [part.strip() for part in split.split(",")]
     if len(parts) > 3 or not all(re.fullmatch(r"\d+\.?\d*|\.\d+", part) for part in parts):
-        raise ConfigError(f"data.split: {split!r} is not a list of up to three weights; set for example '95,5'")
+        raise ConfigError(f"data.split: {split!r} is not a list of up to three weights; set e.g. '95,5'")
     if float(parts[0]) == 0:
-        raise ConfigError(f"data.split: {split!r} leaves nothing to train on; set for example '95,5'")
+        raise ConfigError(f"data.split: {split!r} leaves nothing to train on; set e.g. '95,5'")

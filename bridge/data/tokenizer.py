@@ -68,8 +68,8 @@ def load(directory: Path) -> TextTokenizer:
     end_id = None if end is None else tokenizer.token_to_id(end)
     if end_id is None:
         raise ConfigError(
-            f"data.tokenizer: {directory}/tokenizer_config.json names no eos_token of its vocabulary (found {end!r}); "
-            "add one, it ends each document"
+            f"data.tokenizer: {directory}/tokenizer_config.json has no eos_token that is in its vocabulary (found "
+            f"{end!r}); add one: it ends each document"
         )
     return TextTokenizer(tokenizer, end_id)
 

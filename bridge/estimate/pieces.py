@@ -61,7 +61,7 @@ class Weight(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Numbers in the weights that are no expert's, and in those that are."""
+    """Numbers in the weights outside the experts, and in those of the experts."""
 
     dense: int
     experts: int

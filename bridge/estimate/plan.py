@@ -1,4 +1,4 @@
-"""`plan=true`: the legal layouts of a model on so many GPUs of so much memory, best estimated first.
+"""`plan=true`: the legal layouts of a model on a given number of GPUs with a given memory, best estimated first.
 
 Legal is what bridge.config.layout.check lets pass. Only layouts that somebody might want are tried: tensor parallelism
 within a node, context parallelism for sequences of at least CONTEXT tokens on each rank.

@@ -1,7 +1,7 @@
 """Bytes of weights, gradients and optimizer state on the fullest data-parallel rank of a pipeline stage.
 
-Follows megatron-core's DistributedDataParallel and its buffers (distributed/param_and_grad_buffer.py:635-745), and the
-distributed optimizer, which divides each bucket of a buffer evenly over the ranks (optimizer/distrib_optimizer.py).
+Follows megatron-core's DistributedDataParallel and its buffers (_ParamAndGradBuffer), and DistributedOptimizer, which
+divides each bucket of a buffer evenly over the ranks.
 """
 
 import math
@@ -135,7 +135,7 @@ def _share(ranges: Iterable[tuple[int, int]], shard: int, held: list[int]) -> No
 def _bytes(routed: Routed, width: int, padded: int, held: int) -> State:
     gradient = 4 if routed.ddp.get("grad_reduce_in_fp32") else width
     states, main = _optimizer_bytes(routed, width)
-    # Without a 32-bit buffer the optimizer makes a 32-bit copy of its gradients (distrib_optimizer.py:2419).
+    # Without a 32-bit buffer the optimizer makes a 32-bit copy of its gradients (`shard_model_grad.float()`).
     copies = gradient < 4 and not routed.optimizer.get("use_precision_aware_optimizer")
     on_device = round(held * (1 - _offloaded_fraction(routed)))
     return State(padded * width, padded * gradient, on_device * (states + main), 4 * held if copies else 0)

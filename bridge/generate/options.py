@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from bridge.config import sections
-from bridge.errors import ConfigError, ConversionError, did_you_mean
+from bridge.errors import ConfigError, ConversionError, did_you_mean, shown
 from bridge.weights import locate
 
 USAGE = """Continue a prompt with the weights of a Hugging Face directory or a Megatron checkpoint, in one process.
@@ -31,12 +31,14 @@ class Options:
     """What can be set. Field metadata `help` is the line of --help, `min` the smallest legal value."""
 
     path: str = _key("Hugging Face directory, run directory, checkpoints directory or one iteration")
-    prompt: str = _key("the text to go on from")
-    max_new_tokens: int = _key("stop after so many tokens, if the text has not ended before", 64, smallest=1)
-    temperature: float = _key("0: always the most likely token; above: sample, the higher the wilder", 0.0, smallest=0)
-    top_k: int | None = _key("sample among the so many most likely tokens; null: among all", None, smallest=1)
-    seed: int = _key("of the sampling", 0, smallest=0)
-    chat: bool = _key("true: put the prompt into the tokenizer's chat template and print the answer alone", False)
+    prompt: str = _key("the text to continue")
+    max_new_tokens: int = _key("stop after N tokens, if the text has not ended before", 64, smallest=1)
+    temperature: float = _key(
+        "0: always the most likely token; above 0: sample, more freely the higher it is", 0.0, smallest=0
+    )
+    top_k: int | None = _key("sample among the N most likely tokens; null: among all", None, smallest=1)
+    seed: int = _key("seed of the sampling", 0, smallest=0)
+    chat: bool = _key("true: put the prompt into the tokenizer's chat template and print only the answer", False)
     dtype: Literal["fp32", "bf16", "fp16"] | None = _key("fp32, bf16 or fp16; null: as stored", None)
 
 
@@ -66,7 +68,7 @@ def parse(arguments: Sequence[str]) -> Options:
                 f"{did_you_mean(argument.lstrip('-'), names) or '; known keys: ' + ', '.join(names)}"
             )
         if key in values:
-            raise ConfigError(f"{key}: is given twice, the second time as {value!r}; leave one out")
+            raise ConfigError(f"{key}: is given twice, the second time as {shown(value)}; leave one out")
         values[key] = value if key in texts else _plain(key, value)
     return sections.build(Options, values, "")
 
@@ -81,7 +83,7 @@ def _plain(key: str, value: str) -> Any:
 
 
 def check_directory(path: str) -> None:
-    """Raise ConfigError when `path` is no model directory, ConversionError when it has no tokenizer."""
+    """Raise ConfigError when `path` is not a model directory, ConversionError when it has no tokenizer."""
     directory = Path(path).expanduser().absolute()
     locate.check_model(directory, key="path")
     assets = assets_of(directory)
@@ -90,5 +92,5 @@ def check_directory(path: str) -> None:
 
 
 def assets_of(directory: Path) -> Path:
-    """Where the tokenizer of a model directory lies. Raises ConfigError when `directory` is no model's."""
+    """Where the tokenizer of a model directory lies. Raises ConfigError when `directory` is not a model's."""
     return directory if locate.is_hf(directory) else locate.locate(directory, key="path").root / locate.HF_ASSETS

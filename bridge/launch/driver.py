@@ -55,7 +55,9 @@ def main() -> None:
     except KeyboardInterrupt:  # no workers here to be told: those who run some answer it themselves
         started = compose.NoteSweep.started
         in_slurm = started is not None and started.launcher == hydra_keys.SUBMITIT_SLURM
-        line = "no longer waiting; the jobs go on: squeue --me" if in_slurm else "SIGINT: ended; no run was under way"
+        line = (
+            "no longer waiting; the jobs go on: squeue --me" if in_slurm else "SIGINT: stopped; no run was in progress"
+        )
         print(line, file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
 
@@ -226,7 +228,10 @@ def _earlier(config: RunConfig, job: compose.Composed) -> Result | None:
         return result
     result = sweep.earlier_result(config, job)
     if result is not None:
-        print(f"run {config.run_dir}: {result.status} in an earlier start; remove it to run it again", flush=True)
+        print(
+            f"run {config.run_dir}: {result.status} in an earlier start; remove the directory to run it again",
+            flush=True,
+        )
         (config.run_dir / run_files.RESULT).touch()  # belongs to this start, too: `collected` goes by the time
     return result
 
@@ -281,8 +286,8 @@ def _composed_once() -> RunToStart | None:
         torchrun.refuse_sweep()
     if jobs[0].slurm is not None:
         raise ConfigError(
-            f"hydra/launcher: slurm submits a job, and {torchrun.starter()} runs {torchrun.world_size()} processes; "
-            f"leave one of the two out"
+            f"hydra/launcher: slurm submits a job, but {torchrun.starter()} already runs {torchrun.world_size()} "
+            "processes; leave one of the two out"
         )
     return _of_ranks(jobs[0])
 
@@ -298,7 +303,7 @@ def _of_ranks(job: compose.Composed) -> RunToStart | None:
         _dry_run(config, world_size=torchrun.world_size())
         return None
     if config.eval_only and job.number is not None:
-        raise ConfigError("eval_only: true, and several tasks share a job of this sweep; use one task per node and job")
+        raise ConfigError("eval_only: true, but several tasks share a job of this sweep; use one task per node and job")
     return RunToStart(config, job.overrides, None if job.number is None else job.swept)
 
 

@@ -40,7 +40,7 @@ def run(config: RunConfig, *, overrides: list[str], swept: Sequence[str] | None,
         return in_own_directory(config, work)
     path = config.run_dir
     if latest_step(path) is not None or (path / run_files.METRICS).exists():
-        raise ConfigError(f"name: {path} holds a training run, which an evaluation leaves alone; set another name=")
+        raise ConfigError(f"name: {path} holds a training run, which an evaluation must not change; set another name=")
     return work(config)
 
 

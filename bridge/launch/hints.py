@@ -130,10 +130,10 @@ def of_unparsed(argument: str, said: str, keys: Mapping[str, str]) -> str:
     name = key.lstrip("+~")
     if not equals:
         if argument.endswith((".yaml", ".yml")):
-            return f"{argument}: a file is no override{of_file('', argument)}"
+            return f"{argument}: is a file, not an override{of_file('', argument)}"
         if key in keys:
             return f"{key}: has no value; write {key}=VALUE, without spaces around the '='"
-        return f"{argument}: is no override; write key=value or group=option"
+        return f"{argument}: is not an override; write key=value or group=option"
     kind = keys.get(name)
     form = ""
     if value.strip().startswith("[") and value.strip().endswith("]") and not (kind and known_keys.is_text(kind)):

@@ -85,7 +85,7 @@ def _missing_file(error: MissingConfigException, typed: Sequence[str], primary: 
     missing, flags = error.missing_cfg_file, dict(pairwise(typed))
     if missing is None:
         place = flags.get("--config-path")
-        return f"--config-path: '{place}' is no directory" if place else _first_line(str(error))
+        return f"--config-path: '{place}' is not a directory" if place else _first_line(str(error))
     if missing.endswith((".yaml", ".yml")):
         group, _, file = missing.partition("/")
         return f"{group}: '{file}' is a file, not an option{hints.of_file(group, file)}"
@@ -94,7 +94,7 @@ def _missing_file(error: MissingConfigException, typed: Sequence[str], primary: 
         if "--config-path" in flags:
             directory, name = flags["--config-path"], flags.get("--config-name", primary)
             return (
-                f"--config-path: {directory} takes the place of the shipped files and has no {option}.yaml; write "
+                f"--config-path: {directory} replaces the shipped files, but has no {option}.yaml; write "
                 f"--config-dir {directory} --config-name {name}"
             )
         return f"{option}: no such configuration file; see --config-dir and --config-name"
@@ -134,14 +134,14 @@ def _no_name(typed: Sequence[str]) -> str:
     for group, _, option in choices:
         if re.fullmatch(r"[\d.e+-]+|true|false|null", option, re.IGNORECASE):
             return f"{group}={option}: no option of a group{hints.of_option(group, option, []) or '; write its name'}"
-    return "a group: its option is no name; write group=option"
+    return "a group: its option is not a name; write group=option"
 
 
 def _undeleted(name: str, error: Exception) -> str:
     applied = _applied(error)
     if applied is None:  # a group
         group = name.partition("=")[0]
-        return f"{group}: another option than in '~{name}' is chosen, or none; write {group}=OPTION for another"
+        return f"{group}: '~{name}' is not the option that is chosen; write {group}=OPTION for another"
     override, config = applied
     section, _, last = name.rpartition(".")
     node = OmegaConf.select(config, section) if section else config

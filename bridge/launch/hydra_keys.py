@@ -36,7 +36,7 @@ def check_sweep(config: DictConfig) -> None:
         key = "dry_run" if config.dry_run else "plan"
         sweeper = str(config.hydra.sweeper.get("_target_")).rpartition(".")[-1]
         raise ConfigError(
-            f"{key}: true, and {sweeper} chooses jobs by the results of earlier ones; leave hydra/sweeper out"
+            f"{key}: true, but {sweeper} chooses jobs by the results of earlier ones; leave hydra/sweeper out"
         )
     _check_launcher(config)
 
@@ -45,7 +45,7 @@ def _check_launcher(config: DictConfig) -> None:
     names = {slurm.TARGET: "slurm", SUBMITIT_SLURM: "submitit_slurm"}
     name = names.get(str(OmegaConf.select(config, "hydra.launcher._target_")))
     if name is not None and not _dry(config) and shutil.which("srun") is None:
-        raise ConfigError(f"hydra/launcher: {name}, and there is no srun on the path; run this where Slurm works")
+        raise ConfigError(f"hydra/launcher: {name} needs srun, which is not on the PATH; run this where Slurm works")
 
 
 def _dry(config: DictConfig) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from bridge import platform
 from bridge.config import modules, sections
 from bridge.config.run_config import RunConfig
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 from bridge.runs.claim import latest_step
 from bridge.weights import locate
 
@@ -49,10 +49,9 @@ def _check_cache(cache_dir: str | None) -> None:
 
 
 def _check_packages(config: RunConfig) -> None:
-    wandb = config.log.wandb.project
     for key, value, package in (
-        ("log.tensorboard", "true" if config.log.tensorboard else None, "tensorboard"),
-        ("log.wandb.project", None if wandb is None else repr(wandb), "wandb"),
+        ("log.tensorboard", config.log.tensorboard or None, "tensorboard"),
+        ("log.wandb.project", config.log.wandb.project, "wandb"),
     ):
         if value is not None and find_spec(package) is None:
-            raise ConfigError(f"{key}: {value} needs a package that is missing; pip install {package}")
+            raise ConfigError(f"{key}: {shown(value)} needs a package that is missing; pip install {package}")

@@ -28,15 +28,15 @@ def check(config: RunConfig) -> None:
         return
     gpu = here.gpu_memory_bytes()
     if gpu is not None:
-        needed, there, what = max(stages), gpu, "a process, and its GPU"
+        needed, there, what = max(stages), gpu, "a process, but its GPU"
     else:
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
         needed, there = local * sum(stages) // len(stages), here.machine_memory_bytes()
-        what = f"{local} processes, and this machine" if local > 1 else "the process, and this machine"
+        what = f"{local} processes, but this machine" if local > 1 else "the process, but this machine"
     if MARGIN * needed > there:
         raise ConfigError(
             f"model: needs about {_gib(needed)} GiB for {what} has {_gib(there)} GiB (dry_run=true says where it "
-            f"goes); set {_INSTEAD}, or launch.check_memory=false to try nevertheless"
+            f"goes); set {_INSTEAD}, or launch.check_memory=false to try anyway"
         )
 
 

@@ -91,7 +91,7 @@ def _ask(action: str, overrides: Sequence[str], config_dir: str | Path | None) -
     if not answer:
         if interrupted:
             raise KeyboardInterrupt
-        raise RunError(f"bridge.{action}: its process left with exit code {process.returncode}; see what it printed")
+        raise RunError(f"bridge.{action}: its process ended with exit code {process.returncode}; see what it printed")
     found = pickle.loads(answer)
     if isinstance(found, Exception):
         raise found

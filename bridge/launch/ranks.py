@@ -78,7 +78,7 @@ def print_start(claim: Claim, *, num_processes: int) -> None:
 def print_ending(result: Result) -> None:
     print_error(result)
     if result.status == "stopped" and result.step is None:
-        print("stopped without a save; the same command goes on from the latest checkpoint, if any", flush=True)
+        print("stopped without a save; the same command continues from the latest checkpoint, if any", flush=True)
 
 
 def print_next(config: RunConfig, result: Result) -> None:

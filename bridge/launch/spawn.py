@@ -47,7 +47,7 @@ def run_workers(
         after = latest_step(claim.path)
         fruitless = fruitless + 1 if restarts > 0 and after == before else 0
         if fruitless == MOST_FRUITLESS:
-            _tell(claim, f"no restart {restarts + 1}: {fruitless} in a row have brought no newer checkpoint")
+            _tell(claim, f"no restart {restarts + 1}: the last {fruitless} brought no newer checkpoint")
             return result
         restarts += 1
         place = "the start" if after is None else f"step {after}"
@@ -62,7 +62,7 @@ def _run_once(
     entry = ["-m", WORKER, str(claim.path)]
     if num_devices == 1:
         ended, stopping = _watch([sys.executable, *entry], environment, claim, stderr=None, saves=saves)
-        said = killed(0, -ended) if ended < 0 else f"the worker left with exit code {ended}"
+        said = killed(0, -ended) if ended < 0 else f"the worker ended with exit code {ended}"
         last_resort = f"{said}; see {claim.path / 'logs' / 'rank_0.log'}"
     else:
         elastic = ["-m", ELASTIC, str(claim.path), "--standalone", f"--nproc-per-node={num_devices}", *entry]

@@ -31,7 +31,7 @@ def announcement(signum: signal.Signals, *, saves: bool = True) -> str:
     """What a command says when it is told to stop. saves: whether its workers write checkpoints."""
     if not saves:
         return f"{signum.name}: stopping; nothing is saved"
-    hint = " (once more: at once, without a save)" if signum == signal.SIGINT else ""
+    hint = " (again: stop at once, without a save)" if signum == signal.SIGINT else ""
     return f"{signum.name}: saving what was trained, then stopping{hint}"
 
 

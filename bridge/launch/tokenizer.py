@@ -31,8 +31,8 @@ def settled(config: RunConfig) -> RunConfig:
     made, known = config.data.get("vocab_size", getattr(source.Config, "vocab_size", None)), config.model["vocab_size"]
     if made != known:
         raise ConfigError(
-            f"data.tokenizer: is not set, and {assets} has no tokenizer.json; a new vocabulary of {made} tokens would "
-            f"have nothing to do with the {known} of the weights in init.path; set data.tokenizer=DIR to theirs"
+            f"data.tokenizer: is not set, and {assets} has no tokenizer.json; a new vocabulary of {made} tokens "
+            f"would not match the {known} of the weights in init.path; set data.tokenizer=DIR to theirs"
         )
     return config
 

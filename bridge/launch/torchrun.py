@@ -76,7 +76,7 @@ def check_environment() -> None:
     """ConfigError when a variable that the ranks need to meet is not set."""
     for name in VARIABLES:
         if not os.environ.get(name):
-            raise ConfigError(f"{name}: is not set while RANK and WORLD_SIZE are; start with torchrun, or unset those")
+            raise ConfigError(f"{name} is not set, but RANK and WORLD_SIZE are; start with torchrun, or unset both")
 
 
 def refuse_sweep() -> None:

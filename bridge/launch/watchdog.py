@@ -24,7 +24,7 @@ from bridge.runs.run_files import rank_file, rank_files
 if TYPE_CHECKING:
     from bridge.training.pulse import Pulse
 
-# The first step of a process, an evaluation's step and a save may each take so many times as long as a phase of a step.
+# The first step of a process, an evaluation's step and a save may each take this many times the phase of a step.
 ALLOWANCE = 10
 GRACE = 5.0  # seconds, for a shared file system to show a rank's file and for the others to follow
 LAST_WORDS = 60.0  # seconds after which a process leaves without them: the disk is what hangs

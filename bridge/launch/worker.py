@@ -68,9 +68,9 @@ def kept_output(path: Path, *, on_console: bool) -> Iterator[int | None]:
 
 def _open_tee(path: Path) -> int:
     """Write end of a pipe to `tee`: a process of its own, it also passes on the last words of a crashing worker."""
-    # Deaf to Ctrl-C and to what Slurm sends to every process of a job: the worker still has a save to report.
-    deaf = "trap '' INT TERM USR1 USR2; exec tee -a \"$0\""
-    tee = subprocess.Popen(["/bin/sh", "-c", deaf, str(path)], stdin=subprocess.PIPE)
+    # Ignores Ctrl-C and what Slurm sends to every process of a job: the worker still has a save to report.
+    ignoring = "trap '' INT TERM USR1 USR2; exec tee -a \"$0\""
+    tee = subprocess.Popen(["/bin/sh", "-c", ignoring, str(path)], stdin=subprocess.PIPE)
     assert tee.stdin is not None
     target = os.dup(tee.stdin.fileno())
     tee.stdin.close()

@@ -10,13 +10,13 @@ def check_local(config: RunConfig) -> None:
     """ConfigError for a run that this command cannot start by itself, on this machine."""
     if config.train.num_nodes > 1:
         raise ConfigError(
-            f"train.num_nodes: {config.train.num_nodes} nodes, and this command starts processes on its own only; add "
-            f"hydra/launcher=slurm, or run torchrun on every node"
+            f"train.num_nodes: {config.train.num_nodes} nodes, but this command can only start processes on this "
+            "machine; add hydra/launcher=slurm, or run torchrun on every node"
         )
     if config.launch.detach:
         raise ConfigError(
-            "launch.detach: true, and without Slurm nothing would keep the run; add hydra/launcher=slurm, or run "
-            "`nohup python train.py ... &`"
+            "launch.detach: true needs Slurm: nothing else would keep the run alive; add hydra/launcher=slurm, or "
+            "run `nohup python train.py ... &`"
         )
     inputs.check(config)
 
@@ -25,8 +25,8 @@ def check_restarts(config: RunConfig, *, starter: str, instead: str) -> None:
     """ConfigError for launch.max_restarts where `starter` starts the workers; `instead`: what to use there."""
     if config.launch.max_restarts > 0:
         raise ConfigError(
-            f"launch.max_restarts: {config.launch.max_restarts} is for workers that train.py starts itself, and "
-            f"{starter} starts these; {instead}"
+            f"launch.max_restarts: {config.launch.max_restarts} is for workers that train.py starts itself, but "
+            f"{starter} started these; {instead}"
         )
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from bridge.config.complete import complete
-from bridge.errors import ConfigError, ConversionError, did_you_mean
+from bridge.errors import ConfigError, ConversionError, did_you_mean, shown
 from bridge.models import families
 from bridge.models.hf.fields import Part
 from bridge.weights.table import Table
@@ -54,7 +54,7 @@ def by_name(name: str) -> Family:
     module = name if "." in name else f"{families.__name__}.{name}"
     known = known_names()
     if "." not in name and name not in known:
-        raise ConfigError(f"model.family: {name!r} is not one of {', '.join(known)}{did_you_mean(name, known)}")
+        raise ConfigError(f"model.family: {shown(name)} is not one of {', '.join(known)}{did_you_mean(name, known)}")
     try:
         family = getattr(importlib.import_module(module), "FAMILY", None)
     except ImportError as error:
@@ -71,7 +71,8 @@ def name_of_hf_config(hf: Mapping[str, Any]) -> str:
     if kind not in types:
         hint = did_you_mean(str(kind), types)
         raise ConversionError(
-            f"config.json: model_type: {kind!r} is not supported; known are {', '.join(types)}{hint or '; set family'}"
+            f"config.json: model_type: {shown(kind)} is not supported; known are "
+            f"{', '.join(types)}{hint or '; set family'}"
         )
     return types[kind]
 

@@ -18,7 +18,7 @@ from bridge.config import complete, mcore_fields
 from bridge.config.annotation import DTYPES
 from bridge.config.own_fields import OwnFields
 from bridge.config.routing import Routed
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 from bridge.models.modules import rope
 from bridge.models.unequal_layers import LayerSizes, layer_fields
 
@@ -27,7 +27,7 @@ from bridge.models.unequal_layers import LayerSizes, layer_fields
 class Config(LayerSizes, OwnFields, TransformerConfig):
     """megatron-core's TransformerConfig with the keys of this project, for modules of both to read.
 
-    `rotated_query_scale` is no key: it follows from rope_parameters and rotary_percent (`attention_factor_fields`).
+    `rotated_query_scale` is not a key: it follows from rope_parameters and rotary_percent (`attention_factor_fields`).
     """
 
     # (channels of a head that are rotated, what they are multiplied by in queries); None: nothing is multiplied.
@@ -129,7 +129,7 @@ def typed(routed: Routed) -> dict[str, Any]:
         try:
             fields[name] = convert(fields[name])
         except KeyError:
-            raise ConfigError(f"{routed.key(name)}: {fields[name]!r} is not a value of this field") from None
+            raise ConfigError(f"{routed.key(name)}: {shown(fields[name])} is not a value of this field") from None
     return fields
 
 
@@ -146,7 +146,7 @@ def _defaults(user: Mapping[str, Any]) -> dict[str, Any]:
         if user.get("transformer_impl") == "local":  # its grouped product needs a package of its own, grouped_gemm
             defaults["moe_grouped_gemm"] = False
         elif user.get("add_bias_linear", True) and defaults["moe_grouped_gemm"]:
-            defaults["bias_dropout_fusion"] = False  # refused by TEGroupedMLP (experts.py:529)
+            defaults["bias_dropout_fusion"] = False  # TEGroupedMLP asserts so with biases
     swiglu = user.get("activation_func") is F.silu and user.get("gated_linear_unit", False)
     # The fused SwiGLU knows neither clamping nor an offset, and megatron-core does not say so.
     more = ("use_te_activation_func", "activation_func_clamp_value", "glu_linear_offset")
@@ -170,8 +170,8 @@ def attention_factor_fields(routed: Routed, fields: Mapping[str, Any]) -> dict[s
 
     Hugging Face multiplies cos and sin of queries and of keys by it, so every logit by its square: the same as a larger
     softmax scale, which reaches every attention kernel, also those with fused or packed rotary embedding where
-    megatron-core's own factor is dropped (rope_utils.py:265). Where some channels, or some layers, are not rotated
-    their logits keep their size: the rotated channels of the queries take the square, before any kernel sees them.
+    apply_rotary_pos_emb drops megatron-core's own factor (`mscale`). Where some channels, or some layers, are not
+    rotated their logits keep their size: the rotated channels of the queries take the square, before any kernel.
     """
     parameters = routed.transformer.get("rope_parameters")
     if not parameters or routed.transformer.get("multi_latent_attention"):

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from bridge.config import mcore_fields
 from bridge.config.routing import Routed
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 from bridge.models.mcore_config import WITHOUT_STORAGE, attention_factor_fields, precision, typed
 
 # GPTModel arguments that the model keeps as attributes: name -> attribute.
@@ -98,7 +98,9 @@ def same_fields(config: Any, wanted: dict[str, Any], routed: Routed, *, owner: s
 def same(live: Any, wanted: Any, *, key: str, owner: str) -> None:
     """Raise ConfigError unless `live`, of `owner`, is what the user wanted, in whichever form YAML has it."""
     if _plain(live) != _plain(wanted):
-        raise ConfigError(f"{key}: {_plain(wanted)!r} did not reach {owner}, which has {_plain(live)!r}; leave it out")
+        raise ConfigError(
+            f"{key}: {shown(_plain(wanted))} did not reach {owner}, which has {shown(_plain(live))}; leave it out"
+        )
 
 
 def _copies(model: Any) -> Iterator[tuple[str, TransformerConfig]]:
@@ -112,7 +114,7 @@ def _copies(model: Any) -> Iterator[tuple[str, TransformerConfig]]:
 
 
 def _pattern(every: int, num_layers: int) -> list[int]:
-    """Which layers have no rotary embedding when every so-many-th has none."""
+    """Which layers have no rotary embedding when every n-th has none."""
     return [int(number % every == 0) for number in range(1, num_layers + 1)]
 
 

@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from bridge.config import complete
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 
 GROUPS, WIDTHS = "num_query_groups_by_layer", "ffn_hidden_size_by_layer"
 TP = "tensor_model_parallel_size"
@@ -42,7 +42,9 @@ def layer_fields(fields: dict[str, Any]) -> dict[str, Any]:
     lists = {GROUPS: [kind.groups for kind in kinds], WIDTHS: [kind.ffn for kind in kinds]}
     for name, harmless in REFUSED.items():
         if fields.get(name, harmless) != harmless:
-            raise ConfigError(f"model.{name}: {fields[name]!r} needs equal layers; leave {GROUPS} and {WIDTHS} out")
+            raise ConfigError(
+                f"model.{name}: {shown(fields[name])} needs equal layers; leave {GROUPS} and {WIDTHS} out"
+            )
     for groups in filter(None, lists[GROUPS]):
         if heads % groups or (groups % tp and tp % groups):
             raise ConfigError(

@@ -19,7 +19,7 @@ def build(routed: Routed, *, model: list[Any]) -> MegatronOptimizer:
     config = OptimizerConfig(**{name: typed(name, value) for name, value in routed.optimizer.items()})
     if config.optimizer == "sgd" and config.use_distributed_optimizer:
         key = routed.origin["use_distributed_optimizer"]
-        raise ConfigError(f"{key}: the distributed optimizer knows Adam only (optimizer.optimizer is 'sgd'); set false")
+        raise ConfigError(f"{key}: true needs Adam, but optimizer.optimizer is sgd; set false")
     optimizer = get_megatron_optimizer(config, model)
     if config.optimizer == "sgd":
         for part in optimizer.chained_optimizers:

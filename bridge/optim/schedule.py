@@ -55,10 +55,10 @@ def build(
             f"scheduler.lr_warmup_init: {scheduler.lr_warmup_init} is above optimizer.lr ({max_lr}); set that or less"
         )
     if start > end:
-        raise ConfigError(f"scheduler.start_weight_decay: {start} is above the end's {end}; set {end} or less")
+        raise ConfigError(f"scheduler.start_weight_decay: {start} is above the end value, {end}; set {end} or less")
     if scheduler.weight_decay_incr_style == "constant" and start != end:
         raise ConfigError(
-            f"scheduler.weight_decay_incr_style: 'constant' cannot go from {start} to {end}; set linear or cosine"
+            f"scheduler.weight_decay_incr_style: constant cannot go from {start} to {end}; set linear or cosine"
         )
     if scheduler.wsd_decay_steps is not None and scheduler.wsd_decay_steps > decay_steps:
         raise ConfigError(

@@ -1,8 +1,9 @@
 """Adam with the state layout of Transformer Engine's and Apex's FusedAdam, for machines that have neither.
 
-megatron-core 0.16.1's DistributedOptimizer cannot reload torch.optim.Adam: it asserts on the empty state
-(distrib_optimizer.py:642), looks for `step` beside the moments (:940) and would hand one shared step tensor to every
-parameter (:818). With the step in the parameter group it takes the code path used on GPUs.
+megatron-core 0.16.1's DistributedOptimizer cannot reload torch.optim.Adam. Where HAVE_APEX_OR_TE is false, state_dict
+asserts `len(steps) == 1` on the empty state and load_state_dict hands one shared step tensor to every parameter; and
+copying the moments looks for `step` beside them. With the step in the parameter group it takes the code path of
+GPUs.
 """
 
 from collections.abc import Callable, Iterable

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from bridge.config.complete import head_widths
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 from bridge.platform.devices import compute_capability, has_transformer_engine, on_cuda
 
 # Fused kernels are CUDA only; on CPU their torch.compile forms are switched off as well, so False says what happens.
@@ -21,7 +21,7 @@ WITHOUT_TRANSFORMER_ENGINE = {
 }
 
 # gradient_accumulation_fusion needs Apex's fused_weight_gradient_mlp_cuda in megatron-core's own output layer
-# (layers.py:924 raises without it), so it is on only where that module is installed.
+# (ColumnParallelLinear raises `if not _grad_accum_fusion_available`), so it is on only where that module is installed.
 WITH_TRANSFORMER_ENGINE = {
     "transformer_impl": "transformer_engine",
     "apply_rope_fusion": True,
@@ -128,7 +128,9 @@ def check(transformer: Mapping[str, Any], origin: Mapping[str, str]) -> None:
     """
     for limit in _broken(transformer):
         key, value = origin.get(limit.field, limit.field), transformer[limit.field]
-        raise ConfigError(f"{key}: {value!r} needs {limit.needs}, which this run does not have; set {limit.instead}")
+        raise ConfigError(
+            f"{key}: {shown(value)} needs {limit.needs}, which this run does not have; set {limit.instead}"
+        )
 
 
 def honoured(transformer: Mapping[str, Any]) -> dict[str, Any]:

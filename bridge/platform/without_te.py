@@ -26,10 +26,11 @@ def define_missing_names() -> None:
     random: Any = random_module
     moe_utils: Any = moe_utils_module
     mla: Any = mla_module
-    # Every MoE router reads this name and takes the torch path when it is None (moe_utils.py:1192).
+    # Every MoE router reads this name and takes the torch path when it is None (`if te_general_gemm is not None`).
     moe_utils.te_general_gemm = None
-    # CheckpointWithoutOutput asks for the FP8 state even when FP8 is off (random.py:589).
+    # CheckpointWithoutOutput calls FP8GlobalStateManager.is_fp8_enabled() to find out whether FP8 is on.
     random.FP8GlobalStateManager = NoFp8
     random.activation_recompute_forward = random.fp8_autocast = no_context
-    # True by mistake: what it imports to find out exists without Transformer Engine, too (:62, isinstance at :185).
+    # True by mistake: the import that sets it also succeeds without Transformer Engine, and
+    # `isinstance(self.linear_proj, TELinear)` then fails.
     mla.HAVE_TE = False

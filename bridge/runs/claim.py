@@ -15,7 +15,7 @@ import yaml
 from bridge.config import run_config
 from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.config.run_config import RunConfig
-from bridge.errors import BridgeError, ConfigError
+from bridge.errors import BridgeError, ConfigError, shown
 from bridge.files import read_yaml
 from bridge.runs import result, run_files
 from bridge.weights import locate, pointer
@@ -157,7 +157,7 @@ def _check_unchanged(config: RunConfig, path: Path) -> None:
         weights = any(key.startswith("model.") for key in differing)
         way_on = "" if weights else f" (with init.path={path} it starts from these weights)"
         raise ConfigError(
-            f"{differing[0]}: {path} holds checkpoints of another configuration ({changes}); set the earlier values "
+            f"{differing[0]}: {path} holds checkpoints of another configuration ({changes}); set the earlier values, "
             f"or another name={way_on}"
         )
 
@@ -165,8 +165,8 @@ def _check_unchanged(config: RunConfig, path: Path) -> None:
 def _check_steps(config: RunConfig, path: Path, *, done: int) -> None:
     if config.train.steps < done:
         raise ConfigError(
-            f"train.steps: {config.train.steps}, and {path} has done {done}; set more than {done} to go on, or another "
-            f"name= to train again from the start"
+            f"train.steps: {config.train.steps}, but {path} has already done {done}; set more than {done} to "
+            "continue, or another name= to train again from the start"
         )
 
 
@@ -205,4 +205,4 @@ def _flat(section: Mapping[str, Any], *, prefix: str) -> dict[str, Any]:
 
 
 def _shown(values: dict[str, Any], key: str) -> str:
-    return repr(values[key]) if key in values else "(not set)"
+    return shown(values[key]) if key in values else "(not set)"

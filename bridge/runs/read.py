@@ -53,7 +53,7 @@ class Run(NamedTuple):
 def find(directory: Path) -> list[Run]:
     """The runs at and below `directory`, jobs that a sweep.json announces included, sorted by name.
 
-    Raises ConfigError when it is no directory.
+    Raises ConfigError when it is not a directory.
     """
     if not directory.is_dir():
         kind = "is a file" if directory.exists() else "no such directory"

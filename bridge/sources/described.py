@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.config.complete import complete
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 from bridge.models import family
 from bridge.models.hf import config as hf_config
 from bridge.sources import told
@@ -18,7 +18,7 @@ from bridge.weights.locate import CheckpointPath
 
 # What the tensors show beyond doubt, so that a section which says otherwise is wrong.
 SHOWN = ("num_layers", "hidden_size", "share_embeddings_and_output_weights", "num_moe_experts")
-# Megatron-LM's argument may differ without another model: a longer context is no other weights.
+# Megatron-LM's argument may differ without another model: a longer context does not change the weights.
 FREE = frozenset({"max_sequence_length"})
 ASK = (
     "set model=NAME of conf/model, model=FILE.yaml, single keys as model.KEY=VALUE, or reference=DIR, a Hugging Face "
@@ -52,10 +52,10 @@ def model_of(
     if own.is_file():
         for name, value in (("model", model), ("reference", reference)):
             if value is not None:
-                raise ConfigError(f"{name}: {own} says which model this is; leave {name} out")
+                raise ConfigError(f"{name}: {own} already determines the model; remove {name}=")
         return Described(locate.read_model_section(found.root), locate.MODEL_YAML, found.root / locate.HF_ASSETS)
     if model is not None and reference is not None:
-        raise ConfigError("reference: says which model this is, as model does; set one of the two")
+        raise ConfigError("reference: determines the model, and so does model; set only one of the two")
     dist = open_dist(found.directory)
     if reference is not None:
         reference = Path(reference).expanduser()
@@ -70,7 +70,7 @@ def model_of(
     section = _filled(model or {}, facts.model | args)
     missing = [name for name in told.untold(section) if model is None or name not in told.MAY_BE_DEFAULT]
     if missing:
-        none = f"{key}: {found.directory} has no model.yaml, and nothing in it tells"
+        none = f"{key}: {found.directory} has no model.yaml, and nothing in it tells its"
         subject = none if model is None else "model: lacks"
         known = [f"{name}={_text(value)}" for name, value in (facts.model | args).items()]
         raise ConfigError(f"{subject} {', '.join(missing)} (known: {', '.join([*known, *facts.hints])}); {ask}")
@@ -88,17 +88,17 @@ def check(section: Mapping[str, Any], dist: DistFiles, *, source: str) -> None:
     full = complete(section)
     wrong = {name: full.get(name) for name in SHOWN if full.get(name) != facts.model.get(name)}
     for name, value in wrong.items():
-        shown, evidence = facts.model.get(name), facts.evidence.get(name, "no tensor of that kind")
+        theirs, evidence = facts.model.get(name), facts.evidence.get(name, "no tensor of that kind")
         raise ConfigError(
-            f"{source}: {name} is {value!r}, but {dist.directory} has {shown!r} ({evidence}); "
+            f"{source}: {name} is {shown(value)}, but {dist.directory} has {shown(theirs)} ({evidence}); "
             "describe the model it holds"
         )
-    theirs = complete({**full, **args})
+    trained = complete({**full, **args})
     for name in sorted(args.keys() - NOT_ARCHITECTURE - FREE):
-        if full[name] != theirs[name]:
+        if full[name] != trained[name]:
             raise ConfigError(
-                f"{source}: {name} is {full[name]!r}, but Megatron-LM trained {dist.directory} with {theirs[name]!r} "
-                f"({COMMON}); describe the model it holds"
+                f"{source}: {name} is {shown(full[name])}, but Megatron-LM trained {dist.directory} with "
+                f"{shown(trained[name])} ({COMMON}); describe the model it holds"
             )
 
 

@@ -10,7 +10,7 @@ from bridge import parallel
 from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.config.complete import complete
 from bridge.config.routing import Routed
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 from bridge.models import family
 from bridge.models.hf import config as hf_config
 from bridge.sources.described import check, model_of
@@ -53,7 +53,10 @@ def same_section(path: Path, routed: Routed, *, key: str) -> dict[str, Any]:
             ours = model_section(routed)
             check(ours, open_dist(found.directory), source="model")
             if parallel.is_main():
-                print(f"{key}: {found.directory} has no model.yaml; it is taken as this run's `model`", flush=True)
+                print(
+                    f"{key}: {found.directory} has no model.yaml; its model is taken to be this run's `model`",
+                    flush=True,
+                )
             return ours
     section = read_section(path, key=key)
     check_same_model(section, routed, path=path)
@@ -78,12 +81,15 @@ def check_same_model(section: Mapping[str, Any], routed: Routed, *, path: Path) 
     free = NOT_ARCHITECTURE | (FREE - {"max_sequence_length"} if ours["rope_parameters"] else FREE)
     names = [name for name in theirs | ours if name == "family" or name not in free]
     different = [
-        f"{routed.key(name)} is {ours.get(name)!r} (there {theirs.get(name)!r})"
+        f"{routed.key(name)} is {shown(ours.get(name))} (there {shown(theirs.get(name))})"
         for name in names
         if ours.get(name) != theirs.get(name)
     ]
     if different:
-        raise ConfigError(f"{', '.join(different)}: not the model in {path}; take that directory's values (mode=yaml)")
+        raise ConfigError(
+            f"{', '.join(different)}: not the model in {path}; use that directory's values (python convert.py "
+            "mode=yaml hf=DIR prints them)"
+        )
 
 
 def model_section(routed: Routed) -> dict[str, Any]:

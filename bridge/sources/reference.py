@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from bridge.errors import ConversionError
+from bridge.errors import ConversionError, shown
 from bridge.models import family
 from bridge.models.hf import config as hf_config
 from bridge.weights.hf_files import HfFiles
@@ -26,7 +26,9 @@ def load(directory: Path | str, *, attn_implementation: str = "eager", files: Hf
     families = map(family.by_name, family.known_names())
     class_of = next((one.class_of for one in families if one.model_type == kind), None)
     if not class_of and kind not in CONFIG_MAPPING:
-        raise ConversionError(f"{directory}: model_type {kind!r} is not in transformers, so no logits can be compared")
+        raise ConversionError(
+            f"{directory}: model_type {shown(kind)} is not in transformers, so no logits can be compared"
+        )
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attn_implementation}
     if class_of or files:
         options["config"] = _config(directory, str(class_of or kind))

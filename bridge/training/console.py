@@ -10,7 +10,7 @@ from bridge.config import durations
 class TimeLeft:
     """How long the steps that are left will take, by the time since the first step that was asked about.
 
-    So the first step's own time, which is no measure of the others, does not count; evaluations and saves since do.
+    So the first step's own time, which says nothing about the others, does not count; evaluations and saves since do.
     """
 
     def __init__(self, steps: int) -> None:

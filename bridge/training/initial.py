@@ -12,7 +12,7 @@ from bridge.weights.hf_assets import copy_assets, copy_tokenizer
 
 
 def load(model: list[Any], *, routed: Routed, path: str | None) -> None:
-    """Fill `model` (chunks of this rank) from `path`; None leaves the random initialisation, and both are said aloud.
+    """Fill `model` (chunks of this rank) from `path`; None leaves the random initialisation; either is printed.
 
     Raises ConfigError when `path` is missing, is neither kind of model directory, or holds another architecture.
     """

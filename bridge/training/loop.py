@@ -35,7 +35,7 @@ class HardwareFault(RuntimeError):
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended. stopped: before its last step, saved unless checkpoint.save is false. eval_loss: the last one,
-    nats per token. step: the last one taken; None of a model that has only been evaluated and tells of none."""
+    nats per token. step: the last one taken; None for a model that was only evaluated and records no step."""
 
     status: Literal["done", "stopped"]
     step: int | None

@@ -66,10 +66,9 @@ class LossPolicy:
     def _verdict(self, step: int, found: str, key: str) -> Verdict:
         action = getattr(self.train, key)
         ending = {
-            "error": "training stops, the last checkpoint is from before. Lower optimizer.lr, lengthen "
-            "scheduler.lr_warmup_steps, look at this step's data, or leave such steps out with "
-            f"train.{key}=skip",
-            "skip": f"the step is left out (train.{key}=skip)",
-            "continue": f"training goes on (train.{key}=continue)",
+            "error": "training stops; the last checkpoint was saved before this step. Lower optimizer.lr, lengthen "
+            f"scheduler.lr_warmup_steps, look at this step's data, or skip such steps with train.{key}=skip",
+            "skip": f"the step is skipped (train.{key}=skip)",
+            "continue": f"training continues (train.{key}=continue)",
         }
         return Verdict(self.nonfinite, self.spikes, action, f"step {step}: {found}; {ending[action]}")

@@ -20,7 +20,7 @@ import yaml
 from bridge import platform
 from bridge.checkpoint import Position
 from bridge.config.run_config import RunConfig
-from bridge.errors import ConfigError, RunError
+from bridge.errors import ConfigError, RunError, shown
 from bridge.files import write_text
 from bridge.models import measures
 from bridge.objectives import passes
@@ -238,7 +238,7 @@ def _require(package: str, *, key: str, value: Any) -> None:
     try:
         importlib.import_module(package)
     except ImportError as error:
-        raise ConfigError(f"{key}: {value!r} needs a package that is missing; pip install {package}") from error
+        raise ConfigError(f"{key}: {shown(value)} needs a package that is missing; pip install {package}") from error
 
 
 class Report:

@@ -28,14 +28,14 @@ STATE = "rerun_state.json"
 
 # megatron-core's last word on a rejected result -> what the run says.
 FINDINGS = {
-    "first_rerun_not_reproducible": "the same computation gave another result at once: a transient fault of this "
-    "device; the same command goes on, keep an eye on the device",
-    "first_rerun_reproducible": "the same computation gave the same result again; run the same command on other "
-    "hardware, which tells a faulty device from a real result",
-    "second_rerun_not_reproducible": "another device gives another result: a persistent fault of the device of the "
-    "first run; take it out, then the same command goes on",
-    "second_rerun_reproducible": "another device gives the same result: no fault of the hardware; look at this step's "
-    "data and the learning rate, or set train.nonfinite_loss or train.spiking_loss",
+    "first_rerun_not_reproducible": "the same computation gave a different result when repeated: a transient fault of "
+    "this device; the same command resumes the run; keep an eye on the device",
+    "first_rerun_reproducible": "the same computation gave the same result when repeated; run the same command on "
+    "other hardware, which tells a faulty device from a real result",
+    "second_rerun_not_reproducible": "another device gives a different result: a persistent fault of the device of the "
+    "first run; take it out of use, then the same command resumes the run",
+    "second_rerun_reproducible": "another device gives the same result: not a fault of the hardware; look at this "
+    "step's data and the learning rate, or set train.nonfinite_loss or train.spiking_loss",
 }
 
 

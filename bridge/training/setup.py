@@ -97,7 +97,7 @@ def join(config: RunConfig) -> None:
 
 
 def build_model(config: RunConfig, *, routed: Routed) -> list[Any]:
-    """The model chunks of this rank with the weights of init.path, or random ones, and it is said which."""
+    """The model chunks of this rank with the weights of init.path, or random ones, and prints which."""
     seed = config.train.seed if config.init.path is None else None
     chunks: list[Any] = gpt.build(routed, wrap=True, seed=seed)
     initial.load(unwrap_model(chunks), routed=routed, path=config.init.path)
@@ -134,8 +134,8 @@ def build(config: RunConfig, data: Data) -> Job:
         latest, progress = checkpoint.resume(root, state, config.checkpoint, reseed=reseed)
     if progress.data != data.prepared.identity:
         raise ConfigError(
-            f"data.source: the prepared data is {data.prepared.identity}, this run has read {progress.data} so far "
-            "(its text or tokenizer changed); set another name="
+            f"data.source: the prepared data is {data.prepared.identity}, but this run has read {progress.data} so "
+            "far (its text or tokenizer changed); set another name="
         )
     if resuming and parallel.is_main():
         print(f"resumed from {latest.directory} at step {progress.step}", flush=True)

@@ -59,7 +59,7 @@ def megatron_args(directory: Path) -> dict[str, Any]:
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """The contents of DIRECTORY/common.pt; empty when there is none. Every object that is no plain value is a Foreign.
+    """The contents of DIRECTORY/common.pt; empty when there is none. An object that is not a plain value is a Foreign.
 
     Raises ConversionError when the file cannot be read.
     """

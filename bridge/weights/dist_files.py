@@ -120,7 +120,9 @@ class DistFiles:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DamagedError(f"{file}: tensor {key} cannot be read ({reason}); the file is damaged") from error
         if not isinstance(saved, Tensor) or tuple(saved[chunk.entry].shape) != chunk.sizes:
-            raise DamagedError(f"{file}: what is stored for {key} at {chunk.offsets} is not what .metadata promises")
+            raise DamagedError(
+                f"{file}: the data of {key} at {chunk.offsets} does not match .metadata; the file is damaged"
+            )
         return saved[chunk.entry]
 
 
@@ -349,7 +351,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or name in _METADATA_CLASSES.get(module, "").split():
             return super().find_class(module, name)
-        raise _RefusedError(f"{module}.{name} does not belong into it; loading it could run code, the file is refused")
+        raise _RefusedError(f"{module}.{name} does not belong in it; loading it could run code, the file is refused")
 
 
 class _RefusedError(Exception):

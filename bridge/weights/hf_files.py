@@ -224,7 +224,7 @@ def _chosen(directory: Path) -> tuple[list[Path], dict[str, str]]:
     if single.is_file() and others:
         raise ConversionError(
             f"{directory}: holds two models, {SINGLE}, which transformers loads, and {INDEX} with {others[0]}; "
-            "remove the one that is not meant"
+            "remove the one you do not want"
         )
     return ([single], {}) if single.is_file() else (files, listed)
 

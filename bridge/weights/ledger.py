@@ -12,7 +12,7 @@ from bridge.weights.ops import Op
 from bridge.weights.spec import TensorSpec
 from bridge.weights.table import Table
 
-# Tensors of a training checkpoint that are no weights: megatron-core's optimizer state, alone or chained.
+# Tensors of a training checkpoint that are not weights: megatron-core's optimizer state, alone or chained.
 OPTIMIZER_PREFIXES = ("optimizer.", "chained_")
 NUM_NAMED = 3  # names an error spells out before it only counts
 
@@ -70,7 +70,7 @@ def check_hf(moves: Iterable[Move], found: Mapping[str, TensorSpec], *, table: T
     for name, shape in wanted.items():
         if found[name].shape != shape:
             have = list(found[name].shape)
-            raise ConversionError(f"{source}: {name} has shape {have}, the model's config makes it {list(shape)}")
+            raise ConversionError(f"{source}: {name} has shape {have}, but the model's config makes it {list(shape)}")
     extra = [name for name in found if name not in wanted and table.ignored(name) is None]
     if extra:
         raise ConversionError(f"{source}: {name_some(extra)} would be lost; the model's config has no place for it")
@@ -96,7 +96,7 @@ def check_megatron(
             fits = shape[0] >= move.shape[0] and shape[1:] == move.shape[1:]
         if not fits:
             raise ConversionError(
-                f"{source}: {key} has shape {list(shape)}, {described_by} makes it {list(move.shape)}"
+                f"{source}: {key} has shape {list(shape)}, but {described_by} makes it {list(move.shape)}"
             )
     extra = [key for key in found if key not in wanted and not key.startswith(OPTIMIZER_PREFIXES)]
     if extra:

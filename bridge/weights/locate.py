@@ -145,7 +145,7 @@ def _check_format(path: Path, *, key: str) -> None:
         return
     if kind in (None, TORCH_DIST):
         raise ConfigError(
-            f"{key}: {path} is no complete torch_dist checkpoint (.metadata or metadata.json is missing or damaged)"
+            f"{key}: {path} is not a complete torch_dist checkpoint (.metadata or metadata.json is missing or damaged)"
         )
     if kind in ("torch", "zarr"):
         raise ConfigError(

@@ -24,8 +24,8 @@ def new_directory(path: str | Path, *, overwrite: bool, key: str) -> Iterator[Pa
 
     An exception, Ctrl-C or SIGTERM leaves nothing behind and an old `path` untouched; what a killed process left is
     removed by the next one. Raises ConversionError when the disk is full, when `path` exists (an empty directory does
-    not count) and `overwrite` is false, or is no model directory and so is not ours to replace. `key` names the user's
-    setting.
+    not count) and `overwrite` is false, or is not a model directory and so is not ours to replace. `key` names the
+    user's setting.
     """
     path = Path(path).expanduser().absolute()
     check_free(path, overwrite=overwrite, key=key)
@@ -50,13 +50,13 @@ def check_space(directory: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < num_bytes:
         raise ConversionError(
-            f"{directory}: the tensors take {num_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
+            f"{directory}: the tensors take {num_bytes / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free; "
             "free some space or choose another path"
         )
 
 
 def check_free(path: Path, *, overwrite: bool, key: str) -> None:
-    """Raise ConversionError when `path` exists and may not be replaced: `overwrite` is false, or it is no model."""
+    """Raise ConversionError when `path` exists and may not be replaced: `overwrite` is false, or it is not a model."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:

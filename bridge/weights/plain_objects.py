@@ -65,7 +65,7 @@ def _load(source: Any, file: Path, *, what: str) -> Any:
     except pickle.UnpicklingError as error:
         if named := _REFUSED.search(str(error)):
             raise ConversionError(_refusal(file, what, named[1])) from error
-        raise DamagedError(f"{file}: {what} is damaged or no plain value ({_short(error)})") from error
+        raise DamagedError(f"{file}: {what} is damaged or not a plain value ({_short(error)})") from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise DamagedError(f"{file}: {what} cannot be read ({_short(error)}); the file is damaged") from error
 
@@ -100,11 +100,11 @@ def _check_extra_state(content: bytes, stored: StoredObject) -> None:
     except _RefusedError as error:
         raise ConversionError(_refusal(stored.file, stored.key, str(error))) from error
     except Exception as error:  # a damaged pickle can raise anything
-        raise DamagedError(f"{stored.file}: {stored.key} is damaged or no plain value ({_short(error)})") from error
+        raise DamagedError(f"{stored.file}: {stored.key} is damaged or not a plain value ({_short(error)})") from error
 
 
 def _refusal(file: Path, what: str, name: str) -> str:
-    return f"{file}: {what} holds {name}, which is no plain value: loading it could run code; the file is refused"
+    return f"{file}: {what} holds {name}, which is not a plain value: loading it could run code; the file is refused"
 
 
 def _short(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bridge.errors import ConversionError
+from bridge.errors import ConversionError, shown
 from bridge.weights import names
 from bridge.weights.hf_files import HfFiles, HfTensor, open_hf
 from bridge.weights.spec import TensorSpec
@@ -105,16 +105,18 @@ def check_config(config: object) -> str | None:
     method = config.get("quant_method") if isinstance(config, Mapping) else config
     if not isinstance(config, Mapping) or method not in KNOWN:
         raise ConversionError(
-            f"{key}: quant_method {method!r} is not supported, only fp8 (block-scaled) and mxfp4 are; "
+            f"{key}: quant_method {shown(method)} is not supported, only fp8 (block-scaled) and mxfp4 are; "
             "convert the unquantised model"
         )
     for name, value in config.items():
         allowed = KNOWN[method].get(name, ())
         if allowed is not None and value not in allowed:
-            raise ConversionError(f"{key}.{name}: {value!r} of quant_method {method} is not supported")
+            raise ConversionError(f"{key}.{name}: {shown(value)} of quant_method {method} is not supported")
     size = config.get("weight_block_size")
     if method == FP8 and not (isinstance(size, list | tuple) and len(size) == 2 and all(map(_positive, size))):
-        raise ConversionError(f"{key}.weight_block_size: {size!r} is not two block sizes; other fp8 is not supported")
+        raise ConversionError(
+            f"{key}.weight_block_size: {shown(size)} is not two block sizes; other fp8 is not supported"
+        )
     return str(method)
 
 
@@ -198,7 +200,7 @@ def _plain(
         wanted = shape[:-1] if block is None else _grid(shape, block)
         if scales != wanted or (block is None and (len(shape) < 3 or shape[-1] != 16)):
             raise ConversionError(
-                f"{raw.file(scaled[name].scales)}: {scaled[name].scales} has shape {list(scales)}, "
+                f"{raw.file(scaled[name].scales)}: {scaled[name].scales} has shape {list(scales)}, but "
                 f"{stored_name} of {list(shape)} needs {list(wanted)}"
             )
         spec = TensorSpec(dtype, (*shape[:-3], shape[-2] * 32, shape[-3]) if block is None else shape)

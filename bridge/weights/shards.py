@@ -89,7 +89,7 @@ def unwrap(chunk: Any) -> Any:
 
 
 def object_keys(model: Sequence[torch.nn.Module]) -> list[str]:
-    """Checkpoint keys of what is no tensor in this rank's chunks: `_extra_state`, which megatron-core loads as well."""
+    """Checkpoint keys of this rank's objects other than tensors: `_extra_state`, which megatron-core loads as well."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 

@@ -236,7 +236,9 @@ def _common_dtype(hf: HfFiles, move: Move) -> torch.dtype:
     except RuntimeError as error:
         names = ", ".join(sorted(NAMES[dtype] for dtype in dtypes))
         parts = ", ".join(move.hf_names)
-        raise ConversionError(f"{hf.directory}: {parts} have dtypes {names}, which do not mix") from error
+        raise ConversionError(
+            f"{hf.directory}: {parts} have different dtypes, {names}; convert them to one dtype"
+        ) from error
 
 
 def _part_dtypes(hf: HfFiles, moves: Iterable[Move]) -> dict[str, torch.dtype]:

@@ -50,7 +50,7 @@ def test_supports_every_variant_as_object_and_as_dict(variant):
     [
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures: .*LlamaForSequenceClassification"),
         ({"architectures": ["MyLlamaForCausalLM"]}, "architectures: .*MyLlamaForCausalLM"),
-        ({"model_type": "lama"}, "model_type: 'lama' is not supported.*did you mean 'llama'"),
+        ({"model_type": "lama"}, "model_type: lama is not supported.*did you mean 'llama'"),
         ({"attention_chunk_size": 5}, "attention_chunk_size: 5: transformers reads"),
         ({"hidden_act": "mish"}, "hidden_act: 'mish'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
@@ -86,7 +86,7 @@ def test_a_repository_in_the_cache(tiny_hf, tmp_path, monkeypatch):
     with parallel.single_process():
         model = AutoBridge.from_hf_pretrained("org/tiny").to_megatron_model()
         assert same(dict(bridge.export_weights(model)), tensors(snapshot))
-    with pytest.raises(ConfigError, match="^path: org/other is no directory, and as a repository cannot be fetched"):
+    with pytest.raises(ConfigError, match="^path: org/other is not a directory, and cannot be fetched as a repository"):
         AutoBridge.from_hf_pretrained("org/other")
     with pytest.raises(ConfigError, match="^path: /none/at/all does not exist"):
         AutoBridge.from_hf_pretrained("/none/at/all")

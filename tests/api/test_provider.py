@@ -24,7 +24,7 @@ def test_provider_attributes(tiny_hf):
     assert provider.recompute_method == "uniform" and provider.pipeline_dtype == torch.float32
     for name, value, message in (
         ("tensor_model_paralel_size", 2, "did you mean 'tensor_model_parallel_size'"),
-        ("tensor_model_parallel_size", "two", "tensor_model_parallel_size: 'two' does not fit; set a whole number"),
+        ("tensor_model_parallel_size", "two", "tensor_model_parallel_size: two does not fit; set a whole number"),
         ("lr", 0.1, "^lr: not a field of megatron-core's TransformerConfig"),
         ("grad_scale_func", print, "grad_scale_func: cannot be set"),
     ):

@@ -96,8 +96,8 @@ def executed(run: Any, fault: str) -> Any:
 SAVING: dict[str, Any] = {"save_interval": 3, "write_timeout": "1s"}
 FAULTS = {
     "failing_writer": (True, "Is a directory"),
-    "stuck_writer": (True, "a writer got no further within checkpoint.write_timeout=1s"),
-    "stuck_writer_at_once": (False, "a writer got no further within checkpoint.write_timeout=1s"),
+    "stuck_writer": (True, "a writer made no progress within checkpoint.write_timeout=1s"),
+    "stuck_writer_at_once": (False, "a writer made no progress within checkpoint.write_timeout=1s"),
     "common.pt": (True, "No space left on device"),
     ".metadata": (False, "No space left on device"),
     "metadata.json": (True, "No space left on device"),

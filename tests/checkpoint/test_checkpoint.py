@@ -56,7 +56,7 @@ def test_what_no_resume_would_read_ends_the_run_at_its_first_save(tmp_path: Path
     run = config(tmp_path, checkpoint={"save_interval": 3, "async_save": asynchronous}, train={"eval_interval": None})
     for result in run_distributed(executed_with_a_generator_as_an_object, 2, run, timeout=60):
         assert (result.status, result.exit_code) == ("failed", 1)
-        assert "holds fractions.Fraction, which is no plain value" in result.error and "\n" not in result.error
+        assert "holds fractions.Fraction, which is not a plain value" in result.error and "\n" not in result.error
         assert "iter_0000003: could not be saved" in result.error and "no earlier checkpoint" in result.error
     assert not list((run.run_dir / "checkpoints").glob("*iter_*"))
 

@@ -61,7 +61,7 @@ def test_layout_and_settings_are_recorded_and_changes_said_once(saved: Path, tmp
     run = config(tmp_path, whole_model=EXPERTS, **changed)
     first, second = (run_distributed(printed, 1, run)[0] for _ in range(2))
     (line,) = [line for line in first.splitlines() if line.startswith("layout since")]
-    assert "expert_model_parallel_size 2 -> 1, data_parallel_size 2 -> 1, use_distributed_optimizer True -> " in line
+    assert "expert_model_parallel_size 2 -> 1, data_parallel_size 2 -> 1, use_distributed_optimizer true -> " in line
     (line,) = [line for line in first.splitlines() if line.startswith("settings since")]
     expected = "optimizer.lr 0.01 -> 0.005, optimizer.adam_beta2 0.95 -> 0.9, scheduler.lr_decay_steps 8 -> 10; "
     assert line == f"settings since the checkpoint: {expected}the present ones apply"
@@ -74,23 +74,23 @@ def test_layout_and_settings_are_recorded_and_changes_said_once(saved: Path, tmp
         (
             {"moe_router_enable_expert_bias": False, "moe_router_bias_update_rate": None},
             {},
-            r"another model: this run has no place for its 1 buffer \(decoder.layers.1.mlp.router.expert_bias\); set",
+            r"different model: it has 1 buffer \(decoder.layers.1.mlp.router.expert_bias\) that this run does not",
         ),
         (
             {"qk_layernorm": True},
             {},
-            r"it lacks 4 weights \(.*q_layernorm.weight.*\), 8 optimizer tensors \(optimizer.state.exp_avg.*\); set",
+            r"it lacks 4 weights \(.*q_layernorm.weight.*\), 8 optimizer tensors \(optimizer.state.exp_avg.*\) of",
         ),
         (
             {"num_layers": 1, "moe_layer_freq": [0]},
             {},
-            r"no place for its 9 weights \(decoder.layers.1..* and 6 more tensors\), 1 buffer \(.*\), 18 optim",
+            r"it has 9 weights \(decoder.layers.1..* and 6 more tensors\), 1 buffer \(.*\), 18 optim",
         ),
         (
             {},
             {"optimizer": "sgd"},
-            r"another optimizer: it lacks 18 optimizer tensors \(optimizer.state.momentum_buffer.*; this run has no "
-            r"place for its 36 optimizer tensors \(optimizer.state.exp_avg.*init.path=.*iter_0000002 and another name=",
+            r"different optimizer: it lacks 18 optimizer tensors \(optimizer.state.momentum_buffer.*; it has "
+            r"36 optimizer tensors \(optimizer.state.exp_avg.*init.path=.*iter_0000002 and another name=",
         ),
     ],
     ids=["buffer", "missing_weight", "unexpected_weight", "optimizer"],
@@ -181,4 +181,4 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path: Path):
     file = tmp_path / "run" / "checkpoints" / "iter_0000002" / "common.pt"
     torch.save(torch.load(file, weights_only=True) | {"format": None}, file)
     (text,) = run_distributed(refusal, 1, run)
-    assert "is no training checkpoint of this program (format None, not 2); init.path=" in text
+    assert "is not a training checkpoint of this program (format None, not 2); init.path=" in text

@@ -167,7 +167,7 @@ REFUSED = [
     (
         {PP: 2, "pipeline_model_parallel_layout": "Et*5|t*7xL"},
         {"world_size": 2},
-        "parallelism.pipeline_model_parallel_layout: 'x' ... E (embedding), t (",
+        "parallelism.pipeline_model_parallel_layout: unknown symbol x; ... E (embedding), t (",
     ),
     (
         {PP: 2, "pipeline_model_parallel_layout": "Et*5|t*7L", "num_layers_in_first_pipeline_stage": 5},
@@ -249,7 +249,7 @@ REFUSED = [
         {"world_size": 2},
         "parallelism.distribute_saved_activations: ... sequence_parallel",
     ),
-    ({**modules("attention")}, {}, "parallelism.recompute_modules: ... 'attention' ... core_attn"),
+    ({**modules("attention")}, {}, "parallelism.recompute_modules: ... attention; ... core_attn"),
     (
         modules("moe"),
         {},

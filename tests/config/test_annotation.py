@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from bridge.config import annotation
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 
 ENUMS = {"AttnBackend": ("flash", "fused", "auto")}
 
@@ -42,9 +42,9 @@ DOES_NOT_FIT = [
     ("str", 3, "a string"),
     ("List[int]", [1, True], "a list, each item a whole number"),
     ("Optional[Tuple[int, int]]", [1], "a list of a whole number, a whole number or null"),
-    ("Optional[Literal['full', 'selective']]", "ful", "one of 'full', 'selective' or null; did you mean 'full'?"),
-    ("torch.dtype", "float32", "one of 'fp32', 'bf16', 'fp16', 'fp8'"),
-    ("AttnBackend", "flesh", "one of 'flash', 'fused', 'auto'; did you mean 'flash'?"),
+    ("Optional[Literal['full', 'selective']]", "ful", "one of full, selective or null; did you mean 'full'?"),
+    ("torch.dtype", "float32", "one of fp32, bf16, fp16, fp8"),
+    ("AttnBackend", "flesh", "one of flash, fused, auto; did you mean 'flash'?"),
     ("dict[str, int]", {"a": "b"}, "a mapping"),
     ("Callable[[int], str]", "f", "another key: this one takes no value from a configuration"),
     ("Optional[Optional[int]]", "a", "a whole number or null"),
@@ -60,11 +60,11 @@ def test_fitting_value_is_accepted(text: str, value: Any):
 def test_other_value_is_refused_with_what_to_set(text: str, value: Any, expected: str):
     with pytest.raises(ConfigError) as caught:
         annotation.check("a.b", value, text, ENUMS)
-    assert str(caught.value) == f"a.b: {value!r} does not fit; set {expected}"
+    assert str(caught.value) == f"a.b: {shown(value)} does not fit; set {expected}"
 
 
 def test_missing_value_says_so():
-    with pytest.raises(ConfigError, match=r"^mode: is not set; set one of 'a'$"):
+    with pytest.raises(ConfigError, match=r"^mode: is not set; set one of a$"):
         annotation.check("mode", "???", "Literal['a']")
 
 

@@ -28,12 +28,12 @@ def test_lengths_in_two_units(length: float, expected: str) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (90, "90 is no length of time; a number needs its unit: {key}=90s or 90m; set 90s, 30m, 3h50m or 1d"),
-        ("1.5h", "'1.5h' is no length of time; set 90s, 30m, 3h50m or 1d"),
-        ("50m3h", "'50m3h' is no length of time; set 90s, 30m, 3h50m or 1d"),
-        ("", "'' is no length of time; set 90s, 30m, 3h50m or 1d"),
-        (True, "True is no length of time; set 90s, 30m, 3h50m or 1d"),
-        ("0m", "'0m' is too short; set 1s or more"),
+        (90, "90 is not a duration; a number needs its unit: {key}=90s or 90m; use e.g. 90s, 30m, 3h50m or 1d"),
+        ("1.5h", "1.5h is not a duration; use e.g. 90s, 30m, 3h50m or 1d"),
+        ("50m3h", "50m3h is not a duration; use e.g. 90s, 30m, 3h50m or 1d"),
+        ("", "'' is not a duration; use e.g. 90s, 30m, 3h50m or 1d"),
+        (True, "true is not a duration; use e.g. 90s, 30m, 3h50m or 1d"),
+        ("0m", "0m is too short; set 1s or more"),
     ],
 )
 @pytest.mark.parametrize(

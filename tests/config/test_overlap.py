@@ -219,7 +219,7 @@ REFUSED = [
     ({"average_in_collective": True}, "parallelism.average_in_collective: ... calculate_per_token_loss"),
     (
         {"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "native"},
-        "parallelism.cross_entropy_fusion_impl: 'native' rounds the gradient of a float32 loss to bfloat16; set te",
+        "parallelism.cross_entropy_fusion_impl: native rounds the gradient of a float32 loss to bfloat16; set te",
     ),
 ]
 

@@ -73,17 +73,17 @@ def test_missing_file_is_one_line(tmp_path: Path):
 WRONG = [
     ({"trian": {}}, "trian: unknown key (value {}); did you mean 'train'?"),
     ({"train.stepz": 3}, "train.stepz: unknown key (value 3); did you mean 'steps'?"),
-    ({"log.wandb.projct": "x"}, "log.wandb.projct: unknown key (value 'x'); did you mean 'project'?"),
-    ({"train.steps": "ten"}, "train.steps: 'ten' does not fit; set a whole number"),
-    ({"train.steps": True}, "train.steps: True does not fit; set a whole number"),
+    ({"log.wandb.projct": "x"}, "log.wandb.projct: unknown key (value x); did you mean 'project'?"),
+    ({"train.steps": "ten"}, "train.steps: ten does not fit; set a whole number"),
+    ({"train.steps": True}, "train.steps: true does not fit; set a whole number"),
     ({"train.steps": -3}, "train.steps: -3 is too small; set 1 or more"),
     ({"train.eval_interval": 0}, "train.eval_interval: 0 is too small; set 1 or more"),
     (
         {"scheduler.lr_decay_style": "cosin"},
-        "scheduler.lr_decay_style: 'cosin' does not fit; set one of 'constant', 'linear',",
+        "scheduler.lr_decay_style: cosin does not fit; set one of constant, linear,",
     ),
     ({"dry_run": "yes"}, "dry_run: 'yes' does not fit; set true or false"),
-    ({"init": "models/llama"}, "init: 'models/llama' is not a section; set its keys one by one, as init.KEY=VALUE"),
+    ({"init": "models/llama"}, "init: models/llama is not a section; set its keys one by one, e.g. init.KEY=VALUE"),
     ({"name": ...}, "name: is missing; set it"),
     ({"name": "a b"}, "name: 'a b' cannot name a directory"),
     ({"name": "../a"}, "name: '../a' cannot name a directory"),
@@ -104,8 +104,8 @@ WRONG = [
     ({"data.num_samples": 0}, "data.num_samples: 0 is too small; set 1 or more"),
     ({"data.num_workers": -1}, "data.num_workers: -1 is too small; set 0 or more"),
     (TEXT | {"data.vocab_size": 100}, "data.vocab_size: 100 is too few for all bytes; set 257 or more"),
-    (TEXT | {"data.split": "0,1"}, "data.split: '0,1' leaves nothing to train on; set for example '95,5'"),
-    (TEXT | {"data.split": "abc"}, "data.split: 'abc' is not a list of up to three weights; set for example"),
+    (TEXT | {"data.split": "0,1"}, "data.split: '0,1' leaves nothing to train on; set e.g. '95,5'"),
+    (TEXT | {"data.split": "abc"}, "data.split: 'abc' is not a list of up to three weights; set e.g."),
     (TEXT | {"data.split": "-1,2"}, "data.split: '-1,2' is not a list of up to three weights"),
     (TEXT | {"data.split": "1e2,5"}, "data.split: '1e2,5' is not a list of up to three weights"),
     (TEXT | {"data.split": "1,2,3,4"}, "data.split: '1,2,3,4' is not a list of up to three weights"),
@@ -120,13 +120,13 @@ WRONG = [
     ),
     (
         {"checkpoint.save": False, "rerun.mode": "validate_results"},
-        'rerun.mode: "validate_results" needs checkpoints, and checkpoint.save is false; set one',
+        "rerun.mode: validate_results needs checkpoints, and checkpoint.save is false; set one",
     ),
     (
         {"checkpoint.save": False, "train.exit_interval": 3},
         "train.exit_interval: 3 would stop every start there with checkpoint.save=false; set train.steps=3",
     ),
-    ({"data": ...}, "data: None is not a section; set data.source"),
+    ({"data": ...}, "data: null is not a section; set data.source"),
     (
         {"peft.method": "nne"},
         "peft.method: 'nne' is not known; set one of none or an importable dotted module name; did you mean 'none'?",
@@ -148,10 +148,10 @@ WRONG = [
     ({"scheduler.lr_warmup_steps": 5}, "scheduler.lr_warmup_steps: 5 is not below the 5 decay steps"),
     ({"scheduler.lr_decay_style": "WSD"}, "scheduler.wsd_decay_steps: is missing"),
     ({"precision.bf16": True, "precision.fp16": True}, "precision.fp16: is true as well as precision.bf16"),
-    ({"precision.bf16": True}, "precision.params_dtype: None is not the dtype of training, bf16; set precision=bf16"),
+    ({"precision.bf16": True}, "precision.params_dtype: null is not the dtype of training, bf16; set precision=bf16"),
     (
         {"precision.pipeline_dtype": "bf16"},
-        "precision.pipeline_dtype: 'bf16' is not the dtype of training, fp32; set precision=fp32",
+        "precision.pipeline_dtype: bf16 is not the dtype of training, fp32; set precision=fp32",
     ),
 ]
 
@@ -194,12 +194,12 @@ def test_convert_section():
         ),
         (
             {"mode": "imprt"},
-            "mode: 'imprt' does not fit; set one of 'import', 'export', 'verify', 'yaml'; did you mean 'import'?",
+            "mode: imprt does not fit; set one of import, export, verify, yaml; did you mean 'import'?",
         ),
         ({}, "mode: is missing; set it"),
         ({"mode": "export", "megatron": "b"}, "hf: is missing; mode=export needs it: set hf=DIR"),
-        ({"mode": "yaml", "hff": "a"}, "hff: unknown key (value 'a'); did you mean 'hf'?"),
-        ({"mode": "yaml", "hf": "a", "tolerance": "x"}, "tolerance: 'x' does not fit; set a number"),
+        ({"mode": "yaml", "hff": "a"}, "hff: unknown key (value a); did you mean 'hf'?"),
+        ({"mode": "yaml", "hf": "a", "tolerance": "x"}, "tolerance: x does not fit; set a number"),
     ]:
         with pytest.raises(ConfigError) as caught:
             run_config.convert_from_dict(values)

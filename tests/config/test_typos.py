@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bridge.config import run_config
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 from tests.config.composing import composed
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -44,7 +44,7 @@ def assert_refused(config: dict[str, Any], path: tuple[str, ...], *, check: Any 
         text = str(caught.value)
         assert "\n" not in text
         if keep:
-            assert text.startswith(f"{key}: unknown key (value {value!r}); "), text
+            assert text.startswith(f"{key}: unknown key (value {shown(value)}); "), text
         assert path[-1] in text
 
 
@@ -77,10 +77,10 @@ def test_every_key_of_a_conversion():
     ("override", "expected"),
     [
         ("+train.step=5", "train.step: unknown key (value 5); did you mean 'steps'?"),
-        ("++log.wandb.entiti=x", "log.wandb.entiti: unknown key (value 'x'); did you mean 'entity'?"),
+        ("++log.wandb.entiti=x", "log.wandb.entiti: unknown key (value x); did you mean 'entity'?"),
         ("model.hiden_size=256", "model.hiden_size: unknown key (value 256); did you mean 'hidden_size'?"),
-        ("+trian.steps=5", "trian: unknown key (value {'steps': 5}); did you mean 'train'?"),
-        ("parallelism.bf16=true", "precision.bf16: is also set as parallelism.bf16 (here True); keep one of the two"),
+        ("+trian.steps=5", "trian: unknown key (value {steps: 5}); did you mean 'train'?"),
+        ("parallelism.bf16=true", "precision.bf16: is also set as parallelism.bf16 (here true); keep one of the two"),
     ],
 )
 def test_command_line(override: str, expected: str):

@@ -111,7 +111,7 @@ def test_the_error_lists_what_is_missing(llama, tmp_path):
         export_hf(llama[1], tmp_path / "out" / "hf")
     message = str(caught.value)
     assert message.startswith(
-        f"megatron: {llama[1]}/iter_0001000 has no model.yaml, and nothing in it tells {UNTOLD} ("
+        f"megatron: {llama[1]}/iter_0001000 has no model.yaml, and nothing in it tells its {UNTOLD} ("
     )
     for known in (
         "num_layers=4, hidden_size=48, share_embeddings_and_output_weights=false, normalization=RMSNorm",
@@ -158,20 +158,20 @@ def test_arguments_of_megatron_lm_leave_less_to_say(llama, tmp_path):
         (
             {"num_attention_heads": 8},
             ConversionError,
-            r"linear_proj.weight has shape \[48, 48\], model makes it \[48, 96\]",
+            r"linear_proj.weight has shape \[48, 48\], but model makes it \[48, 96\]",
         ),
         (
             {"num_query_groups": 4},
             ConversionError,
-            r"linear_qkv.weight has shape \[96, 48\], model makes it \[144, 48\]",
+            r"linear_qkv.weight has shape \[96, 48\], but model makes it \[144, 48\]",
         ),
         (
             {"vocab_size": 385},
             ConversionError,
-            r"word_embeddings.weight has shape \[384, 48\], model makes it \[385, 48\]",
+            r"word_embeddings.weight has shape \[384, 48\], but model makes it \[385, 48\]",
         ),
         ({"add_bias_linear": True}, ConversionError, r"linear_qkv.bias.* missing; model asks for it"),
-        ({"family": "lama"}, ConfigError, "^model.family: 'lama' is not one of .*; did you mean 'llama'"),
+        ({"family": "lama"}, ConfigError, "^model.family: lama is not one of .*; did you mean 'llama'"),
     ],
 )
 def test_a_contradicted_fact_is_named(llama, tmp_path, changes, error, message):
@@ -188,7 +188,7 @@ def test_what_cannot_be_given(llama, tmp_path):
     with pytest.raises(ConfigError, match="^reference: .* as model does; set one of the two"):
         export_hf(root, tmp_path / "hf", reference=source, model={"family": "llama"})
     import_hf(source, tmp_path / "ours")
-    with pytest.raises(ConfigError, match=r"^model: .*ours/model.yaml says which model this is; leave model out"):
+    with pytest.raises(ConfigError, match=r"^model: .*ours/model.yaml already determines the model; remove model="):
         export_hf(tmp_path / "ours", tmp_path / "hf", model={"family": "llama"})
 
 

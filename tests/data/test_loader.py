@@ -123,8 +123,8 @@ def test_a_sample_that_fails_is_named(trained) -> None:
 
 def test_a_dataset_that_cannot_be_sent_is_one_line(trained) -> None:
     assert trained[0]["unsendable"][1] == (
-        "ConfigError: data.num_workers: the dataset of data.source cannot be sent to loader processes "
-        "(TypeError: cannot pickle 'generator' object); set data.num_workers=0, or give it what pickle needs"
+        "ConfigError: data.num_workers: the dataset of data.source cannot be sent to loader processes (TypeError: "
+        "cannot pickle 'generator' object); set data.num_workers=0, or make the dataset one that pickle can send"
     )
 
 

@@ -82,7 +82,7 @@ def test_help_lists_groups_and_main_keys(monkeypatch, capsys):
         ("data.split=90,10", "data.split: '90,10' is read as a number or several; write 'data.split=\"90,10\"' for "),
         (
             "train.exit_after=30",
-            "train.exit_after: 30 is no length of time; a number needs its unit: train.exit_after=30s ",
+            "train.exit_after: 30 is not a duration; a number needs its unit: train.exit_after=30s ",
         ),
         ("name=1e3", "name: '1e3' is read as a number or several; write 'name=\"1e3\"' for a text"),
         ("lr=1e-3", "lr: no such group or key (lr=1e-3); write optimizer.lr=1e-3"),
@@ -136,10 +136,10 @@ def test_mistakes_are_one_line_and_exit_code_2(argument, message, monkeypatch, c
         (["-m", "optimizer.lr="], "optimizer.lr: has no value; write optimizer.lr=VALUE"),
         (
             ["--config-path", "{dir}", "--config-name", "mine"],
-            "--config-path: {dir} takes the place of the shipped files and has no train.yaml; write --config-dir {dir}",
+            "--config-path: {dir} replaces the shipped files, but has no train.yaml; write --config-dir {dir}",
         ),
         (["--config", "a/x.yaml"], "--config: no such flag; write --config-dir a --config-name x, "),
-        (["--config-path", "/nothing/here"], "--config-path: '/nothing/here' is no directory"),
+        (["--config-path", "/nothing/here"], "--config-path: '/nothing/here' is not a directory"),
         (["--cfg"], "--cfg/-c: expected one argument; --hydra-help lists all flags"),
         (["--config-dir", "a", "x=1", "--config-dir=b"], "--config-dir: is given twice; "),
         (["-m", "train.steps=1,2", "--cfg", "job"], "Only one of --run, --multirun, --cfg, "),
@@ -206,7 +206,7 @@ def test_a_reader_that_has_gone_costs_no_traceback(arguments: list[str], tmp_pat
     command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
     done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (1, "standard output: its reader has gone; ended\n")
+    assert (done.returncode, done.stderr) == (1, "standard output was closed by its reader; stopping\n")
 
 
 def composed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> list[compose.Composed]:

@@ -162,13 +162,13 @@ def test_a_list_of_such_values():
     [
         ("train.steps=[1", "train.steps=[1: not a valid override; write a list as [a,b], "),
         ("optimizer.lr=range(x)", "optimizer.lr=range(x): not a valid override, "),
-        ("import", "import: is no override; write key=value or group=option"),
+        ("import", "import: is not an override; write key=value or group=option"),
         ("train.steps", "train.steps: has no value; write train.steps=VALUE, without spaces around the '='"),
         (
             "quick.yaml",
-            "quick.yaml: a file is no override; write --config-dir DIR recipe=quick, with the file in DIR/re",
+            "quick.yaml: is a file, not an override; write --config-dir DIR recipe=quick, with the file in DIR/re",
         ),
-        ("my/model/a.yaml", "my/model/a.yaml: a file is no override; write --config-dir my model=a"),
+        ("my/model/a.yaml", "my/model/a.yaml: is a file, not an override; write --config-dir my model=a"),
     ],
 )
 def test_other_arguments_that_are_no_overrides(argument, line):

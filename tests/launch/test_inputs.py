@@ -30,7 +30,7 @@ def changed(config: Any, **sections: Any) -> Any:
         ("nowhere", "nowhere does not exist; give a Hugging Face directory or a Megatron checkpoint"),
         ("file", "file is a file; give"),
         ("empty", r"empty is neither a Hugging Face directory \(config.json\) nor a Megatron checkpoint"),
-        ("cut", "cut/iter_0000005 is not a directory|cut/iter_0000005 is no complete torch_dist checkpoint"),
+        ("cut", "cut/iter_0000005 is not a directory|cut/iter_0000005 is not a complete torch_dist checkpoint"),
     ],
 )
 def test_where_weights_cannot_come_from(tmp_path: Path, path: str, message: str):
@@ -81,7 +81,7 @@ def test_a_source_of_the_users_own_may_check_its_files(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("log", "package", "message"),
     [
-        (Log(wandb=Wandb(project="p")), "wandb", "log.wandb.project: 'p' needs a package .*pip install wandb"),
+        (Log(wandb=Wandb(project="p")), "wandb", "log.wandb.project: p needs a package .*pip install wandb"),
         (Log(tensorboard=True), "tensorboard", "log.tensorboard: true needs .*pip install tensorboard"),
     ],
 )
@@ -97,7 +97,7 @@ def test_a_setting_for_other_machines(tmp_path: Path, monkeypatch: pytest.Monkey
     config = runs.config(tmp_path)
     config = changed(config, precision={**config.precision, "cuda_graph_impl": "local"})
     monkeypatch.setattr(devices, "DRIVERS", ())
-    with pytest.raises(ConfigError, match="^precision.cuda_graph_impl: 'local' needs CUDA"):
+    with pytest.raises(ConfigError, match="^precision.cuda_graph_impl: local needs CUDA"):
         inputs.check(config)
     inputs.check(config, in_queue=True)
     monkeypatch.setattr(devices, "DRIVERS", (str(tmp_path),))

@@ -21,11 +21,11 @@ def test_a_model_larger_than_the_memory(tmp_path: Path, monkeypatch: pytest.Monk
     if share > memory.MARGIN:
         memory.check(run)
         return
-    with pytest.raises(ConfigError, match=r"^model: needs about 0.0 GiB for 2 processes, and this machine has 0.0 GiB"):
+    with pytest.raises(ConfigError, match=r"^model: needs about 0.0 GiB for 2 processes, but this machine has 0.0 GiB"):
         memory.check(run)
     memory.check(config(tmp_path, launch={"check_memory": False}))
     monkeypatch.setattr(here, "gpu_memory_bytes", lambda: int(share * needed / 2))
-    with pytest.raises(ConfigError, match="for a process, and its GPU has"):
+    with pytest.raises(ConfigError, match="for a process, but its GPU has"):
         memory.check(run)
 
 

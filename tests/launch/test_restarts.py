@@ -77,7 +77,7 @@ FAILED, DONE = Result("failed", error="x"), Result("done", 9, 1.0)
     ("endings", "last", "said"),
     [
         ([(FAILED, None), (DONE, 9)], replace(DONE, restarts=1), "restart 1 of 5 from the start: x"),
-        ([(FAILED, 3)] * 3, replace(FAILED, restarts=2), "no restart 3: 2 in a row have brought no newer checkpoint"),
+        ([(FAILED, 3)] * 3, replace(FAILED, restarts=2), "no restart 3: the last 2 brought no newer checkpoint"),
         ([(FAILED, step) for step in (3, 3, 4, 4, 5, 5)], replace(FAILED, restarts=5), "restart 5 of 5 from step 5: x"),
         ([(replace(FAILED, repeats=True), 3)], replace(FAILED, repeats=True), ""),
         ([(Result("invalid", error="x"), None)], Result("invalid", error="x"), ""),

@@ -77,9 +77,9 @@ def test_all_differing_keys_are_named_and_nothing_is_overwritten(tmp_path):
     )
     message = refusal(after)
     assert f"model.num_layers {layers} -> {layers + 1}" in message
-    assert "model.qk_layernorm (not set) -> True" in message
-    assert "optimizer.optimizer 'adam' -> 'sgd'" in message
-    assert "precision.bf16 None -> True" in message
+    assert "model.qk_layernorm (not set) -> true" in message
+    assert "optimizer.optimizer adam -> sgd" in message
+    assert "precision.bf16 null -> true" in message
     assert f"train.seed {before.train.seed} -> 99" in message
     assert "another name=" in message and "init.path" not in message  # those weights would not fit
     assert run_config.read(before.run_dir / "config.yaml") == before
@@ -98,8 +98,8 @@ def test_other_data_goes_on_from_the_weights_under_another_name(tmp_path):
 def test_fewer_steps_than_are_done(tmp_path):
     with_checkpoint(runs.config(tmp_path))
     assert refusal(runs.config(tmp_path, train={"steps": 4}, scheduler={"lr_warmup_steps": 0})) == (
-        f"train.steps: 4, and {tmp_path / 'run'} has done 5; set more than 5 to go on, or another name= to train "
-        "again from the start"
+        f"train.steps: 4, but {tmp_path / 'run'} has already done 5; set more than 5 to continue, or another "
+        "name= to train again from the start"
     )
     with claimed(runs.config(tmp_path, train={"steps": 5}), overrides=[]):  # nothing left to do
         pass

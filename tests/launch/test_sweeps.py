@@ -112,7 +112,7 @@ def test_a_grid_runs_again_only_what_is_not_done(sweep):
     sweep.failing_below = 0.0
     code, out, _ = sweep(grid)
     assert (code, sweep.trained, [row["status"] for row in sweep.rows()]) == (0, [0], ["done"] * 3)
-    assert out.count("done in an earlier start; remove it to run it again") == 2
+    assert out.count("done in an earlier start; remove the directory to run it again") == 2
     assert sweep(grid, "train.steps=3")[0] == 0  # another configuration
     assert sweep.trained == [0, 1, 2]
 
@@ -138,7 +138,7 @@ def test_failed_trials_and_a_rerun(sweep):
     sweep.failing_below = 0.0
     code, out, _ = sweep(*OPTUNA, "hydra.sweeper.n_trials=5")
     assert (code, sweep.trained, sweep.rows()[:4]) == (1, [4], rows)
-    assert out.count("failed in an earlier start; remove it to run it again") == 1
+    assert out.count("failed in an earlier start; remove the directory to run it again") == 1
 
     # A job that was cut short runs again; with another seed the directories hold other jobs.
     (sweep.directory / "3" / "result.json").unlink()
@@ -349,7 +349,7 @@ def test_a_launcher_of_slurm_where_there_is_none(sweep, monkeypatch, launcher, m
     monkeypatch.setenv("PATH", str(tmp_path))
     code, out, err = sweep(f"hydra/launcher={launcher}", multirun=multirun)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
-    assert err.startswith(f"hydra/launcher: {launcher}, and there is no srun on the path")
+    assert err.startswith(f"hydra/launcher: {launcher} needs srun, which is not on the PATH")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -380,4 +380,4 @@ def test_ctrl_c_where_nothing_runs_is_one_line(sweep, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(world, "check_layout", interrupt)
-    assert sweep("optimizer.lr=1e-3", multirun=False) == (130, "", "SIGINT: ended; no run was under way\n")
+    assert sweep("optimizer.lr=1e-3", multirun=False) == (130, "", "SIGINT: stopped; no run was in progress\n")

@@ -159,15 +159,15 @@ def test_padded_size_is_a_multiple_of_tensor_ranks_too():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"transformer_impl": "transformer_engine"}, "model.transformer_impl: 'transformer_engine' needs Transformer"),
-        ({"fp8": "hybrid"}, "model.fp8: 'hybrid' needs Transformer Engine"),
-        ({"window_attn_skip_freq": 2}, "model.window_attn_skip_freq: 2 has no effect while window_size is None"),
-        ({"position_embedding_type": "yarn"}, "model.position_embedding_type: 'yarn' is not supported; set rope"),
+        ({"transformer_impl": "transformer_engine"}, "model.transformer_impl: transformer_engine needs Transformer"),
+        ({"fp8": "hybrid"}, "model.fp8: hybrid needs Transformer Engine"),
+        ({"window_attn_skip_freq": 2}, "model.window_attn_skip_freq: 2 has no effect while window_size is null"),
+        ({"position_embedding_type": "yarn"}, "model.position_embedding_type: yarn is not supported; set rope"),
         ({"mtp_num_layers": 0}, "model.mtp_num_layers: 0 is not positive; set null"),
         (
             {"mtp_num_layers": 1, "recompute_granularity": "full", "recompute_method": "uniform"}
             | {"recompute_num_layers": 2},
-            "model.recompute_num_layers: 2 does not go with model.mtp_num_layers; set 1",
+            "model.recompute_num_layers: 2 cannot be combined with model.mtp_num_layers; set 1",
         ),
         ({"kv_lora_rank": 8}, "model.kv_lora_rank: 8 has no effect without latent attention"),
         *(
@@ -188,7 +188,7 @@ def test_padded_size_is_a_multiple_of_tensor_ranks_too():
         ({"recompute_granularity": "full"}, "model.recompute_granularity.*: megatron-core refuses it"),
         (
             {"rope_local_base_freq": 10},
-            "model.rope_local_base_freq: 10 has no effect while window_size is None",
+            "model.rope_local_base_freq: 10 has no effect while window_size is null",
         ),
         (
             {**GEMMA, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
@@ -196,7 +196,7 @@ def test_padded_size_is_a_multiple_of_tensor_ranks_too():
         ),
         (
             {"attention_softmax_in_fp32": False},
-            "attention_softmax_in_fp32: False has no effect: only megatron-core.s own",
+            "attention_softmax_in_fp32: false has no effect: only megatron-core.s own",
         ),
     ],
 )

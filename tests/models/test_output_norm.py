@@ -71,7 +71,7 @@ def test_keys_of_a_checkpoint():
 
 
 def test_experts_are_refused():
-    with pytest.raises(ConfigError, match="model.norm_placement: 'sandwich' is for dense MLPs, not for MoELayer"):
+    with pytest.raises(ConfigError, match="model.norm_placement: sandwich is for dense MLPs, not for MoELayer"):
         built(norm_placement="sandwich", num_moe_experts=4, moe_ffn_hidden_size=48)
 
 

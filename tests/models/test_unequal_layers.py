@@ -36,13 +36,13 @@ def test_every_width_that_a_config_can_mean_survives_a_round_trip():
 @pytest.mark.parametrize(
     ("branch", "change", "message"),
     [
-        ("attention", {"replace_with_linear": True}, "attention.replace_with_linear: True cannot be converted"),
+        ("attention", {"replace_with_linear": True}, "attention.replace_with_linear: true cannot be converted"),
         ("attention", {"window_length": 5}, "attention.window_length: 5"),
         ("attention", {"num_sink_tokens": 2}, "attention.num_sink_tokens: 2"),
         ("attention", {"n_heads_in_group": 3}, "n_heads_in_group has to divide num_attention_heads, 4"),
-        ("attention", {"n_heads_in_group": None}, "attention.n_heads_in_group: None"),
-        ("ffn", {"replace_with_linear": True}, "ffn.replace_with_linear: True"),
-        ("ffn", {"ffn_mult": None}, "ffn.ffn_mult: None"),
+        ("attention", {"n_heads_in_group": None}, "attention.n_heads_in_group: null"),
+        ("ffn", {"replace_with_linear": True}, "ffn.replace_with_linear: true"),
+        ("ffn", {"ffn_mult": None}, "ffn.ffn_mult: null"),
         ("ffn", {"sparsify": ["a"]}, "ffn.sparsify"),
         ("parallel", {"no_op": True}, "block_configs parallel"),
     ],
@@ -70,7 +70,7 @@ def test_a_list_of_another_length_is_refused():
         (
             {GROUPS: [2, 0], "qk_layernorm_full_width": True},
             1,
-            "model.qk_layernorm_full_width: True needs equal layers",
+            "model.qk_layernorm_full_width: true needs equal layers",
         ),
     ],
 )

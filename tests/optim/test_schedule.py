@@ -53,7 +53,7 @@ def test_weight_decay_grows_from_start_to_end() -> None:
     [
         ({"lr_warmup_init": 2.0, "lr_warmup_steps": 2}, "scheduler.lr_warmup_init: 2.0 is above"),
         ({"start_weight_decay": 0.5}, "scheduler.start_weight_decay: 0.5 is above"),
-        ({"end_weight_decay": 0.5}, "scheduler.weight_decay_incr_style: 'constant' cannot go"),
+        ({"end_weight_decay": 0.5}, "scheduler.weight_decay_incr_style: constant cannot go"),
         ({"lr_decay_style": "WSD", "wsd_decay_steps": 50}, "scheduler.wsd_decay_steps: 50 is more"),
     ],
 )

@@ -42,7 +42,7 @@ def test_another_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch):
     ("field", "value", "message"),
     [
         ("transformer_impl", "transformer_engine", "needs Transformer Engine, which this run does not have; set local"),
-        ("fp8", "hybrid", "'hybrid' needs Transformer Engine"),
+        ("fp8", "hybrid", "hybrid needs Transformer Engine"),
         ("fp4", "e2m1", "needs Transformer Engine"),
         ("moe_grouped_gemm", True, "needs Transformer Engine"),
         ("cross_entropy_loss_fusion", True, "needs CUDA"),
@@ -73,9 +73,9 @@ def test_defaults_and_limits_with_transformer_engine(monkeypatch: pytest.MonkeyP
     assert fields["transformer_impl"] == "transformer_engine"
     assert fields["gradient_accumulation_fusion"] is False  # no Apex here
     platform.check({**fields, "fp8": "hybrid", "moe_grouped_gemm": True}, {})
-    with pytest.raises(ConfigError, match="gradient_accumulation_fusion: True needs Apex"):
+    with pytest.raises(ConfigError, match="gradient_accumulation_fusion: true needs Apex"):
         platform.check({"gradient_accumulation_fusion": True}, {})
-    with pytest.raises(ConfigError, match="fp8: 'hybrid' needs Transformer Engine's layers"):
+    with pytest.raises(ConfigError, match="fp8: hybrid needs Transformer Engine's layers"):
         platform.check({"transformer_impl": "local", "fp8": "hybrid"}, {})  # megatron-core would train in bf16
 
 
@@ -103,7 +103,7 @@ def test_attention_in_fp8_on_hopper_and_blackwell(
     monkeypatch.setattr(defaults, "compute_capability", lambda: (10, 0))
     platform.check(asked, {})
     monkeypatch.setattr(defaults, "compute_capability", lambda: (9, 0))
-    with pytest.raises(ConfigError, match=f"attention: True needs {needs}") if needs else contextlib.nullcontext():
+    with pytest.raises(ConfigError, match=f"attention: true needs {needs}") if needs else contextlib.nullcontext():
         platform.check(asked, {})
 
 

@@ -211,7 +211,7 @@ def test_a_loss_that_is_not_a_number_fails_and_keeps_the_last_checkpoint(tmp_pat
     diverging = config(tmp_path, checkpoint={"save_interval": 10, "keep_last": 1}, **wild)
     with pytest.raises(AssertionError, match=r"FloatingPointError: step \d+: (loss|grad_norm) is (nan|inf)") as caught:
         run_distributed(train, 1, diverging)
-    assert "the last checkpoint is from before" in str(caught.value)
+    assert "the last checkpoint was saved before this step" in str(caught.value)
     saved = [path.name for path in (tmp_path / "run" / "checkpoints").glob("iter_*")]
     assert saved == ["iter_0000005"]
 

@@ -61,7 +61,7 @@ def test_a_fault_that_passes_ends_the_run_naming_the_rank_and_the_same_command_g
 ) -> None:
     run = dropping(tmp_path, rerun={"mode": "validate_results"})
     ranks = ended(run, 2, faulty=(1, 4, 1))
-    found = "HardwareFault: step 4: loss is not finite on rank 1 .* another result at once: a transient fault"
+    found = "HardwareFault: step 4: loss is not finite on rank 1 .* a different result when repeated: a transient fault"
     assert [bool(re.match(found, rank.error)) for rank in ranks] == [True, True]
     assert (run.run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "3"
     resumed = ended(run, 2)

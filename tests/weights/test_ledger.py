@@ -51,8 +51,8 @@ def test_plan_refuses_one_tensor_for_two_keys():
     [
         ({"wte": None}, "src: wte missing"),
         ({"h.0.up": None, "h.0.gate": None, "wte": None}, "src: wte, h.0.gate, h.0.up missing"),
-        ({"h.0.up": (4, 2)}, r"src: h.0.up has shape \[4, 2\], the model's config makes it \[3, 2\]"),
-        ({"wte": (8, 2)}, r"wte has shape \[8, 2\], the model's config makes it \[5, 2\]"),
+        ({"h.0.up": (4, 2)}, r"src: h.0.up has shape \[4, 2\], but the model's config makes it \[3, 2\]"),
+        ({"wte": (8, 2)}, r"wte has shape \[8, 2\], but the model's config makes it \[5, 2\]"),
         ({"h.1.gate": (3, 2)}, "src: h.1.gate would be lost"),
         ({"h.0.gate.scale": (1,)}, "src: h.0.gate.scale would be lost"),
     ],
@@ -76,7 +76,7 @@ def test_any_vocabulary_padding_fits(num_rows):
     ("found", "message"),
     [
         ({"layers.0.fc1": (6, 2)}, "src: embed missing"),
-        ({"embed": (4, 2), "layers.0.fc1": (6, 2)}, r"embed has shape \[4, 2\], model.yaml makes it \[5, 2\]"),
+        ({"embed": (4, 2), "layers.0.fc1": (6, 2)}, r"embed has shape \[4, 2\], but model.yaml makes it \[5, 2\]"),
         ({"embed": (8, 3), "layers.0.fc1": (6, 2)}, r"embed has shape \[8, 3\]"),
         ({"embed": (8, 2), "layers.0.fc1": (7, 2)}, r"layers.0.fc1 has shape \[7, 2\]"),
         ({"embed": (8, 2), "layers.0.fc1": (6, 2), "optimizers": (1,)}, "optimizers would be lost"),

@@ -35,13 +35,13 @@ def test_an_iteration_directory_need_not_be_the_latest(run_dir):
 def test_unfinished_iteration(run_dir):
     unfinished = run_dir / "checkpoints" / "iter_0000100"
     (unfinished / "metadata.json").write_text("{")
-    with pytest.raises(ConfigError, match="^megatron: .*iter_0000100 is no complete torch_dist checkpoint"):
+    with pytest.raises(ConfigError, match="^megatron: .*iter_0000100 is not a complete torch_dist checkpoint"):
         locate.locate(run_dir)
     (unfinished / "metadata.json").unlink()
     with pytest.raises(ConfigError, match="^megatron: .*iter_0000100 has .metadata but no metadata.json: its save was"):
         locate.locate(run_dir)
     (unfinished / ".metadata").unlink()
-    with pytest.raises(ConfigError, match="^megatron: .*iter_0000100 is no complete torch_dist checkpoint"):
+    with pytest.raises(ConfigError, match="^megatron: .*iter_0000100 is not a complete torch_dist checkpoint"):
         locate.locate(run_dir)
 
 

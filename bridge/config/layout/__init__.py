@@ -13,7 +13,7 @@ from bridge.config.layout import batch, experts, overlap, pipeline, recompute, t
 from bridge.config.layout.sizes import Batch, Layout
 from bridge.config.routing import Routed
 from bridge.config.schema import Train
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 
 __all__ = ["Batch", "Layout", "check", "check_model", "derive"]
 
@@ -110,4 +110,4 @@ def _check_positive(routed: Routed) -> None:
     for name in _POSITIVE:
         value = routed.given.get(name)
         if value is not None and value < 1:
-            raise ConfigError(f"{routed.key(name)}: {value} is not positive; set a whole number from 1 up")
+            raise ConfigError(f"{routed.key(name)}: {shown(value)} is not positive; set a whole number from 1 up")

@@ -13,14 +13,14 @@ def optimizer(routed: Routed, layout: Layout, batch: Batch) -> None:
     instances = routed.number("num_distributed_optimizer_instances")
     if routed.get("average_in_collective"):
         raise ConfigError(
-            f"{routed.key('average_in_collective')}: an average over ranks is no mean over tokens, which the loss is "
-            "here (calculate_per_token_loss); set it to false"
+            f"{routed.key('average_in_collective')}: averaging over ranks is not the mean over tokens that the loss "
+            "uses here (calculate_per_token_loss); set it to false"
         )
     divisibility.require(Number("DP x CP", layout.dp * layout.cp, movable=False), by=[instances])
     if instances.value > 1 and find_spec("einops") is None:
         raise ConfigError(
-            f"{instances.key}: megatron-core makes the groups of {instances.value} instances with the package einops, "
-            "which is not here; install it (pip install einops), or set it to 1"
+            f"{instances.key}: megatron-core makes the groups of {instances.value} instances with the package "
+            "einops, which is not installed; install it (pip install einops), or set it to 1"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from bridge.config import annotation, mcore_fields, sections
 from bridge.config.layout.sizes import Layout
 from bridge.config.routing import Routed
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 
 # Keys that act only where the layout has more than one of something: the field of Layout, the key that says how many.
 ALONE = (
@@ -88,19 +88,20 @@ def needs(routed: Routed, layout: Layout) -> None:
         for name in names.split() if getattr(layout, axis) == 1 else ():
             if routed.get(name) != defaults[name]:
                 raise ConfigError(
-                    f"{routed.key(name)}: {routed.get(name)!r} has no effect while {size} is 1; "
+                    f"{routed.key(name)}: {shown(routed.get(name))} has no effect while {size} is 1; "
                     f"leave it out, or set parallelism.{size} to 2 or more"
                 )
     for name, needed, values in NEEDS:
         found = routed.get(needed)
         if found not in values and routed.get(name) != defaults[name]:
             raise ConfigError(
-                f"{routed.key(name)}: {routed.get(name)!r} needs {needed}={_yaml(values[0])}, which is {_yaml(found)}; "
-                f"set {routed.key(needed)} to {' or '.join(map(_yaml, values))}, or leave it out"
+                f"{routed.key(name)}: {shown(routed.get(name))} needs {needed}={shown(values[0])}, but {needed} is "
+                f"{shown(found)}; set {routed.key(needed)} to {' or '.join(map(shown, values))}, or "
+                "leave it out"
             )
     for name in IN_HALF_PRECISION:
         if routed.get(name) and not (routed.get("bf16") or routed.get("fp16")):
-            raise ConfigError(f"{routed.key(name)}: True needs 16-bit weights; set precision=bf16, or leave it out")
+            raise ConfigError(f"{routed.key(name)}: true needs 16-bit weights; set precision=bf16, or leave it out")
 
 
 def experts_while_computing(routed: Routed, layout: Layout) -> None:
@@ -123,7 +124,7 @@ def tensor_parallel_buffers(routed: Routed, layout: Layout) -> None:
     for name in (name for name in routed.given if name.startswith("tp_comm_")):
         if routed.get(name) != defaults.get(name) and not routed.get("tp_comm_overlap"):
             raise ConfigError(
-                f"{routed.key(name)}: {routed.get(name)!r} has no effect while tp_comm_overlap is false; "
+                f"{routed.key(name)}: {shown(routed.get(name))} has no effect while tp_comm_overlap is false; "
                 "set parallelism.tp_comm_overlap to true, or leave it out"
             )
     key = routed.key("tp_comm_overlap_cfg")
@@ -135,10 +136,3 @@ def tensor_parallel_buffers(routed: Routed, layout: Layout) -> None:
             if name not in OPTIONS:
                 raise sections.unknown_key(f"{key}.{product}.{name}", value, OPTIONS)
             annotation.check(f"{key}.{product}.{name}", value, OPTIONS[name])
-
-
-def _yaml(value: Any) -> str:
-    """`value` as it is written in a configuration."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)

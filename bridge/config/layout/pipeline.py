@@ -7,7 +7,7 @@ from bridge.config import divisibility
 from bridge.config.divisibility import Number, either
 from bridge.config.layout.sizes import Batch, Layout, dp_formula
 from bridge.config.routing import Routed
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 
 
 def chunks(routed: Routed) -> int:
@@ -63,10 +63,10 @@ def point_to_point(routed: Routed, layout: Layout) -> None:
     if layout.pp == 2 and layout.vpp > 1 and (batched or not overlap):
         # Both neighbours are then the same process and the two messages of an exchange are mistaken for each other.
         raise ConfigError(
-            f"{key}: PP = 2 with VPP = {layout.vpp} computes wrong gradients, without an error, under {found}; {both}"
+            f"{key}: PP = 2 with VPP = {layout.vpp} computes wrong gradients, without an error, with {found}; {both}"
         )
     if layout.vpp > 1 and overlap and batched:
-        raise ConfigError(f"{key}: VPP = {layout.vpp} cannot run under {found}; {both}")
+        raise ConfigError(f"{key}: VPP = {layout.vpp} cannot run with {found}; {both}")
     if layout.pp > 1 and layout.vpp == 1 and overlap:
         raise ConfigError(
             f"{routed.key('overlap_p2p_comm')}: VPP > 1 must hold, but VPP = 1; set it to false, or "
@@ -91,14 +91,15 @@ def layers_per_stage(routed: Routed, layout: Layout) -> None:
         return
     if counted:
         clash = f"account_for_{counted[0]}_in_pipeline_split"
-        raise ConfigError(f"{routed.key(ends[0])}: does not go with {clash}=true; set one of the two")
+        raise ConfigError(f"{routed.key(ends[0])}: cannot be combined with {clash}=true; set one of the two")
     for name in ends:
         divisibility.require(routed.number(name), by=[vpp])
     left, stages = layers.value - sum(routed.get(name) for name in ends), layout.pp - len(ends)
     if left < 0 or stages < 0 or (left == 0) != (stages == 0):
         raise ConfigError(
-            f"{routed.key(ends[0])}: num_layers less {' and '.join(ends)} = {left} layers remain for {stages} middle "
-            f"stages (num_layers = {layers.value}, PP = {layout.pp}); set it so that every middle stage has layers"
+            f"{routed.key(ends[0])}: num_layers minus {' and '.join(ends)} = {left} layers remain for {stages} "
+            f"middle stages (num_layers = {layers.value}, PP = {layout.pp}); set it so that every middle stage has "
+            "layers"
         )
     if stages:
         middle = Number(f"(num_layers - {' - '.join(ends)})", left, routed.key(ends[0]), movable=False)
@@ -126,19 +127,19 @@ def _spelled_layers(routed: Routed, spelled: str | list[Any]) -> None:
     for name in OTHER_SPLITS:
         if routed.get(name):
             raise ConfigError(
-                f"{routed.key(name)}: does not go with pipeline_model_parallel_layout; set one of the two"
+                f"{routed.key(name)}: cannot be combined with pipeline_model_parallel_layout; set one of the two"
             )
     letter_of = {word: letter for letter, word, _ in PARTS}
     stages = _unrolled(spelled).split("|") if isinstance(spelled, str) else spelled
     parts = [letter_of.get(part, part) for stage in stages for part in stage]
     if unknown := set(parts) - {letter for letter, *_ in PARTS}:
         known = ", ".join(f"{letter} ({word})" for letter, word, _ in PARTS)
-        raise ConfigError(f"{key}: {min(unknown)!r} is no part of a model; set a layout of {known}")
+        raise ConfigError(f"{key}: unknown symbol {shown(min(unknown))}; a layout is made of {known}")
     for letter, word, field in PARTS:
         wanted = 1 if field is None else routed.get(field, 0)
         if parts.count(letter) != wanted:
             raise ConfigError(
-                f"{key}: {letter} ({word}) must be there {wanted} times ({field or 'one for every model'}), but "
+                f"{key}: {letter} ({word}) must appear {wanted} times ({field or 'one for every model'}), but "
                 f"{spelled} has {parts.count(letter)}; set a layout with {wanted}"
             )
     order = [letter for letter, *_ in PARTS]

@@ -6,7 +6,7 @@ None of them changes a result; the rules are about settings that megatron-core w
 from bridge.config.complete import layers
 from bridge.config.layout.sizes import Layout
 from bridge.config.routing import Routed
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 
 # What each granularity reads besides itself; anything else that is set would do nothing.
 READ_BY: dict[str | None, tuple[str, ...]] = {
@@ -31,9 +31,9 @@ def recompute(routed: Routed, layout: Layout) -> None:
     for name in dict.fromkeys(name for names in READ_BY.values() for name in names):
         if routed.get(name) and name not in READ_BY[granularity]:
             fitting = next(other for other, names in READ_BY.items() if name in names)
-            shown = "null" if granularity is None else granularity
             raise ConfigError(
-                f"{routed.key(name)}: {routed.get(name)} has no effect with recompute_granularity={shown}; "
+                f"{routed.key(name)}: {shown(routed.get(name))} has no effect with "
+                f"recompute_granularity={shown(granularity)}; "
                 f"set parallelism.recompute_granularity={fitting}, or {routed.key(name)} to null"
             )
     if granularity == "full":
@@ -47,8 +47,8 @@ def _full(routed: Routed, layout: Layout) -> None:
     if routed.get("recompute_method") is None or routed.get("recompute_num_layers") is None:
         raise ConfigError(
             f"{key}: full needs recompute_method and recompute_num_layers; set parallelism.recompute_method=uniform "
-            "parallelism.recompute_num_layers=1 (every layer by itself), or method block for the first so many of "
-            "each stage"
+            "parallelism.recompute_num_layers=1 (every layer by itself), or recompute_method=block for the first N "
+            "of each stage"
         )
     name = "distribute_saved_activations"
     if routed.get(name) and (layout.tp == 1 or routed.get("sequence_parallel")):
@@ -59,9 +59,11 @@ def _full(routed: Routed, layout: Layout) -> None:
 def _module(routed: Routed, module: str) -> None:
     key = routed.key("recompute_modules")
     if module not in MODULES:
-        raise ConfigError(f"{key}: no module is called {module!r}; set some of {', '.join(MODULES)}")
+        raise ConfigError(f"{key}: no module is called {shown(module)}; set some of {', '.join(MODULES)}")
     needed = MODULES[module]
     if needed is not None and not routed.get(needed):
         raise ConfigError(f"{key}: {module} needs a model with model.{needed}; set it without {module}")
     if module == "mlp" and all(kind.experts for kind in layers(routed.given)):
-        raise ConfigError(f"{key}: mlp is the MLP of layers without experts, of which there are none; set moe instead")
+        raise ConfigError(
+            f"{key}: mlp is the MLP of layers without experts, but every layer has experts; set moe instead"
+        )

@@ -55,7 +55,9 @@ def rows(model: Model, *, fused_experts: bool = False) -> Table:
     Raises ConversionError for a model with modules that predict more tokens.
     """
     if model["mtp_num_layers"]:
-        raise refused("model.mtp_num_layers", model["mtp_num_layers"], "this family is converted without; set null")
+        raise refused(
+            "model.mtp_num_layers", model["mtp_num_layers"], "this family is converted without them; set null"
+        )
     statics = "mlp.gate.moe_statics" if fused_experts else "mlp.moe_statics"
     return Table(
         [

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from bridge.errors import shown
 from bridge.models.families.llama import CONSTANTS as LLAMA
 from bridge.models.families.llama import SHAPE_AND_TRAINING
 from bridge.models.family import Family
@@ -43,7 +44,7 @@ def activation_of_gemma() -> Part:
         said = [hf["hidden_act"], hf.get("hidden_activation")]
         acts = {"gelu_pytorch_tanh" if name == "gelu" else name for name in said if name is not None}
         if len(acts) > 1:
-            raise refused("hidden_activation", said[1], f"hidden_act is {said[0]!r}; make them equal")
+            raise refused("hidden_activation", said[1], f"hidden_act is {shown(said[0])}; make them equal")
         return plain.read({"hidden_act": acts.pop()})
 
     def write(model: Values) -> dict[str, Any]:

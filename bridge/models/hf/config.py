@@ -11,7 +11,7 @@ from typing import Any
 from bridge import parallel
 from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.config.complete import complete, defaults
-from bridge.errors import ConversionError
+from bridge.errors import ConversionError, shown
 from bridge.models.family import Family, by_name, known_names, name_of_hf_config
 from bridge.models.hf import reads as hf_reads
 from bridge.models.hf import sizes as hf_sizes
@@ -151,7 +151,9 @@ def _account_for(hf: Mapping[str, Any], facts: Family) -> None:
         _check_no_effect({name: hf[name] for name in unlisted}, facts)
     names = hf.get("architectures") or [facts.architecture]
     if len(names) != 1 or names[0] not in (facts.architecture, *facts.aliases):
-        raise ConversionError(f"config.json: architectures: {names!r} is not supported; only {facts.architecture} is")
+        raise ConversionError(
+            f"config.json: architectures: {shown(names)} is not supported; only {facts.architecture} is"
+        )
     missing = [name for part in facts.parts for name in part.hf_names if name in REQUIRED and name not in hf]
     if missing:
         raise ConversionError(f"config.json: {missing[0]}: missing")
@@ -224,11 +226,13 @@ def _rewritten(hf: dict[str, Any], part: Part, full: Mapping[str, Any]) -> dict[
 def _account_for_model(model: Mapping[str, Any], full: Mapping[str, Any], facts: Family) -> None:
     for name, wanted in facts.constants.items():
         if full[name] != wanted and name not in NOT_ARCHITECTURE:
-            raise ConversionError(f"model.{name}: {full[name]!r}, but every {facts.architecture} has {wanted!r}")
+            raise ConversionError(
+                f"model.{name}: {shown(full[name])}, but every {facts.architecture} has {shown(wanted)}"
+            )
     understood = {key for part in facts.parts for key in part.model_keys} | facts.constants.keys() | NOT_ARCHITECTURE
     known = defaults()
     for name, value in model.items():
         if name not in understood and value != known.get(name):
             raise ConversionError(
-                f"model.{name}: {value!r} cannot be expressed in the config of a {facts.architecture}"
+                f"model.{name}: {shown(value)} cannot be expressed in the config of a {facts.architecture}"
             )

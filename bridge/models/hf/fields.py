@@ -7,7 +7,7 @@ Face fields with transformers' defaults filled in, model keys with megatron-core
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from bridge.errors import ConversionError
+from bridge.errors import ConversionError, shown
 
 Values = Mapping[str, Any]
 
@@ -81,7 +81,9 @@ def dropout(residual: str, embedding: str) -> Part:
 
     def read(hf: Values) -> dict[str, Any]:
         if hf[residual] != hf[embedding]:
-            raise refused(residual, hf[residual], f"megatron-core has one rate, and {embedding} is {hf[embedding]!r}")
+            raise refused(
+                residual, hf[residual], f"megatron-core has one rate, but {embedding} is {shown(hf[embedding])}"
+            )
         return {"hidden_dropout": float(hf[residual])}
 
     return Part(
@@ -292,4 +294,4 @@ def _windowed_layers(model: Values) -> list[bool]:
 
 def refused(name: str, value: Any, reason: str) -> ConversionError:
     """The error for a field that has no counterpart on the other side."""
-    return ConversionError(f"{name}: {value!r} cannot be converted; {reason}")
+    return ConversionError(f"{name}: {shown(value)} cannot be converted; {reason}")

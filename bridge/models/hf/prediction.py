@@ -36,7 +36,8 @@ def without_missing_predictions(hf: Values, names: Collection[str]) -> Mapping[s
         return hf
     if count is not None:  # not transformers' default
         warnings.warn(
-            f"config.json: {MTP_NAMES[0]}: {count}, but the files have no such layers ({first}*); going on without",
+            f"config.json: {MTP_NAMES[0]}: {count}, but the files have no such layers ({first}*); continuing without "
+            "them",
             stacklevel=3,
         )
     return {**hf, MTP_NAMES[0]: 0}

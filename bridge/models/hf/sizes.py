@@ -29,7 +29,7 @@ MAY_BE_NULL = frozenset(NULLABLE.split())
 
 
 def check(hf: Mapping[str, Any], read: Collection[str]) -> None:
-    """Raise ConversionError naming each of the fields `read` by a family that is no size."""
+    """Raise ConversionError naming each of the fields `read` by a family that is not a size."""
     wrong = []
     for name, (least, most) in SIZES.items():
         value = hf.get(name)

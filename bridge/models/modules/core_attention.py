@@ -24,7 +24,7 @@ from megatron.core.utils import divide
 from torch import Tensor
 
 from bridge import platform
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 from bridge.models.modules.scales import softcap
 
 # TransformerConfig fields that ask something of the core attention which this one does not do; their harmless values.
@@ -58,7 +58,8 @@ class CoreAttention(MegatronModule):
         for field, harmless in REFUSED_FIELDS:
             if getattr(config, field) != harmless:
                 raise ConfigError(
-                    f"{field}: {getattr(config, field)} needs Transformer Engine's attention; set {harmless}"
+                    f"{field}: {shown(getattr(config, field))} needs Transformer Engine's attention; "
+                    f"set {shown(harmless)}"
                 )
         if attention_type != "self":
             raise ConfigError(f"attention: {attention_type!r} attention needs Transformer Engine; only 'self' is here")
@@ -110,8 +111,8 @@ class CoreAttention(MegatronModule):
         if self.cp_group.size() > 1:
             if packed:
                 raise ConfigError(
-                    f"context_parallel_size: {self.cp_group.size()} divides every sequence of a packed row, which only "
-                    "Transformer Engine's attention can; set parallelism.context_parallel_size=1, or leave "
+                    f"context_parallel_size: {self.cp_group.size()} splits every sequence of a packed row, which "
+                    "only Transformer Engine's attention supports; set parallelism.context_parallel_size=1, or leave "
                     "packed_seq_params out"
                 )
             key = gather_from_sequence_parallel_region(key.contiguous(), group=self.cp_group)

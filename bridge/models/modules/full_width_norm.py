@@ -60,7 +60,7 @@ def use(layer: Any, config: Any) -> None:
     attention = layer.submodules.self_attention
     ranks, groups = config.tensor_model_parallel_size, config.num_query_groups
     if config.qk_layernorm:  # megatron-core would sum the gradients of both weights over tensor ranks
-        raise _refused("is another norm than qk_layernorm; set one of the two")
+        raise _refused("is a different norm from qk_layernorm; set only one of the two")
     if config.normalization != "RMSNorm" or attention.module is MLASelfAttention:
         raise _refused("needs model.normalization=RMSNorm and attention that is not latent")
     if groups % ranks:
@@ -73,4 +73,4 @@ def use(layer: Any, config: Any) -> None:
 
 
 def _refused(reason: str) -> ConfigError:
-    return ConfigError(f"model.qk_layernorm_full_width: True {reason}")
+    return ConfigError(f"model.qk_layernorm_full_width: true {reason}")

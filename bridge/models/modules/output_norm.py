@@ -14,7 +14,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 from bridge.models.modules.norm import Norm
 
 
@@ -50,7 +50,7 @@ def place_norms(layer: ModuleSpec, config: Any) -> None:
     parts: Any = layer.submodules
     if parts.mlp.module is not MLP:
         raise ConfigError(
-            f"model.norm_placement: {placement!r} is for dense MLPs, not for {parts.mlp.module.__name__}; set pre"
+            f"model.norm_placement: {shown(placement)} is for dense MLPs, not for {parts.mlp.module.__name__}; set pre"
         )
     attention, mlp = parts.self_attention.submodules, parts.mlp.submodules
     attention.linear_proj = with_output_norm(attention.linear_proj)

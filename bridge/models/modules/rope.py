@@ -13,7 +13,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from torch import Tensor
 
 from bridge.config.routing import ROPE_KEYS
-from bridge.errors import ConfigError, did_you_mean
+from bridge.errors import ConfigError, did_you_mean, shown
 
 # Length the model was trained at before its context was extended; max_sequence_length if absent, as in transformers.
 TRAINED = "original_max_position_embeddings"
@@ -183,7 +183,7 @@ def _scaling(parameters: Mapping[str, Any]) -> Scaling:
     kind = parameters.get("rope_type", "default")
     if kind not in SCALINGS:
         raise ConfigError(
-            f"{key}.rope_type: {kind!r} is not one of {', '.join(SCALINGS)}{did_you_mean(kind, SCALINGS)}"
+            f"{key}.rope_type: {shown(kind)} is not one of {', '.join(SCALINGS)}{did_you_mean(kind, SCALINGS)}"
         )
     scaling = SCALINGS[kind]
     known = _names(kind) | {"rope_type"}
@@ -198,8 +198,8 @@ def _scaling(parameters: Mapping[str, Any]) -> Scaling:
 class ScaledRotaryEmbedding(RotaryEmbedding):
     """megatron-core's RotaryEmbedding with the frequencies of `rope_parameters`.
 
-    Angles only: the attention factor goes elsewhere (`mcore_config._attention_factor`). Frequencies are asked for at
-    each sequence length, because dynamic and longrope depend on it; megatron-core caches the result.
+    Angles only: the attention factor goes elsewhere (`mcore_config.attention_factor_fields`). Frequencies are asked for
+    at each sequence length, because dynamic and longrope depend on it; megatron-core caches the result.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from bridge import platform
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, shown
 
 # moe_router_load_balancing_type -> the name that its loss has in a report, megatron-core's.
 BALANCING = {
@@ -180,12 +180,12 @@ def _check(config: Any) -> None:
     for field, harmless in REFUSED:
         if getattr(config, field) != harmless:
             raise ConfigError(
-                f"model.{field}: {getattr(config, field)!r} does not go with this model's choice of experts; "
-                f"set {harmless}"
+                f"model.{field}: {shown(getattr(config, field))} cannot be combined with this model's choice of "
+                f"experts; set {harmless}"
             )
     if config.moe_router_load_balancing_type == "sinkhorn":
         raise ConfigError(
-            "model.moe_router_load_balancing_type: 'sinkhorn' does not go with this model's choice of experts; "
+            "model.moe_router_load_balancing_type: sinkhorn cannot be combined with this model's choice of experts; "
             "set aux_loss"
         )
 
