@@ -252,7 +252,7 @@ def _losses(routed: Routed) -> None:
         raise _error(routed, "moe_expert_capacity_factor", "is below 0; set null to drop no tokens")
     half = routed.get("bf16") or routed.get("fp16")
     native = routed.given.get("cross_entropy_fusion_impl") == "native"
-    if routed.get("cross_entropy_loss_fusion") and native and not half:  # its backward ends in grad_input.to(torch.bfloat16)
+    if routed.get("cross_entropy_loss_fusion") and native and not half:  # it ends in grad_input.to(torch.bfloat16)
         raise _error(
             routed,
             "cross_entropy_fusion_impl",
