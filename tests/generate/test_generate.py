@@ -80,7 +80,7 @@ def test_sampling_repeats_with_its_seed(tiny_hf: Callable[..., Path]):
     ("arguments", "message"),
     [
         (["path=x", "prompt=y", "max_new_token=3"], "did you mean 'max_new_tokens'?"),
-        (["path=x", "prompt=y", "max_new_tokens=many"], "max_new_tokens: 'many'"),
+        (["path=x", "prompt=y", "max_new_tokens=many"], "max_new_tokens: many"),
         (["path=x", "prompt=y", "temperature=-1"], "temperature: -1 is too small"),
         (["path=x", "prompt=y", "prompt=z"], "prompt: is given twice, the second time as 'z'"),
         (["prompt=y"], "path: is missing"),

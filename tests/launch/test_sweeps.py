@@ -245,7 +245,7 @@ def test_all_points_of_a_grid_are_checked_before_the_first_is_trained(sweep):
         "job 2 (optimizer.lr=bad parallelism.tensor_model_parallel_size=1)",
         "job 3 (optimizer.lr=bad parallelism.tensor_model_parallel_size=3)",
     ]
-    assert "): parallelism.tensor_model_parallel_size: " in lines[0] and "): optimizer.lr: 'bad'" in lines[1]
+    assert "): parallelism.tensor_model_parallel_size: " in lines[0] and "): optimizer.lr: bad" in lines[1]
     done = sweep.directory / "1" / "checkpoints" / "latest_checkpointed_iteration.txt"
     assert sweep("optimizer.lr=1e-3,2e-3")[0] == 0
     done.parent.mkdir()
