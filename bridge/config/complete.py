@@ -111,5 +111,7 @@ def _of_each(model: Mapping[str, Any], name: str, otherwise: int) -> list[int]:
     if numbers is None:
         return [otherwise] * count
     if len(numbers) != count or min(numbers, default=0) < 0:
-        raise ConfigError(f"model.{name}: {numbers} is not a number from 0 up for each of {count} layers; set those")
+        raise ConfigError(
+            f"model.{name}: {numbers} is not a list of one number from 0 up for each of {count} layers; set that"
+        )
     return list(numbers)

@@ -153,7 +153,7 @@ def test_arguments_of_megatron_lm_leave_less_to_say(llama, tmp_path):
         (
             {"share_embeddings_and_output_weights": True},
             ConfigError,
-            r"share_embeddings_and_output_weights is True, but .* has False \(output_layer.weight is there\)",
+            r"share_embeddings_and_output_weights is true, but .* has false \(output_layer.weight is there\)",
         ),
         (
             {"num_attention_heads": 8},
@@ -185,7 +185,7 @@ def test_what_cannot_be_given(llama, tmp_path):
     source, root = llama
     with pytest.raises(ConfigError, match="^reference: .*nowhere has no config.json; give a Hugging Face directory"):
         export_hf(root, tmp_path / "hf", reference=tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="^reference: .* as model does; set one of the two"):
+    with pytest.raises(ConfigError, match="^reference: .* so does model; set only one of the two"):
         export_hf(root, tmp_path / "hf", reference=source, model={"family": "llama"})
     import_hf(source, tmp_path / "ours")
     with pytest.raises(ConfigError, match=r"^model: .*ours/model.yaml already determines the model; remove model="):

@@ -82,7 +82,7 @@ def test_sampling_repeats_with_its_seed(tiny_hf: Callable[..., Path]):
         (["path=x", "prompt=y", "max_new_token=3"], "did you mean 'max_new_tokens'?"),
         (["path=x", "prompt=y", "max_new_tokens=many"], "max_new_tokens: many"),
         (["path=x", "prompt=y", "temperature=-1"], "temperature: -1 is too small"),
-        (["path=x", "prompt=y", "prompt=z"], "prompt: is given twice, the second time as 'z'"),
+        (["path=x", "prompt=y", "prompt=z"], "prompt: is given twice, the second time as z"),
         (["prompt=y"], "path: is missing"),
         (["path"], "path: not of the form key=value; did you mean 'path'?"),
         (["--temperature", "1"], "--temperature: not of the form key=value; did you mean 'temperature'?"),
