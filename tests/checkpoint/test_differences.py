@@ -64,7 +64,7 @@ def test_layout_and_settings_are_recorded_and_changes_said_once(saved: Path, tmp
     assert "expert_model_parallel_size 2 -> 1, data_parallel_size 2 -> 1, use_distributed_optimizer true -> " in line
     (line,) = [line for line in first.splitlines() if line.startswith("settings since")]
     expected = "optimizer.lr 0.01 -> 0.005, optimizer.adam_beta2 0.95 -> 0.9, scheduler.lr_decay_steps 8 -> 10; "
-    assert line == f"settings since the checkpoint: {expected}the present ones apply"
+    assert line == f"settings since the checkpoint: {expected}the new ones apply"
     assert "since the checkpoint" not in second
 
 
