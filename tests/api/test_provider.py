@@ -77,6 +77,16 @@ def test_building(tiny_hf):
         assert torch.equal(weight, model.module.module.decoder.final_layernorm.weight)
         with pytest.raises(ConfigError, match="^pre_process: False, but this pipeline stage has True"):
             auto.to_megatron_provider().provide(pre_process=False)
+        random = auto.to_megatron_provider(load_weights=False)
+        drawn = []
+        for seed in (7, 8):  # of the weights, in one call as in the other, whatever is drawn before
+            random.initialize_model_parallel(seed=seed)
+            alone = random.provide()
+            torch.rand(3)
+            whole = random.provide_distributed_model(wrap_with_ddp=False)[0].module
+            drawn += [chunk.decoder.layers[1].mlp.linear_fc1.weight for chunk in (alone, whole)]
+        assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[2], drawn[3])
+        assert not torch.equal(drawn[0], drawn[2])
         with pytest.raises(ConfigError, match="^ddp_config: has no effect with wrap_with_ddp=False"):
             auto.to_megatron_model(ddp_config={"overlap_grad_reduce": True})
 
