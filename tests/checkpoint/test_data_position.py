@@ -58,13 +58,13 @@ def test_killed_and_resumed_with_other_data_parallel_sizes(tmp_path: Path):
         return config(tmp_path, name=name, train=limits, checkpoint={"save_interval": 2}, **KEEP)
 
     with pytest.raises(AssertionError, match="exit code -9"):
-        run_distributed(train_and_die, 2, run(), 3)  # three steps are done, two of them saved
+        run_distributed(train_and_die, 2, run(), 3, fresh=True)  # three steps are done, two of them saved
     moved = tmp_path / "moved"
     assert set(read_by_step(moved)) == {1, 2, 3, 4}
     run_distributed(train, 1, run(exit_interval=5))
     assert set(read_by_step(moved)) == {1, 2, 3, 4, 5}
     with pytest.raises(AssertionError, match="exit code -9"):
-        run_distributed(train_and_die, 1, run(), 0)
+        run_distributed(train_and_die, 1, run(), 0, fresh=True)
     run_distributed(train, 2, run())
     run_distributed(train, 1, run("straight"))
     assert read_by_step(moved) == read_by_step(tmp_path / "straight")

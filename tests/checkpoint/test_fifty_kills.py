@@ -79,7 +79,7 @@ def test_killed_again_and_again(tmp_path: Path, straight: tuple[list[float], lis
         begun.append(check_what_is_there(run.run_dir / "checkpoints"))
         moment = (draw.choice((1, 2, 2, 3)), draw.uniform(0, 0.08))
         with pytest.raises(AssertionError, match="exit code -9\n"):
-            run_distributed(train_under_fire, 1, run, *moment)
+            run_distributed(train_under_fire, 1, run, *moment, fresh=True)
         kills += 1
         ids = sample_ids(run.run_dir)[0]
         (run.run_dir / "sample_ids").rename(tmp_path / f"sample_ids_{attempt}")

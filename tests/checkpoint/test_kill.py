@@ -74,7 +74,7 @@ def test_killed_while_saving(tmp_path: Path, straight: list[float], point: str) 
     }
     run = config(tmp_path, **options)
     with pytest.raises(AssertionError, match="exit code -9"):
-        run_distributed(train_and_die, 1, run, point)
+        run_distributed(train_and_die, 1, run, point, fresh=True)
     root = run.run_dir / "checkpoints"
     assert (root / "latest_checkpointed_iteration.txt").read_text() == str(POINTS[point])
 

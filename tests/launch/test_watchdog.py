@@ -41,7 +41,7 @@ def test_a_rank_that_never_gets_its_data_is_named_and_all_stacks_are_kept(tmp_pa
     run = config(tmp_path, train={"eval_interval": None}, launch={"hang_timeout": "5s"})
     (run.run_dir / "logs").mkdir(parents=True)
     with pytest.raises(AssertionError) as caught:
-        run_distributed(train_with_a_stuck_rank, 2, run, timeout=60)
+        run_distributed(train_with_a_stuck_rank, 2, run, timeout=60, fresh=True)
     _, rank_0, rank_1 = re.split(r"^--- rank \d, exit code 1$", str(caught.value), flags=re.MULTILINE)
     assert "never_returns" in rank_1 and "never_returns" not in rank_0
     assert "train_step" in rank_0 and "came back" not in rank_0 + rank_1
