@@ -1,10 +1,10 @@
 """Runs a function on several ranks over gloo: worlds of processes that stay, and are sent one case after another.
 
-The processes fork from a server that has imported megatron (multiprocessing's "forkserver", started at first use,
-preloading tests/preload.py). It only ever imports, so it has no OpenMP pool and no autograd threads for a fork to lose;
-the pytest process may do with torch whatever it likes. A fork costs 0.03 s, the first training in a process 0.3 s more
-than the next: so a world stays, per number of ranks. What a case changes is put back (tests/pristine.py); one that
-fails, or leaves a thread behind, ends its world, and the next case has a new one.
+The processes fork from a server that has imported megatron and all of bridge (multiprocessing's "forkserver", started
+at first use, preloading tests/preload.py and tests/preload_bridge.py). It only ever imports, so it has no OpenMP pool
+and no autograd threads for a fork to lose; the pytest process may do with torch whatever it likes. A fork costs 0.03 s,
+the first training in a process 0.3 s more than the next: so a world stays, per number of ranks. What a case changes is
+put back (tests/pristine.py); one that fails, or leaves a thread behind, ends its world, the next case has a new one.
 """
 
 import atexit
@@ -26,7 +26,7 @@ GRACE_SECONDS = 5.0  # for the other ranks after one has failed, and for a worke
 LOG_TAIL = 6000  # characters of each rank's output shown on failure
 
 context = get_context("forkserver")
-context.set_forkserver_preload(["tests.preload"])
+context.set_forkserver_preload(["tests.preload", "tests.preload_bridge"])
 
 
 class Case(NamedTuple):
@@ -53,7 +53,8 @@ def run_distributed(
 
     `fn` is a module-level function (workers import it by name); arguments and results are pickled. RANK, LOCAL_RANK,
     WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set as torchrun sets them: `fn` calls `bridge.parallel.initialize` once.
-    fresh: in processes that have run nothing before and end afterwards, for what is measured, forks or kills itself.
+    fresh: in processes that have run nothing before and end afterwards: for what is measured, or kills itself, or
+    forks, as megatron-core's own `dist_checkpointing.save` does.
     Raises AssertionError with every rank's traceback and output when one fails or `timeout` seconds pass.
     """
     if fresh:

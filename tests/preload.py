@@ -4,14 +4,9 @@ Imports only: a tensor operation here could start threads, which a fork does not
 """
 
 # ruff: noqa: E402, F401
-import gc
-import importlib
-import pkgutil
-
 import pytest
 import torch
 
-import bridge
 from bridge import platform
 
 platform.prepare()  # before megatron: what it adapts is decided while megatron is imported
@@ -20,10 +15,3 @@ import megatron.core.dist_checkpointing
 import megatron.core.models.gpt.gpt_model
 import megatron.core.optimizer
 import megatron.core.pipeline_parallel
-
-for module in pkgutil.walk_packages(bridge.__path__, "bridge."):
-    importlib.import_module(module.name)
-
-import tests.pristine
-
-gc.freeze()  # a worker's collections need not look at all this, nor write to its pages

@@ -143,7 +143,7 @@ def test_a_model_of_plain_megatron_core(tiny_hf):
 def test_a_checkpoint_of_plain_megatron_core(tiny_hf, tmp_path):
     """No model.yaml: the Hugging Face directory says which model it is, and the tensors must agree."""
     path, saved = tiny_hf("llama"), tmp_path / "saved"
-    run_distributed(plain_megatron.save, 2, "llama", path, saved, {"tp": 2, "pp": 1}, None, "")
+    run_distributed(plain_megatron.save, 2, "llama", path, saved, {"tp": 2, "pp": 1}, None, "", fresh=True)
     auto = AutoBridge.from_auto_config(saved, path)
     auto.export_ckpt(saved, tmp_path / "hf", show_progress=False)
     assert same(tensors(tmp_path / "hf"), tensors(path))

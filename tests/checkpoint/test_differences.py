@@ -162,7 +162,7 @@ def test_a_format_bound_to_its_layout_is_refused(tmp_path: Path):
     directory = tmp_path / "run" / "checkpoints" / "iter_0000002"
     parallelism = {"use_distributed_optimizer": True}
     run = config(tmp_path, train=STOP, parallelism=parallelism)
-    run_distributed(save_as_megatron_lm_does, 2, run, directory)
+    run_distributed(save_as_megatron_lm_does, 2, run, directory, fresh=True)
     (text,) = run_distributed(refusal, 1, run)
     said = (
         "state in the format 'dp_reshardable', bound to the layout that wrote it (tensor_model_parallel_size=1 "

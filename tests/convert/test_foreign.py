@@ -31,7 +31,8 @@ STACKED = "decoder.layers.self_attention.linear_qkv.weight"
 
 
 def save(kind, hf, directory, layout=ONE, *, metadata=None, prefix=""):
-    run_distributed(plain_megatron.save, layout["tp"] * layout["pp"], kind, hf, directory, layout, metadata, prefix)
+    ranks = layout["tp"] * layout["pp"]
+    run_distributed(plain_megatron.save, ranks, kind, hf, directory, layout, metadata, prefix, fresh=True)
     return directory
 
 

@@ -78,7 +78,7 @@ def test_reads_what_two_tensor_ranks_saved(tiny_hf, tmp_path):
     source = tiny_hf("llama")
     import_hf(source, tmp_path / "megatron")
     target = tmp_path / "run" / "checkpoints" / "iter_0000007"
-    assert run_distributed(saved_at_tp2, 2, tmp_path / "megatron", target) == [260, 260]
+    assert run_distributed(saved_at_tp2, 2, tmp_path / "megatron", target, fresh=True) == [260, 260]
     target.with_name("latest_checkpointed_iteration.txt").write_text("7")
     target.with_name("model.yaml").write_text((tmp_path / "megatron" / "model.yaml").read_text())
     with parallel.single_process():

@@ -69,7 +69,7 @@ def save_with_mcore(directory):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_we_read_what_mcore_saved(tmp_path, world_size):
-    run_distributed(save_with_mcore, world_size, tmp_path)
+    run_distributed(save_with_mcore, world_size, tmp_path, fresh=True)
     assert len(list(tmp_path.glob("*.distcp"))) >= world_size
     dist = open_dist(tmp_path)
     assert set(dist.tensors) == set(TENSORS)
