@@ -202,7 +202,10 @@ def test_what_we_import_loads_in_a_plain_script(tiny_hf, tmp_path, kind, layout)
     import_hf(source, tmp_path / "ours")
     directory = locate.locate(tmp_path / "ours").directory
     world_size = layout["tp"] * layout["pp"]
-    assert run_distributed(plain_megatron.load, world_size, kind, source, directory, layout) == [0] * world_size
+    assert (
+        run_distributed(plain_megatron.load, world_size, kind, source, directory, layout, fresh=True)
+        == [0] * world_size
+    )
 
 
 def test_model_yaml_of_a_run_serves_as_a_file(llama, tmp_path):

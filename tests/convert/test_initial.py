@@ -46,7 +46,7 @@ def test_two_ranks_load_and_export_bit_equal(tiny_hf, tmp_path, variant, layout)
     import_hf(source, tmp_path / "megatron")
     for path in (source, tmp_path / "megatron"):
         target = tmp_path / f"export_of_{path.name}"
-        num_chunks, exported = run_distributed(load_and_export, 2, path, layout, target)
+        num_chunks, exported = run_distributed(load_and_export, 2, path, layout, target, fresh=True)
         assert num_chunks == (2 if layout == "pp2_vpp2" else 1)
         assert exported.keys() == theirs.keys()
         assert all(

@@ -107,5 +107,5 @@ def test_every_family_at_every_layout(layout: str, directories: dict[str, Path],
     }
     for wrong in run_distributed(load_and_save, ranks, chosen, layout, tmp_path, fresh=True):
         assert not any(wrong.values()), wrong
-    for wrong in run_distributed(load_saved, LAYOUTS[other][0], chosen, other, tmp_path):
+    for wrong in run_distributed(load_saved, LAYOUTS[other][0], chosen, other, tmp_path, fresh=True):
         assert not any(wrong.values()), (other, wrong)

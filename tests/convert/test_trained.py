@@ -31,7 +31,7 @@ def test_training_with_no_learning_rate_gives_the_source_back(tiny_hf, tmp_path,
         scheduler={"lr_warmup_steps": 0},
         init={"path": str(source)},
     )
-    run_distributed(runs.train, 2, run)
+    run_distributed(runs.train, 2, run, fresh=True)
     directory = locate.locate(run.run_dir).directory
     assert len(list(directory.glob("*.distcp"))) >= 2
     assert any(key.startswith("optimizer.") for key in open_dist(directory).tensors)

@@ -122,7 +122,7 @@ def test_a_step_holds_what_was_estimated(case: Case, tmp_path: Path):
         data={"sequence_length": 128, "vocab_size": 100, "num_samples": 64},
         train={"global_batch_size": 8, "micro_batch_size": 2},
     )
-    ranks = run_distributed(measured.step, case.world_size, run)
+    ranks = run_distributed(measured.step, case.world_size, run, fresh=True)
     estimated = estimate.memory(run, world_size=case.world_size, fused=False)
     for stage, kept in zip(estimated, _kept(run, world_size=case.world_size), strict=True):
         found = [rank for rank in ranks if rank.stage == stage.stage]

@@ -111,7 +111,7 @@ def execute_after_an_hour(run: Any) -> Result:
 
 def test_the_time_limit_counts_from_before_a_restart(tmp_path: Path) -> None:
     run = config(tmp_path, train={"exit_after": "30m", "eval_interval": None})
-    (result,) = run_distributed(execute_after_an_hour, 1, run)
+    (result,) = run_distributed(execute_after_an_hour, 1, run, fresh=True)
     assert (result.status, result.step) == ("stopped", 1)
 
 

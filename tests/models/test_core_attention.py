@@ -116,7 +116,7 @@ def dropped(sequence_parallel: bool) -> list[float]:
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_tensor_ranks_drop_different_weights(sequence_parallel: bool):
     """Their heads are different ones of the model: with equal masks dropout would average over half as much."""
-    one, other = run_distributed(dropped, 2, sequence_parallel)
+    one, other = run_distributed(dropped, 2, sequence_parallel, fresh=True)
     assert one != other
 
 

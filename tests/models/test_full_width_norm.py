@@ -49,7 +49,7 @@ def test_equals_the_norm_of_the_whole(tp: int):
     weight.requires_grad_()
     out = torch.nn.functional.rms_norm(x.flatten(-2), (32,), weight, EPS).view(SHAPE)
     out.backward(gradient)
-    ranks = run_distributed(part_of_the_norm, tp, tp)
+    ranks = run_distributed(part_of_the_norm, tp, tp, fresh=True)
     for name, expected in {"out": out, "x": x.grad}.items():
         torch.testing.assert_close(torch.cat([rank[name] for rank in ranks], dim=2), expected)
     torch.testing.assert_close(torch.cat([rank["weight"] for rank in ranks]).reshape(-1), weight.grad)

@@ -128,13 +128,13 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def alone(directories: dict[str, str]) -> dict[str, Any]:
-    (result,) = run_distributed(loss_and_gradients, 1, {}, directories)
+    (result,) = run_distributed(loss_and_gradients, 1, {}, directories, fresh=True)
     return result
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_divided_model_equals_whole_model(layout: str, directories: dict[str, str], alone: dict[str, Any]):
-    for result in run_distributed(loss_and_gradients, 2, LAYOUTS[layout], directories):
+    for result in run_distributed(loss_and_gradients, 2, LAYOUTS[layout], directories, fresh=True):
         assert_same(result, alone)
 
 

@@ -74,7 +74,7 @@ def compare(directory: Path, tmp_path: Path, *, data: dict[str, Any], peak: floa
         log={"sample_ids": True},
         train={"steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": 2, "eval_interval": None},
     )
-    lines = run_distributed(train, 1, run)[0].lines
+    lines = run_distributed(train, 1, run, fresh=True)[0].lines
     (ids,) = sample_ids(run.run_dir)
     expected = plain_loop(directory, training_samples(run), ids, peak=peak)
 

@@ -118,7 +118,7 @@ def outcomes(names: list[str], folder: Path) -> dict[str, str]:
 def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Outcomes of the fields that need two processes, all in one pair of them."""
     names = [name for name in every_field.names() if world_size(name) == 2]
-    (first, second) = run_distributed(outcomes, 2, names, tmp_path_factory.mktemp("two"))
+    (first, second) = run_distributed(outcomes, 2, names, tmp_path_factory.mktemp("two"), fresh=True)
     assert first == second
     return first
 
@@ -213,8 +213,8 @@ def losses(folder: Path, overlapped: bool) -> list[float]:
 
 def test_mixing_two_micro_batches_changes_nothing(tmp_path: Path):
     """megatron-core's plan of one micro-batch's backward and another's forward pass gives the plain schedule's loss."""
-    plain = run_distributed(losses, 2, tmp_path, False)[0]
-    mixed = run_distributed(losses, 2, tmp_path, True)[0]
+    plain = run_distributed(losses, 2, tmp_path, False, fresh=True)[0]
+    mixed = run_distributed(losses, 2, tmp_path, True, fresh=True)[0]
     assert mixed == pytest.approx(plain, abs=2e-3)  # bf16: the order of sums differs
     assert plain[-1] != pytest.approx(plain[0], abs=2e-2)
 

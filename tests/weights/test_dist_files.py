@@ -49,7 +49,7 @@ def load_with_mcore(directory):
 def test_mcore_loads_what_we_wrote_at_any_layout(tmp_path):
     write(tmp_path)
     for world_size in (1, 2):
-        loaded = run_distributed(load_with_mcore, world_size, tmp_path)
+        loaded = run_distributed(load_with_mcore, world_size, tmp_path, fresh=True)
         for key, tensor in TENSORS.items():
             parts = [part[key] for part in loaded]
             whole = torch.cat(parts, dim=1) if tensor.ndim == 2 else parts[0]
