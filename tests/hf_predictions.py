@@ -1,6 +1,6 @@
 """Multi-token prediction modules in Hugging Face files, which transformers' model classes neither build nor save."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,16 +43,25 @@ def add(directory: Path, config: Any, *, draw: Callable[[str, torch.Tensor], Non
 
 
 class Reference(NamedTuple):
-    """transformers' model and its MtpModel, which share embedding and output layer."""
+    """transformers' model and its MtpModel, which share embedding and output layer; None where there are no
+    modules."""
 
     main: Any
     modules: Any
+
+    def all_modules(self) -> Iterator[Any]:
+        """torch's modules of both."""
+        yield from self.main.modules()
+        if self.modules is not None:
+            yield from self.modules.modules()
 
     def logits(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The model's and each module's, [batch, length, vocab]. Module k reads the token k + 1 places further, or 0
         where there is none, as megatron-core does; transformers would draft one."""
         from transformers.cache_utils import MtpCache
 
+        if self.modules is None:
+            return self.main(ids).logits, []
         cache = MtpCache(config=self.main.config.get_mtp_config())
         hidden = self.main.model(ids).last_hidden_state
         main, predicted = self.main.lm_head(hidden), []
@@ -80,12 +89,22 @@ def transformers_models(directory: Path) -> Reference:
     from transformers.modeling_layers import MtpModel
 
     main = reference.load(directory)
+    if not getattr(main.config, "num_mtp_layers", 0):
+        return _exact(Reference(main, None))
     # Which tensors are the modules': the class says it of a model with 61 layers only.
     main._keys_to_ignore_on_load_unexpected = [
         rf"model\.layers\.{main.config.num_hidden_layers + module}\." for module in range(main.config.num_mtp_layers)
     ]
     modules = MtpModel.from_pretrained(main).eval()
-    for module in (*main.modules(), *modules.modules()):
+    return _exact(Reference(main, modules))
+
+
+def _exact(model: Reference) -> Reference:
+    """In float64."""
+    for module in model.all_modules():
+        module.double()
         if hasattr(module, "config"):
             module.config._experts_implementation = "eager"  # the grouped product knows no float64
-    return Reference(main.double(), modules.double())
+        if hasattr(module, "limit"):  # GPT-OSS's experts: transformers 5.17 has 7.0 there, whatever the config says
+            module.limit = model.main.config.swiglu_limit
+    return model

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,8 +106,15 @@ def train_and_print(run: RunConfig) -> tuple[Ran, str]:
     return ran, output.getvalue()
 
 
-def one_step(job: Any, streams: list[Any], *, micro_batch_size: int, num_microbatches: int) -> Any:
-    """The result of one training step of `job`, as the loop takes it."""
+def one_step(
+    job: Any,
+    streams: list[Any],
+    *,
+    micro_batch_size: int,
+    num_microbatches: int,
+    before_update: Callable[[], None] = lambda: None,
+) -> Any:
+    """The result of one training step of `job`, as the loop takes it. before_update: sees the reduced gradients."""
     from bridge.training.loss_policy import LossPolicy
     from bridge.training.rerun import Rerun
     from bridge.training.step import Shape, train_step
@@ -114,7 +122,16 @@ def one_step(job: Any, streams: list[Any], *, micro_batch_size: int, num_microba
     policy = LossPolicy(job.config, job.progress)
     rerun = Rerun(job.config, policy, step=0, model=job.state.model)
     shape = Shape(job.data.options.sequence_length, micro_batch_size, num_microbatches)
-    return train_step(job.objective, job.state, streams, shape, step=1, policy=policy, rerun=rerun)
+    return train_step(
+        job.objective,
+        job.state,
+        streams,
+        shape,
+        step=1,
+        policy=policy,
+        rerun=rerun,
+        before_update=before_update,
+    )
 
 
 def losses(lines: list[dict[str, Any]]) -> list[float]:

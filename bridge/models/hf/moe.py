@@ -1,8 +1,9 @@
 """Fields of Hugging Face configs about experts: how many, how wide, in which layers, and how tokens reach them.
 
 The coefficient of the balancing loss is taken over as a number: megatron-core adds the loss of each layer, scaled so
-that a balanced layer gives 1, where transformers (with output_router_logits) averages over layers and scales to
-num_experts_per_tok. No torch here.
+that a balanced layer gives 1, where transformers (with output_router_logits) multiplies shares and scores averaged over
+all layers, scaled to num_experts_per_tok. With one layer that has experts they differ by that factor alone. No torch
+here.
 """
 
 from collections.abc import Callable
