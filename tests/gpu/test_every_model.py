@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from transformers.modeling_layers import MtpModel
+
 from bridge import platform
+from bridge.models.hf import config as hf_config
 from tests import hf_gradients, hf_models
 from tests.hf_gradients import Written
 from tests.training.every_model import micro_batches
@@ -32,7 +35,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
     folder = tmp_path_factory.mktemp("hf")
     for name in ALL:
         hf_models.save(name, folder / name, tokenizer=False)
-    return {name: hf_gradients.write(folder / name, micro_batches(0)) for name in ALL}
+    # Older transformers, as the GPU machines have it, cannot run one prediction module at a time.
+    known = [name for name in ALL if hasattr(MtpModel, "forward_layer") or not _predicts(folder / name)]
+    return {name: hf_gradients.write(folder / name, micro_batches(0)) for name in known}
+
+
+def _predicts(directory: Path) -> bool:
+    return bool(hf_config.to_mcore(hf_config.read(directory)).get("mtp_num_layers"))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -40,6 +49,8 @@ def test_norms_and_gradients(name: str, written: dict[str, Written], tmp_path: P
     layout = LAYOUTS[name]
     if platform.num_devices() < layout.ranks:
         pytest.skip("fewer than two CUDA devices")
+    layout = layout._replace(variants=[name for name in layout.variants if name in written])
+    assert len(layout.variants) > 20
     seen = train(written, layout, tmp_path, balanced=False, tolerance=TOLERANCE)
     wrong = {variant: [line for rank in ranks for line in rank.wrong][:5] for variant, ranks in seen.items()}
     assert not {variant: lines for variant, lines in wrong.items() if lines}
