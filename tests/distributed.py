@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 GRACE_SECONDS = 5.0  # for the other ranks after one has failed, and for a worker's own timeout to print its stacks
 LOG_TAIL = 6000  # characters of each rank's output shown on failure
 
-context = get_context("forkserver")
+# What is imported for a GPU initialises CUDA, and then no process can be forked: they start from nothing there.
+context = get_context("spawn" if Path("/dev/nvidiactl").exists() else "forkserver")
 context.set_forkserver_preload(["tests.preload", "tests.preload_bridge"])
 
 
@@ -166,6 +167,7 @@ def _serve(pipe: connection.Connection) -> None:
     """Body of a worker: one case after another, until the other end is closed. A case that fails ends it."""
     import torch
 
+    import tests.preload  # noqa: F401  # in a process that is not forked from the server
     from tests.pristine import Pristine
 
     torch.set_num_threads(1)

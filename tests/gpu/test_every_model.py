@@ -8,7 +8,6 @@ two GPUs in the layouts that divide a model by its matrices, layers and experts.
 from pathlib import Path
 
 import pytest
-
 from transformers.modeling_layers import MtpModel
 
 from bridge import platform
