@@ -129,7 +129,7 @@ def test_the_error_lists_what_is_missing(llama, tmp_path):
 def test_arguments_of_megatron_lm_leave_less_to_say(llama, tmp_path):
     source, root = llama
     keep_arguments(root)
-    with pytest.raises(ConfigError, match=r"nothing in it tells family, vocab_size \(known: .*rotary_base=1234"):
+    with pytest.raises(ConfigError, match=r"nothing in it tells its family, vocab_size \(known: .*rotary_base=1234"):
         export_hf(root, tmp_path / "hf")
     with pytest.raises(ConfigError, match=r"^model: lacks vocab_size \("):
         export_hf(root, tmp_path / "hf", model={"family": "llama"})

@@ -113,10 +113,11 @@ def norms(ran: Ran) -> list[float]:
 
 
 def own_numbers(ran: Ran) -> list[dict[str, float]]:
-    """What the objective and the model measure of themselves, by line: a number of the objective's own, balancing and
-    prediction losses, tokens per expert."""
+    """What the objective and the model measure of themselves, of each step and the last evaluation: a number of the
+    objective's own, balancing and prediction losses, tokens per expert."""
     names = re.compile(r"(eval_)?probability|.*load_balancing_loss|z_loss|mtp_\d_loss|tokens_per_expert_.*")
-    return [{name: line[name] for name in line if names.fullmatch(name)} for line in ran.lines]
+    lines = [line for line in ran.lines if "loss" in line] + [line for line in ran.lines if "eval_loss" in line][-1:]
+    return [{name: line[name] for name in line if names.fullmatch(name)} for line in lines]
 
 
 def saved_weights(run_dir: Path) -> dict[str, torch.Tensor]:
