@@ -52,7 +52,7 @@ def test_supports_every_variant_as_object_and_as_dict(variant):
         ({"architectures": ["MyLlamaForCausalLM"]}, "architectures: .*MyLlamaForCausalLM"),
         ({"model_type": "lama"}, "model_type: lama is not supported.*did you mean 'llama'"),
         ({"attention_chunk_size": 5}, "attention_chunk_size: 5: transformers reads"),
-        ({"hidden_act": "mish"}, "hidden_act: 'mish'"),
+        ({"hidden_act": "mish"}, "hidden_act: mish"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"num_attention_heads": 5, "num_key_value_heads": 3}, "num_attention_heads % num_query_groups must be 0"),
     ],
