@@ -232,7 +232,7 @@ def test_checkpoints_without_a_model(tiny_hf, tmp_path, capsys):
     again.export_ckpt(tmp_path / "megatron", tmp_path / "again", show_progress=False)
     assert same(tensors(tmp_path / "again"), tensors(path))
     other = AutoBridge.from_hf_pretrained(tiny_hf("qwen3"))
-    with pytest.raises(ConfigError, match="model.family is 'qwen3' .*not the model in"):
+    with pytest.raises(ConfigError, match="model.family is qwen3.*not the model in"):
         other.export_ckpt(tmp_path / "megatron", tmp_path / "other")
     half = AutoBridge.import_ckpt(path, tmp_path / "half", torch_dtype=torch.bfloat16, show_progress=False)
     half.export_ckpt(tmp_path / "half", tmp_path / "half_hf", show_progress=False)
