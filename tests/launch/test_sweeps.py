@@ -252,7 +252,7 @@ def test_all_points_of_a_grid_are_checked_before_the_first_is_trained(sweep):
     done.write_text("2")
     code, _, err = sweep("optimizer.lr=1e-3,2e-3", "train.steps=1")
     assert (code, sweep.trained, len(err.splitlines())) == (2, [], 1)
-    assert err.startswith("job 1 (optimizer.lr=0.002): train.steps: 1, and ")
+    assert err.startswith("job 1 (optimizer.lr=0.002): train.steps: 1, but ")
     shutil.rmtree(sweep.directory)
     code, _, err = sweep("model=tiny,no_such")
     assert code == 2 and "job 1 (model=no_such): model: no option 'no_such'" in err
@@ -305,7 +305,7 @@ def test_a_dry_run_of_a_sweep_writes_nothing(sweep, monkeypatch, tmp_path):
     assert (code, shown, sweep.trained) == (0, [1e-3, 2e-3], [])
     assert out.splitlines() == ["--- job 0: optimizer.lr=0.001", "--- job 1: optimizer.lr=0.002"]
     code, _, err = sweep(*OPTUNA, "dry_run=true")
-    assert code == 2 and err.startswith("dry_run: true, and OptunaSweeper chooses jobs by the results of earlier ones")
+    assert code == 2 and err.startswith("dry_run: true, but OptunaSweeper chooses jobs by the results of earlier ones")
     assert list(tmp_path.iterdir()) == []
 
 
