@@ -117,6 +117,6 @@ class Attack:
 
 def test_metadata_cannot_run_code(tmp_path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Attack(tmp_path / "pwned")))
-    with pytest.raises(ConversionError, match="does not belong into it"):
+    with pytest.raises(ConversionError, match="does not belong in it"):
         open_dist(tmp_path)
     assert not (tmp_path / "pwned").exists()
