@@ -1,7 +1,7 @@
 """How long each test takes: with -n the longest start first, and those that take no time are marked `fast`.
 
 `pytest --write-durations` notes in durations.json what it measures. A file that is not there is taken to need 10 s, and
-a test that is not there to be fast.
+none of its tests to be fast; in one that is there, the tests that are not listed are.
 """
 
 import json
@@ -76,7 +76,7 @@ class Plugin:
             there = known.get(file, Known(UNKNOWN, {}))
             seconds = there.slow.get(name_of(item.nodeid))
             order[unit] = there.seconds if unit == file else seconds or 0.0
-            if seconds is None:
+            if seconds is None and file in known:
                 item.add_marker("fast")
         items.sort(key=lambda item: -order[unit_of(item.nodeid)])
 
