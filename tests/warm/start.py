@@ -36,15 +36,7 @@ class Order(NamedTuple):
 
 def on() -> None:
     """Start warm processes from now on. The server is started at first use and ends with this process."""
-    global _twin
-    if _twin is None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            # The last argument makes room for the command lines that its forks show.
-            command = [sys.executable, "-m", "tests.warm.server", str(theirs.fileno()), "_" * 16384]
-            subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
-        _twin = ours
-    belong_to(_twin)
+    _posixsubprocess.fork_exec = subprocess._fork_exec = _start  # type: ignore[attr-defined]
 
 
 def off() -> None:
@@ -69,7 +61,7 @@ def belong_to(twin: socket.socket) -> None:
     """Start processes by that twin."""
     global _twin
     _twin = twin
-    _posixsubprocess.fork_exec = subprocess._fork_exec = _start  # type: ignore[attr-defined]
+    on()
 
 
 def _start(*call: Any) -> int:
@@ -96,6 +88,16 @@ def _start(*call: Any) -> int:
     return _ask(order, [*standard, *passed])
 
 
+def _server() -> socket.socket:
+    """The first twin, a real process that is started here."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # The last argument makes room for the command lines that its forks show.
+    command = [sys.executable, "-m", "tests.warm.server", str(theirs.fileno()), "_" * 16384]
+    with theirs, real():
+        subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
+    return ours
+
+
 def _is_known(command: Sequence[str]) -> bool:
     _, words = split(command)
     return len(words) > 0 and (words[0] in ("-m", "-c") or not words[0].startswith("-"))
@@ -117,17 +119,18 @@ def _parsed(environment: Sequence[bytes]) -> dict[str, str]:
 
 def _ask(order: Order, descriptors: list[int]) -> int:
     """The process id of the new process, a child of this one."""
-    assert _twin is not None
+    global _twin
     prctl = ctypes.CDLL(None).prctl
     with _lock:
+        _twin = twin = _twin or _server()
         prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         try:
             # A message has a limit: the order goes as a file.
             with os.fdopen(os.memfd_create("order"), "w+b") as file:
                 file.write(json.dumps(order).encode())
                 file.flush()
-                socket.send_fds(_twin, [b"start"], [file.fileno(), *descriptors])
-            answer = _twin.recv(64)
+                socket.send_fds(twin, [b"start"], [file.fileno(), *descriptors])
+            answer = twin.recv(64)
         finally:
             prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
     assert answer, f"no answer to {order.command}: the twin has ended"
