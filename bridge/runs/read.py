@@ -38,14 +38,14 @@ class Run(NamedTuple):
     path: Path
     name: str  # path relative to the directory that was searched
     state: str  # running, pending, done, stopped (resumable), failed, invalid, died (no process, no result)
-    where: str | None  # who works on it: "process 12 on host", "Slurm job 7"
-    step: int | None
-    steps: int | None  # train.steps
-    loss: float | None  # of the last reported step, nats per token; may be NaN
-    eval_loss: float | None  # of the last evaluation; may be NaN
-    tokens_per_second: float | None
-    age: float | None  # seconds since the last line of metrics.jsonl
-    error: str | None  # one line
+    where: str | None = None  # who works on it: "process 12 on host", "Slurm job 7"
+    step: int | None = None
+    steps: int | None = None  # train.steps
+    loss: float | None = None  # of the last reported step, nats per token; may be NaN
+    eval_loss: float | None = None  # of the last evaluation; may be NaN
+    tokens_per_second: float | None = None
+    age: float | None = None  # seconds since the last line of metrics.jsonl
+    error: str | None = None  # one line
     slurm_job: str | None = None
     eta: float | None = None  # of a running one: seconds of the steps left, without evaluations and saves
 
@@ -156,13 +156,6 @@ def _announced(row: Mapping[str, Any], path: Path, *, name: str) -> Run:
         path=path,
         name=name,
         state=str(status) if status in ENDED else "pending",
-        where=None,
-        step=None,
-        steps=None,
-        loss=None,
-        eval_loss=None,
-        tokens_per_second=None,
-        age=None,
         error=None if error is None else one_line(str(error)),
         slurm_job=str(row["slurm_job_id"]) if row.get("slurm_job_id") else None,
     )

@@ -72,7 +72,7 @@ def model_of(
     if missing:
         none = f"{key}: {found.directory} has no model.yaml, and nothing in it tells its"
         subject = none if model is None else "model: lacks"
-        known = [f"{name}={_text(value)}" for name, value in (facts.model | args).items()]
+        known = [f"{name}={shown(value)}" for name, value in (facts.model | args).items()]
         raise ConfigError(f"{subject} {', '.join(missing)} (known: {', '.join([*known, *facts.hints])}); {ask}")
     check(section, dist, source="model")
     return Described(section, "model", found.root / locate.HF_ASSETS)
@@ -115,7 +115,3 @@ def _filled(given: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any
     words = its_family.constants.keys() | {name for part in its_family.parts for name in part.model_keys}
     own = {name: value for name, value in known.items() if name in words}
     return {"family": section["family"], **its_family.constants, **own, **section}
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
