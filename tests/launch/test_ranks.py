@@ -68,7 +68,7 @@ def test_first_node(node_list: str, first: str, monkeypatch: pytest.MonkeyPatch)
     ("arguments", "message"),
     [
         (("train.num_nodes=2",), "train.num_nodes: 2 nodes, "),
-        (("launch.detach=true",), "launch.detach: true, and without Slurm "),
+        (("launch.detach=true",), "launch.detach: true needs Slurm: "),
         (
             ("hydra/launcher=slurm", "hydra.launcher.gpus_per_node=4", "train.num_devices=2"),
             "train.num_devices: 2 differs from hydra.launcher.gpus_per_node (4); ",
