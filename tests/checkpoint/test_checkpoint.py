@@ -71,6 +71,6 @@ def train_reading(run: Any, identity: str) -> Any:
 def test_other_data_than_before_is_refused(tmp_path: Path) -> None:
     run_distributed(train_reading, 1, config(tmp_path, train={"exit_interval": 1, "eval_interval": None}), "text-1")
     with pytest.raises(
-        AssertionError, match="data.source: the prepared data is text-2, this run has read text-1 so far"
+        AssertionError, match="data.source: the prepared data is text-2, but this run has read text-1 so far"
     ):
         run_distributed(train_reading, 1, config(tmp_path), "text-2")

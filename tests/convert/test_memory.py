@@ -11,10 +11,10 @@ from bridge.weights.spec import TensorSpec
 
 SCRIPT = """
 import resource, sys
-from bridge.convert import skeleton
+from bridge.sources import skeleton
 from bridge.convert.export import export_hf
 from bridge.convert.import_ import import_hf
-from bridge.models import hf_config
+from bridge.models.hf import config as hf_config
 import megatron.core.models.gpt.gpt_model, bridge.weights.transfer
 hf, megatron, back = sys.argv[1:]
 skeleton.skeleton(hf_config.to_mcore(hf_config.read(hf)))  # what any conversion needs, whatever the model's size

@@ -59,7 +59,7 @@ def test_equals_the_norm_of_the_whole(tp: int):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"qk_layernorm": True}, "set one of the two"),
+        ({"qk_layernorm": True}, "set only one of the two"),
         ({"normalization": "LayerNorm"}, "needs model.normalization=RMSNorm"),
         ({"num_query_groups": 1}, "1 % 2 = 1"),
     ],

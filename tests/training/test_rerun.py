@@ -95,7 +95,7 @@ def test_a_result_that_stays_is_taken_to_other_hardware(tmp_path: Path, straight
     [
         ("transient_error", "a transient fault of this device", None),
         ("persistent_error", "", "a persistent fault of the device of the first run"),
-        ("correct_result", "", "no fault of the hardware"),
+        ("correct_result", "", "not a fault of the hardware"),
     ],
 )
 def test_injected_faults_are_classified(tmp_path: Path, kind: str, first: str, elsewhere: str | None) -> None:
