@@ -52,8 +52,8 @@ def join(routed: Routed, *, seed: int = 1234) -> bool:
     needed = math.prod(routed.get(f"{axis}_parallel_size") for axis in ("tensor_model", "pipeline_model", "context"))
     if ranks % needed:
         raise ConfigError(
-            f"parallelism: {ranks} processes, but the layout needs a multiple of {needed}; start that many "
-            "with torchrun"
+            f"parallelism: {ranks} {'process' if ranks == 1 else 'processes'}, but the layout needs a multiple of "
+            f"{needed}; start that many with torchrun"
         )
     layout.derive(routed, world_size=ranks)
     instances = routed.get("num_distributed_optimizer_instances")

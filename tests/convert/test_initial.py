@@ -139,7 +139,7 @@ def test_options_of_load_model(tiny_hf):
             ConfigError, match="^parallelism.tensor_model_parallel_size: 2, but this process group has 1"
         ):
             bridge.load_model(source, parallelism={"tensor_model_parallel_size": 2})
-    with pytest.raises(ConfigError, match="^parallelism: 1 processes, but the layout needs a multiple of 2"):
+    with pytest.raises(ConfigError, match="^parallelism: 1 process, but the layout needs a multiple of 2"):
         bridge.load_model(source, parallelism={"tensor_model_parallel_size": 2})
 
 
