@@ -179,7 +179,7 @@ def _serve(pipe: connection.Connection) -> None:
         except (EOFError, KeyboardInterrupt):
             return
         try:
-            value = _work(case, pristine)
+            value = _work(case)
             reply = pickle.dumps(Reply(value, clean=pristine.restore()))
         except BaseException:
             traceback.print_exc()
@@ -189,7 +189,7 @@ def _serve(pipe: connection.Connection) -> None:
         pipe.send_bytes(reply)
 
 
-def _work(case: Case, pristine: Any) -> Any:
+def _work(case: Case) -> Any:
     """What the function of a case returned. Output and fatal tracebacks go to its log."""
     os.environ.clear()
     os.environ.update(case.env)
@@ -202,7 +202,6 @@ def _work(case: Case, pristine: Any) -> Any:
     faulthandler.enable(sys.stderr)
     faulthandler.dump_traceback_later(case.timeout, exit=True, file=sys.stderr)
     fn, args = pickle.loads(case.call)
-    pristine.learn()
     value = fn(*args)
     import torch
 

@@ -12,7 +12,8 @@ import threading
 import time
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.machinery import PathFinder
 from typing import Any
 
 import numpy
@@ -38,12 +39,11 @@ SETTLE_SECONDS = 2.0  # for threads that have been told to end
 
 
 class Pristine:
-    """The state of this process when this is made, or for a module imported later, at `learn()`."""
+    """The state of this process when this is made, and of a module imported later, right after its import."""
 
     def __init__(self) -> None:
         self._attributes: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._contents: list[tuple[Any, Any]] = []  # megatron-core's counters and trackers: (container, a copy)
-        self._known: set[str] = set()
         self._threads = set(threading.enumerate())
         self._handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
@@ -53,20 +53,18 @@ class Pristine:
         for module in OTHERS:
             self._attributes[id(module)] = module, dict(vars(module))
         self._attributes[id(pathlib.Path)] = pathlib.Path, dict(vars(pathlib.Path))
-        self.learn()
+        for name in [name for name in sys.modules if _is_ours(name)]:
+            self._learn(sys.modules[name])
+        sys.meta_path.insert(0, _Importing(self._learn))
         gc.collect()
         gc.freeze()  # what stays need not be looked at again
 
-    def learn(self) -> None:
-        """Take modules imported since the last call as they are now."""
-        for name in [name for name in sys.modules if name.split(".")[0] in OURS and name not in self._known]:
-            self._known.add(name)
-            module = sys.modules[name]
-            for owner in (module, *_classes(module)):
-                self._attributes[id(owner)] = owner, dict(vars(owner))
-            if name.startswith("megatron."):
-                found = [value for value in vars(module).values() if type(value) in CONTAINERS]
-                self._contents += [(value, value.copy()) for value in found if value is not vars(module)]
+    def _learn(self, module: types.ModuleType) -> None:
+        for owner in (module, *_classes(module)):
+            self._attributes[id(owner)] = owner, dict(vars(owner))
+        if module.__name__.startswith("megatron."):
+            found = [value for value in vars(module).values() if type(value) in CONTAINERS]
+            self._contents += [(value, value.copy()) for value in found if value is not vars(module)]
 
     def restore(self) -> bool:
         """Put everything back. False when a thread of Python's is left, which nothing can end, or too many others."""
@@ -92,6 +90,30 @@ class Pristine:
         while (left := set(threading.enumerate()) - self._threads) and time.monotonic() < deadline:
             time.sleep(0.005)
         return not left and num_threads() < MOST_THREADS
+
+
+class _Importing:
+    """A finder that calls `learn` with each module of OURS once it is imported, before a test can change it."""
+
+    def __init__(self, learn: Callable[[types.ModuleType], None]) -> None:
+        self._learn = learn
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        spec: Any = PathFinder.find_spec(name, path, target) if _is_ours(name) else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_learn(module: types.ModuleType) -> None:
+            execute(module)
+            self._learn(module)
+
+        spec.loader.exec_module = execute_and_learn
+        return spec
+
+
+def _is_ours(name: str) -> bool:
+    return name.split(".")[0] in OURS
 
 
 def _classes(module: types.ModuleType) -> Iterator[type]:

@@ -126,3 +126,22 @@ def test_what_a_case_changes_is_put_back():
     assert run_distributed(_state, 2) == before
     assert len(before[0]) == 25
     assert [one for one, other in zip(before[0], disturbed[0], strict=True) if one == other] == []
+
+
+def _replace_in_what_it_imports() -> bool:
+    there = "bridge.checkpoint.files" in sys.modules
+    from bridge.checkpoint import files
+
+    files.publish = _pid  # type: ignore[assignment]
+    return there
+
+
+def _home_of_publish() -> str:
+    from bridge.checkpoint import files
+
+    return files.publish.__module__
+
+
+def test_what_a_case_changes_in_a_module_that_it_imports_first_is_put_back():
+    assert run_distributed(_replace_in_what_it_imports, 3) == [False] * 3, "a new world"
+    assert run_distributed(_home_of_publish, 3) == ["bridge.checkpoint.files"] * 3
