@@ -18,8 +18,9 @@ class Batch(TypedDict, total=False):
 
     tokens: Tensor  # int64 [B, S], ids below model.vocab_size
     labels: Tensor  # int64 [B, S], what position t should predict: the next token
-    loss_mask: Tensor  # float32 [B, S], 1 where the label counts, else 0; all 0 in what fills up an evaluation
+    loss_mask: Tensor  # float32 [B, S], how much the label counts, 0: not at all; all 0 in what fills up an evaluation
     position_ids: Tensor  # int64 [B, S], 0, 1, ... from the beginning of each text
+    segment_ids: Tensor  # int32 [B, S], of rows that samples share: the number of a token's sample, -1 for padding
     sample_id: Tensor  # int64 [B], index in the dataset
 
 

@@ -26,6 +26,7 @@ class Padded(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __init__(self, dataset: Any, *, size: int) -> None:
         self.dataset, self.size = dataset, size
+        self.collate = getattr(dataset, "collate", None)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index < self.size:
@@ -82,10 +83,14 @@ def _line(error: Exception) -> str:
 
 
 def loader(dataset: Any, *, batches: Any, num_workers: int, pin_memory: bool) -> torch.utils.data.DataLoader[Any]:
-    """A DataLoader over `Numbered(dataset)` that yields one dict of [micro_batch_size, ...] tensors per micro-batch."""
+    """A DataLoader over `Numbered(dataset)` that yields one bridge.data.batch.Batch per micro-batch.
+
+    `dataset.collate` makes it from the items, which are dicts with `sample_id`; without it they are stacked.
+    """
     return torch.utils.data.DataLoader(
         Numbered(dataset),
         batch_sampler=batches,
+        collate_fn=getattr(dataset, "collate", None),
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,

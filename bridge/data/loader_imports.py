@@ -15,6 +15,7 @@ die_with_parent()
 os.register_at_fork(after_in_child=partial(die_with_parent, os.getpid()))
 platform.prepare()  # before megatron-core
 
-from bridge.data import gpt_dataset, loader
+from bridge.data import loader
+from bridge.data.samples import concatenated
 
-__all__ = ["gpt_dataset", "loader"]
+__all__ = ["concatenated", "loader"]

@@ -8,7 +8,8 @@ and, if it likes, what refuses a file that is missing before torch is imported a
     check(config) -> None                        raises ConfigError
 With data.num_workers > 0 the training dataset is pickled for other processes.
 An item is a dict of tensors of shape [sequence_length]: tokens, labels, position_ids (int64) and loss_mask (float32),
-and whatever else the objective names (bridge.data.batch, which stacks them).
+and whatever else the objective names (bridge.data.batch, which stacks them). A dataset with items of other shapes has
+an attribute `collate`, a function from the items of a micro-batch to its Batch, which loader processes get too.
 """
 
 import fcntl

@@ -72,23 +72,23 @@ def _hash_of_name(document: Document) -> str:
 def check(config: Config) -> None:
     """Raises ConfigError when data.tokenizer names no tokenizer."""
     if config.tokenizer is not None:
-        from bridge.data import tokenizer
+        from bridge.data.encode import tokenizer
 
         tokenizer.file_of(Path(config.tokenizer).expanduser())
 
 
 def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
     """Tokenised standard library below `cache`, made at first use. `seed` orders the samples."""
-    from bridge.data import text
+    from bridge.data.encode import corpus
 
     files = documents()
     if not files:
         raise ConfigError("data.source: this Python has no library sources on disk; set another data source")
-    return text.prepare(
+    return corpus.prepare(
         [document.text for document in files],
         name="stdlib",
         title=f"Python standard library: {len(files)} files",
-        options=text.Options.of(config),
+        options=corpus.Options.of(config),
         cache=cache,
         seed=seed,
     )
@@ -96,6 +96,6 @@ def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
 
 def build(config: Config, prepared: Prepared, *, seed: int) -> Datasets:
     """Training and validation samples of the prepared text."""
-    from bridge.data import gpt_dataset
+    from bridge.data.samples import concatenated
 
-    return gpt_dataset.build(prepared, sequence_length=config.sequence_length, split=config.split, seed=seed)
+    return concatenated.build(prepared, sequence_length=config.sequence_length, split=config.split, seed=seed)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NextToken(Objective):
-    """Cross entropy of the labels in nats, over those that loss_mask counts."""
+    """Cross entropy of the labels in nats: the mean, weighted by loss_mask."""
 
     name: str = "next_token"
 
@@ -28,7 +28,7 @@ class NextToken(Objective):
         return model(batch.get("tokens"), batch.get("position_ids"), None, labels=labels, loss_mask=mask)
 
     def loss(self, output: "Tensor", batch: "Batch") -> Loss:
-        """The sum of the token losses `output` [B, S] that count, and their number."""
+        """The sum of the token losses `output` [B, S], each times its weight, and the sum of the weights."""
         mask = batch["loss_mask"].view(-1).float()
         return Loss((output.view(-1).float() * mask).sum(), mask.sum())
 

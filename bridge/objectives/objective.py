@@ -27,7 +27,7 @@ class Loss(NamedTuple):
     total: "Tensor"
     """Scalar with a gradient: the sum of the losses that count."""
     divisor: "Tensor"
-    """Scalar, a whole number: how many those are (tokens; of preferences, pairs)."""
+    """Scalar: the sum of their weights, which is how many those are (tokens; of preferences, pairs) if all count 1."""
     numbers: Mapping[str, tuple["Tensor", "Tensor"]] = {}
     """name -> (sum, count), scalars; reported is the sum over the count of all micro-batches and ranks."""
 

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import unwrap_model
+from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 from bridge import parallel, platform
@@ -58,8 +59,35 @@ class _Reported(NamedTuple):
     squares: int
 
 
+class _Divisor:
+    """What the loss of all micro-batches is divided by, float64: megatron-core itself adds up whole numbers only."""
+
+    def __init__(self) -> None:
+        self.total = torch.zeros((), dtype=torch.float64, device=platform.device())
+
+    @contextmanager
+    def instead_of_whole_numbers(self, model: list[Any]) -> Iterator[None]:
+        """In the block, whoever finishes the gradients is given this total."""
+        config = get_model_config(model[0])
+        finish = config.finalize_model_grads_func
+
+        def with_total(chunks: Any, num_tokens: Tensor | None = None, **options: Any) -> Any:
+            return finish(chunks, None if num_tokens is None else self.total, **options)
+
+        if finish is not None:
+            config.finalize_model_grads_func = with_total
+        try:
+            yield
+        finally:
+            config.finalize_model_grads_func = finish
+
+
 def forward_step(
-    objective: Objective, batches: Iterator[Batch], model: Any, return_schedule_plan: bool = False
+    objective: Objective,
+    divisor: _Divisor,
+    batches: Iterator[Batch],
+    model: Any,
+    return_schedule_plan: bool = False,
 ) -> tuple[Any, Any]:
     """megatron-core's forward_step_func: one micro-batch through one model chunk; the loss function for its output.
 
@@ -71,13 +99,16 @@ def forward_step(
     loaded: Batch = next(batches) if keys else {}
     batch = to_this_rank(loaded, keys)
     output = objective.forward(chunk.build_schedule_plan if return_schedule_plan else model, batch)
-    return output, partial(_loss, objective, batch, loaded)
+    return output, partial(_loss, objective, divisor, batch, loaded)
 
 
-def _loss(objective: Objective, batch: Batch, loaded: Batch, output: Any) -> tuple[Tensor, Tensor, _Reported]:
-    """megatron-core's loss function: the sum, what it divides the gradient of all micro-batches and ranks by
-    (calculate_per_token_loss), and what goes into the report."""
+def _loss(
+    objective: Objective, divided_by: _Divisor, batch: Batch, loaded: Batch, output: Any
+) -> tuple[Tensor, Tensor, _Reported]:
+    """megatron-core's loss function: the sum, a whole number (calculate_per_token_loss asks for one, `divided_by` has
+    the right one), and what goes into the report."""
     total, divisor, numbers = objective.loss(output, batch)
+    divided_by.total += divisor.detach()
     if unknown := numbers.keys() - set(objective.numbers):
         raise ConfigError(f"objective.name: '{objective.name}' reports {min(unknown)}; list it in its `numbers`")
     pairs = [(total, divisor), *(numbers.get(name, (None, None)) for name in objective.numbers)]
@@ -97,8 +128,10 @@ def run(
     """Forward, and unless `forward_only` backward, over the next micro-batches of `batches`, an iterator per chunk."""
     if not forward_only:
         measures.reset(model)
-    step = partial(forward_step, objective)
-    found: list[_Reported] = through_schedule(step, batches, model, shape, forward_only=forward_only)
+    divisor = _Divisor()
+    step = partial(forward_step, objective, divisor)
+    with divisor.instead_of_whole_numbers(model):
+        found: list[_Reported] = through_schedule(step, batches, model, shape, forward_only=forward_only)
     names = ("loss", *objective.numbers)
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=platform.device())
     for one in found:

@@ -59,13 +59,14 @@ def status(pid: int) -> dict[str, str]:
 
 def train(sender: Connection, cache: Path) -> None:
     """A trainer with threads; it sends what it read by 0 and by 2 processes, and waits for its end."""
-    from bridge.data import gpt_dataset, mock
+    from bridge.data import mock
+    from bridge.data.samples import concatenated
     from tests.data.test_text import prepare
 
     config = mock.Config(num_samples=10, sequence_length=4)
     datasets = {
         "mock": mock.build(config, mock.prepare(config, cache=cache, seed=0), seed=0).train,
-        "indexed": gpt_dataset.build(prepare(cache), sequence_length=32, split="80,20", seed=1).train,
+        "indexed": concatenated.build(prepare(cache), sequence_length=32, split="80,20", seed=1).train,
         "broken": Broken(),
         "unsendable": Unsendable(),
         "unopenable": Unopenable(),

@@ -12,25 +12,26 @@ from pathlib import Path
 
 import pytest
 
-from bridge.data import stdlib, text, tokenizer
+from bridge.data import stdlib
+from bridge.data.encode import corpus, tokenizer
 from bridge.data.source import Prepared, completed
 from bridge.errors import ConfigError
 
 DOCUMENTS = [f"def f{n}(x):\n    return x + {n}  # naïve ünïcode {n * 7919}\n" * (3 + n % 5) for n in range(40)]
-OPTIONS = text.Options(sequence_length=32, split="80,20", vocab_size=300, tokenizer=None)
+OPTIONS = corpus.Options(sequence_length=32, split="80,20", vocab_size=300, tokenizer=None)
 
 
 def prepare(cache: Path, **changes: object) -> Prepared:
-    return text.prepare(DOCUMENTS, name="t", title="test", options=OPTIONS._replace(**changes), cache=cache, seed=1)
+    return corpus.prepare(DOCUMENTS, name="t", title="test", options=OPTIONS._replace(**changes), cache=cache, seed=1)
 
 
 def test_samples_hold_the_documents_in_order_within_each(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from bridge.data import gpt_dataset
+    from bridge.data.samples import concatenated
 
     prepared = prepare(tmp_path)
-    data = gpt_dataset.build(prepared, sequence_length=32, split="80,20", seed=1)
+    data = concatenated.build(prepared, sequence_length=32, split="80,20", seed=1)
     hf = AutoTokenizer.from_pretrained(prepared.tokenizer)
     end = hf.eos_token_id
     expected = [[*hf(document, add_special_tokens=False)["input_ids"], end] for document in DOCUMENTS]
@@ -94,10 +95,10 @@ def test_wrong_settings_are_one_line(tmp_path: Path, changes: dict, message: str
 
 
 def test_nothing_need_be_held_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from bridge.data import gpt_dataset
+    from bridge.data.samples import concatenated
 
     prepared = prepare(tmp_path, split="100,0")
-    data = gpt_dataset.build(prepared, sequence_length=32, split="100,0", seed=1)
+    data = concatenated.build(prepared, sequence_length=32, split="100,0", seed=1)
     assert data.valid is None and len(data.train) > 0 and prepared.unigram_entropy is None
     assert "0 held-out tokens\n" in capsys.readouterr().out
 

@@ -158,20 +158,20 @@ class Interrupting(list[str]):
 
 
 def test_a_signal_while_data_is_prepared_is_answered_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bridge.data import text
+    from bridge.data.encode import corpus
     from bridge.errors import Stopped
     from bridge.training.stop import Stop
 
-    monkeypatch.setattr(text, "BATCH", 4)
+    monkeypatch.setattr(corpus, "BATCH", 4)
     documents = [f"def f{n}(x):\n    return x + {n}\n" * 5 for n in range(40)]
-    options = text.Options(sequence_length=8, split="80,20", vocab_size=300, tokenizer=None)
+    options = corpus.Options(sequence_length=8, split="80,20", vocab_size=300, tokenizer=None)
     how = {"name": "t", "title": "test", "options": options, "cache": tmp_path, "seed": 1}
     stop = Stop(config(tmp_path).train, started=0.0)
     with stop.listening(), pytest.raises(Stopped), stop.leaving_at_once():
-        text.prepare(Interrupting(documents), **how)
+        corpus.prepare(Interrupting(documents), **how)
     assert stop.received == signal.SIGINT
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []  # nothing half-written
-    assert text.prepare(documents, **how).vocab_size <= 300
+    assert corpus.prepare(documents, **how).vocab_size <= 300
 
 
 def test_usr2_is_left_to_a_launcher_that_listens_to_it() -> None:

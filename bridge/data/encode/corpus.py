@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge.config import durations
-from bridge.data import tokenizer as bpe
+from bridge.data.encode import tokenizer as bpe
 from bridge.data.source import Prepared, completed
 from bridge.weights.hf_assets import copy_tokenizer
 
@@ -38,7 +38,7 @@ def prepare(documents: Sequence[str], *, name: str, title: str, options: Options
 
     The entry below `cache` is keyed by the text, the tokenizer settings and the split; a change makes a new entry.
     """
-    from bridge.data import gpt_dataset
+    from bridge.data.samples import concatenated
 
     entry = cache / f"{name}-{_key(documents, options)}"
     completed(entry, fill=lambda directory: _fill(directory, documents, title=title, options=options))
@@ -49,7 +49,7 @@ def prepare(documents: Sequence[str], *, name: str, title: str, options: Options
         tokenizer=entry / "tokenizer",
         unigram_entropy=manifest["unigram_entropy"],
     )
-    gpt_dataset.index(prepared, sequence_length=options.sequence_length, split=options.split, seed=seed)
+    concatenated.index(prepared, sequence_length=options.sequence_length, split=options.split, seed=seed)
     return prepared
 
 
@@ -63,10 +63,10 @@ def _key(documents: Sequence[str], options: Options) -> str:
 
 
 def _fill(directory: Path, documents: Sequence[str], *, title: str, options: Options) -> None:
-    from bridge.data import gpt_dataset
+    from bridge.data.samples import concatenated
 
     size = sum(map(len, documents))
-    num_train = gpt_dataset.num_train_documents(len(documents), split=options.split)
+    num_train = concatenated.num_train_documents(len(documents), split=options.split)
     if options.tokenizer is None:
         print(f"data: {title}, {size / 1e6:.1f} M characters; training a {options.vocab_size}-token BPE", flush=True)
         tokenizer = bpe.train(documents[:num_train], vocab_size=options.vocab_size)
@@ -74,7 +74,7 @@ def _fill(directory: Path, documents: Sequence[str], *, title: str, options: Opt
         print(f"data: {title}, {size / 1e6:.1f} M characters; tokenizer {options.tokenizer}", flush=True)
         tokenizer = bpe.load(options.tokenizer)
     _store_tokenizer(tokenizer, directory / "tokenizer", source=options.tokenizer)
-    counts = gpt_dataset.write(
+    counts = concatenated.write(
         directory, _tokenised(documents, tokenizer), vocab_size=tokenizer.vocab_size, num_train=num_train
     )
     manifest = {

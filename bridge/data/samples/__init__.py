@@ -1,0 +1,1 @@
+"""From token ids to what a dataset holds: concatenated texts, or conversations in rows of their own or packed."""

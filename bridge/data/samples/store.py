@@ -1,0 +1,75 @@
+"""Encoded samples on disk, one after the other, and read from there: nothing holds them all in memory.
+
+tokens.bin     int32, the tokens of all samples
+weights.bin    float32, as many
+samples.npy    int64 [samples, 3]: tokens of the samples up to and with this one, number of its file, line
+files.json     the files' paths
+"""
+
+import json
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+from numpy.typing import NDArray
+
+from bridge.data.encode.encoded import Encoded
+
+
+class Sample(NamedTuple):
+    """tokens: int32 [length]. weights: float32 [length], how much predicting that token counts. Both are not copied."""
+
+    tokens: NDArray[numpy.int32]
+    weights: NDArray[numpy.float32]
+    file: str
+    line: int
+
+
+def write(directory: Path, samples: Iterable[Encoded]) -> None:
+    """Write `samples` into an existing `directory`, in their order."""
+    ends, total, files = array("q"), 0, dict[str, int]()
+    with (directory / "tokens.bin").open("wb") as tokens, (directory / "weights.bin").open("wb") as weights:
+        for sample in samples:
+            assert len(sample.tokens) == len(sample.weights)
+            total += len(sample.tokens)
+            numpy.asarray(sample.tokens, dtype=numpy.int32).tofile(tokens)
+            numpy.asarray(sample.weights, dtype=numpy.float32).tofile(weights)
+            ends.extend((total, files.setdefault(sample.file, len(files)), sample.line))
+    numpy.save(directory / "samples.npy", numpy.frombuffer(ends, dtype=numpy.int64).reshape(-1, 3))
+    (directory / "files.json").write_text(json.dumps([*files]))
+
+
+class Store:
+    """The samples that `write` left in `directory`. Pickled, it is its path: files are mapped, not sent."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._index = numpy.load(directory / "samples.npy", mmap_mode="r")
+        self._files = json.loads((directory / "files.json").read_text())
+        self._tokens = _mapped(directory / "tokens.bin", numpy.int32)
+        self._weights = _mapped(directory / "weights.bin", numpy.float32)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def lengths(self) -> NDArray[numpy.int64]:
+        """Tokens of each sample, int64 [samples]."""
+        return numpy.diff(self._index[:, 0], prepend=0)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        end, file, line = map(int, self._index[index])
+        part = slice(int(self._index[index - 1, 0]) if index else 0, end)
+        return Sample(self._tokens[part], self._weights[part], self._files[file], line)
+
+    def __reduce__(self) -> tuple[type["Store"], tuple[Path]]:
+        return Store, (self.directory,)
+
+
+def _mapped(path: Path, dtype: type) -> NDArray:
+    """The numbers in a file; an empty one cannot be mapped."""
+    return numpy.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else numpy.empty(0, dtype=dtype)
