@@ -1,6 +1,13 @@
-"""What a reader gives."""
+"""From the files of a path to their rows. Imports no torch."""
 
+import importlib
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
+
+from bridge.data.readers.files import File, Malformed, resolved
+from bridge.errors import ConfigError
 
 
 class Row(NamedTuple):
@@ -16,3 +23,36 @@ class Row(NamedTuple):
     def where(self) -> str:
         """For messages."""
         return f"{self.file}:{self.line}"
+
+
+def rows(path: str | Sequence[str], *, key: str = "data.path") -> Iterator[Row]:
+    """The rows of `path`, one at a time: files, folders, globs or URLs, in the order given; in a folder by name.
+
+    A path that ends in :N gives its first N rows. Raises ConfigError, which names `key`, the file and the line.
+    """
+    for files, limit in resolved(path, key=key):
+        found = (row for file in files for row in of_file(file, key=key))
+        yield from found if limit is None else islice(found, limit)
+
+
+def of_file(file: File, *, key: str = "data.path") -> Iterator[Row]:
+    """The rows of one file."""
+    module = importlib.import_module(f"bridge.data.readers.{file.format}")
+    line = 0
+    try:
+        for line, value in module.rows(file.name):
+            yield Row(value, file.name, line)
+    except Malformed as error:
+        raise ConfigError(f"{key}: {file.name}:{error.line} {error}") from error
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        after = f" after line {line}" if line else ""
+        raise ConfigError(f"{key}: {file.name} cannot be read{after} ({reason}); mend or remove it") from error
+
+
+def check(path: str | Sequence[str], *, key: str = "data.path") -> Row:
+    """The first row of `path`. Raises ConfigError when there is none, or a file is missing or of an unknown format."""
+    first = next(rows(path, key=key), None)
+    if first is None:
+        raise ConfigError(f"{key}: {path} holds no text and no record; set files that have some")
+    return first
