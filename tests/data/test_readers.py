@@ -187,8 +187,7 @@ def test_what_is_wrong_is_one_line(name: str, content: bytes | None, message: st
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=message) as raised:
-        check(str(tmp_path / name))
-        list(rows(str(tmp_path / name)))
+        _ = [check(str(tmp_path / name)), *rows(str(tmp_path / name))]
     assert "\n" not in str(raised.value)
 
 
@@ -206,7 +205,8 @@ def test_a_file_larger_than_the_memory_allowed_is_read(tmp_path: Path) -> None:
     record = json.dumps({"text": "x" * 10000})
     (tmp_path / "a.json").write_text("[" + ",\n".join([record] * 6400) + "]")
     code = (
-        "import resource, sys; from bridge.data.readers import json_values; from bridge.data.readers.reader import rows\n"
+        "import resource, sys; from bridge.data.readers import json_values\n"
+        "from bridge.data.readers.reader import rows\n"
         "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = used(); print(sum(len(row.value['text']) for row in rows(sys.argv[1])), (used() - before) // 1024)"
     )

@@ -1,4 +1,4 @@
-"""A directory that Hugging Face datasets' `Dataset.save_to_disk` wrote: Arrow files, and state.json, which lists them."""
+"""A directory written by `save_to_disk` of Hugging Face datasets: Arrow files, and state.json, which lists them."""
 
 import json
 from collections.abc import Iterator

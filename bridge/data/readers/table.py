@@ -28,7 +28,7 @@ def rows(name: str) -> Iterator[tuple[int, dict[str, str]]]:
             except csv.Error as error:
                 raise Malformed(line, f"is no row of a table ({error})") from error
             count = sum(value is not None for key, value in record.items() if key is not None)
-            count += len(record.get(None, ()))  # type: ignore[call-overload]
+            count += len(record.get(None, ()))
             if count != len(columns):
                 raise Malformed(line, f"has {count} values for the {len(columns)} columns of the first line")
             yield line, record
