@@ -182,6 +182,7 @@ def teardown(*, keep_world: bool = False) -> None:
         if cuda_graphs.CudaGraphManager.global_mempool is not None:  # graphs were captured
             cuda_graphs.delete_cuda_graphs()
         parallel_state.destroy_model_parallel()
+        platform.forget_models()
         if not keep_world:
             dist.destroy_process_group()
 

@@ -20,6 +20,7 @@ from bridge.platform.devices import (
     set_local_rank,
     synchronize,
 )
+from bridge.platform.remembered import forget_models
 from bridge.platform.switches import set_switches
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "default_fields",
     "device",
     "device_name",
+    "forget_models",
     "has_transformer_engine",
     "honoured",
     "mark",
