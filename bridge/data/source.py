@@ -13,6 +13,8 @@ an attribute `collate`, a function from the items of a micro-batch to its Batch,
 """
 
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -69,6 +71,11 @@ class Datasets(NamedTuple):
     valid: Any | None
 
 
+def digest(*parts: Any) -> str:
+    """16 hexadecimal digits that change with `parts`, which JSON can hold."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
 def cache_root(cache_dir: str | None) -> Path:
     """Where prepared data is kept: data.cache_dir, else $BRIDGE_CACHE, else bridge/ in $XDG_CACHE_HOME or ~/.cache."""
     if cache_dir is not None:
@@ -92,23 +99,29 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def completed(entry: Path, *, fill: Callable[[Path], object]) -> Path:
+def completed(entry: Path, *, fill: Callable[[Path], object], resumable: bool = False) -> Path:
     """The cache entry `entry`, filled first when it is missing.
 
     One process per node fills it while the others wait for the lock. `fill(directory)` writes into a temporary sibling
-    that is renamed when complete, so an entry that exists is a whole one even after a kill.
+    that is renamed when complete, so an entry that exists is a whole one even after a kill. resumable: the sibling of
+    one that was not completed is kept, and the next `fill` gets it.
     """
     if entry.is_dir():
         return entry
     try:
         with locked(entry.with_name(f"{entry.name}.lock")):
             if not entry.is_dir():
-                unfinished = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
+                if resumable:
+                    unfinished = entry.with_name(f".{entry.name}.unfinished")
+                    unfinished.mkdir(exist_ok=True)
+                else:
+                    unfinished = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
                 try:
                     fill(unfinished)
                     unfinished.rename(entry)
                 finally:
-                    shutil.rmtree(unfinished, ignore_errors=True)
+                    if not resumable:
+                        shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
         raise ConfigError(
             f"data.cache_dir: cannot write {entry.parent} ({error.strerror}); set a directory you can write to"

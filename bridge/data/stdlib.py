@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from bridge.data.source import Datasets, Prepared, SourceConfig, at_least
+from bridge.data.source import Datasets, Prepared, SourceConfig, at_least, digest
 from bridge.data.split import check_split
 from bridge.errors import ConfigError
 
@@ -80,16 +80,30 @@ def check(config: Config) -> None:
 def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
     """Tokenised standard library below `cache`, made at first use. `seed` orders the samples."""
     from bridge.data.encode import corpus
+    from bridge.data.samples import concatenated
 
     files = documents()
     if not files:
         raise ConfigError("data.source: this Python has no library sources on disk; set another data source")
-    return corpus.prepare(
-        [document.text for document in files],
+    texts = [document.text for document in files]
+    size = sum(map(len, texts))
+    training = concatenated.num_train_documents(len(texts), split=config.split)
+    library = corpus.Corpus(
         name="stdlib",
-        title=f"Python standard library: {len(files)} files",
-        options=corpus.Options.of(config),
+        title=f"Python standard library: {len(files)} files, {size / 1e6:.1f} M characters",
+        identity=digest(training, texts),
+        size=size,
+        texts=lambda: texts,
+        to_learn_from=lambda: texts[:training],
+    )
+    tokens = corpus.tokenise([library], corpus.Options.of(config), cache=cache)
+    mixture = concatenated.Mixture(dict.fromkeys(tokens.prefixes, 1.0), {}, config.split, tokens.vocab_size)
+    return concatenated.prepare(
+        "stdlib",
+        mixture,
+        tokenizer=tokens.tokenizer,
         cache=cache,
+        sequence_length=config.sequence_length,
         seed=seed,
     )
 
@@ -98,4 +112,4 @@ def build(config: Config, prepared: Prepared, *, seed: int) -> Datasets:
     """Training and validation samples of the prepared text."""
     from bridge.data.samples import concatenated
 
-    return concatenated.build(prepared, sequence_length=config.sequence_length, split=config.split, seed=seed)
+    return concatenated.build(prepared, sequence_length=config.sequence_length, seed=seed)

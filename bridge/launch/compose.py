@@ -219,17 +219,31 @@ def add_option(group: str, name: str, values: Mapping[str, Any]) -> None:
 
 
 def absolute(settings: Mapping[str, Any], *, names: frozenset[str]) -> dict[str, Any]:
-    """`settings` with its paths made absolute: every text under a key in `names` or ending in _path, _paths or _dir."""
+    """`settings` with its paths made absolute: every text under a key in `names` or ending in _path, _paths or _dir.
 
-    def convert(key: str, value: Any) -> Any:
+    In a mapping under such a key the names of numbers are paths, too: {path: weight}. A URL stays.
+    """
+
+    def convert(value: Any, is_path: bool) -> Any:
         if isinstance(value, Mapping):
-            return {str(name): convert(str(name), item) for name, item in value.items()}
+            return {
+                _absolute(str(name)) if is_path and isinstance(item, int | float) else str(name): convert(
+                    item, is_path or named_path(str(name))
+                )
+                for name, item in value.items()
+            }
         if isinstance(value, list):
-            return [convert(key, item) for item in value]
-        is_path = isinstance(value, str) and value and (key in names or key.endswith(("_path", "_paths", "_dir")))
-        return os.path.abspath(os.path.expanduser(value)) if is_path else value
+            return [convert(item, is_path) for item in value]
+        return _absolute(value) if is_path and isinstance(value, str) and value else value
 
-    return {key: convert(key, value) for key, value in settings.items()}
+    def named_path(key: str) -> bool:
+        return key in names or key.endswith(("_path", "_paths", "_dir"))
+
+    return {key: convert(value, named_path(key)) for key, value in settings.items()}
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def _prepare_hydra() -> None:

@@ -36,7 +36,7 @@ from bridge.runs.result import EXIT_CODES, Result, read_result
 from bridge.training.environment import COMMAND
 
 INTERRUPTED = 130  # what shells report after SIGINT
-PATH_KEYS = frozenset({"runs_dir", "path", "paths", "tokenizer", "eval_output"})
+PATH_KEYS = frozenset({"runs_dir", "path", "paths", "eval", "tokenizer", "eval_output"})
 
 
 def main() -> None:

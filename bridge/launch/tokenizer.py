@@ -29,7 +29,7 @@ def settled(config: RunConfig) -> RunConfig:
     if (assets / "tokenizer.json").is_file():
         return _with(config, str(assets))
     made, known = config.data.get("vocab_size", getattr(source.Config, "vocab_size", None)), config.model["vocab_size"]
-    if made != known:
+    if made is not None and made != known:
         raise ConfigError(
             f"data.tokenizer: is not set, and {assets} has no tokenizer.json; a new vocabulary of {made} tokens "
             f"would not match the {known} of the weights in init.path; set data.tokenizer=DIR to theirs"

@@ -66,7 +66,7 @@ def train(sender: Connection, cache: Path) -> None:
     config = mock.Config(num_samples=10, sequence_length=4)
     datasets = {
         "mock": mock.build(config, mock.prepare(config, cache=cache, seed=0), seed=0).train,
-        "indexed": concatenated.build(prepare(cache), sequence_length=32, split="80,20", seed=1).train,
+        "indexed": concatenated.build(prepare(cache), sequence_length=32, seed=1).train,
         "broken": Broken(),
         "unsendable": Unsendable(),
         "unopenable": Unopenable(),

@@ -8,21 +8,28 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bridge.data import stdlib
-from bridge.data.encode import corpus, tokenizer
+from bridge.data import stdlib, text
+from bridge.data.encode import tokenizer
 from bridge.data.source import Prepared, completed
 from bridge.errors import ConfigError
 
 DOCUMENTS = [f"def f{n}(x):\n    return x + {n}  # naïve ünïcode {n * 7919}\n" * (3 + n % 5) for n in range(40)]
-OPTIONS = corpus.Options(sequence_length=32, split="80,20", vocab_size=300, tokenizer=None)
+SETTINGS = {"sequence_length": 32, "split": "80,20", "vocab_size": 300}
 
 
-def prepare(cache: Path, **changes: object) -> Prepared:
-    return corpus.prepare(DOCUMENTS, name="t", title="test", options=OPTIONS._replace(**changes), cache=cache, seed=1)
+def prepare(cache: Path, documents: Sequence[str] = DOCUMENTS, **changes: Any) -> Prepared:
+    """What data=text makes of `documents`, one a line of a file."""
+    file = cache / "documents.jsonl"
+    if not file.exists():
+        cache.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return text.prepare(text.Config(**{"path": str(file), **SETTINGS, **changes}), cache=cache, seed=1)
 
 
 def test_samples_hold_the_documents_in_order_within_each(tmp_path: Path) -> None:
@@ -31,7 +38,7 @@ def test_samples_hold_the_documents_in_order_within_each(tmp_path: Path) -> None
     from bridge.data.samples import concatenated
 
     prepared = prepare(tmp_path)
-    data = concatenated.build(prepared, sequence_length=32, split="80,20", seed=1)
+    data = concatenated.build(prepared, sequence_length=32, seed=1)
     hf = AutoTokenizer.from_pretrained(prepared.tokenizer)
     end = hf.eos_token_id
     expected = [[*hf(document, add_special_tokens=False)["input_ids"], end] for document in DOCUMENTS]
@@ -77,7 +84,7 @@ def test_tokenizer_is_the_same_every_time_and_reads_back_any_text(tmp_path: Path
 
 def test_a_given_tokenizer_is_used_and_kept(tmp_path: Path) -> None:
     tokenizer.save(tokenizer.train(DOCUMENTS[:5], vocab_size=280), tmp_path / "given")
-    prepared = prepare(tmp_path, tokenizer=tmp_path / "given")
+    prepared = prepare(tmp_path, tokenizer=str(tmp_path / "given"))
     assert prepared.vocab_size <= 280
     assert (prepared.tokenizer / "tokenizer.json").read_bytes() == (tmp_path / "given" / "tokenizer.json").read_bytes()
 
@@ -86,7 +93,7 @@ def test_a_given_tokenizer_is_used_and_kept(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"sequence_length": 10**6}, "data.sequence_length: 1000000 is longer"),
-        ({"tokenizer": Path("/nowhere")}, "data.tokenizer: /nowhere does not exist"),
+        ({"tokenizer": "/nowhere"}, "data.tokenizer: /nowhere does not exist"),
     ],
 )
 def test_wrong_settings_are_one_line(tmp_path: Path, changes: dict, message: str) -> None:
@@ -98,15 +105,15 @@ def test_nothing_need_be_held_out(tmp_path: Path, capsys: pytest.CaptureFixture)
     from bridge.data.samples import concatenated
 
     prepared = prepare(tmp_path, split="100,0")
-    data = concatenated.build(prepared, sequence_length=32, split="100,0", seed=1)
+    data = concatenated.build(prepared, sequence_length=32, seed=1)
     assert data.valid is None and len(data.train) > 0 and prepared.unigram_entropy is None
     assert "0 held-out tokens\n" in capsys.readouterr().out
 
 
 def test_an_unwritable_cache_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file.txt").write_text("text")
     with pytest.raises(ConfigError, match="data.cache_dir: cannot write"):
-        prepare(tmp_path / "file" / "cache")
+        text.prepare(text.Config(path=str(tmp_path / "file.txt")), cache=tmp_path / "file.txt" / "cache", seed=1)
 
 
 def fill_and_note(entry: Path, notes: Path) -> None:

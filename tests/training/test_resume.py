@@ -2,9 +2,11 @@
 
 import functools
 import os
+import re
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,30 +150,37 @@ def test_a_signal_before_the_first_step_stops_all_ranks_without_one(tmp_path: Pa
     assert not (run.run_dir / "checkpoints").exists()
 
 
-class Interrupting(list[str]):
-    """Documents; a Ctrl-C comes while the second half of them is tokenised."""
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice) and index.start is not None and index.start >= len(self) // 2:
-            signal.raise_signal(signal.SIGINT)
-        return super().__getitem__(index)
-
-
-def test_a_signal_while_data_is_prepared_is_answered_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bridge.data.encode import corpus
+def test_a_signal_while_data_is_prepared_is_answered_at_once_and_loses_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from bridge.data.encode import corpus, sharding, tokenizer
     from bridge.errors import Stopped
     from bridge.training.stop import Stop
 
-    monkeypatch.setattr(corpus, "BATCH", 4)
-    documents = [f"def f{n}(x):\n    return x + {n}\n" * 5 for n in range(40)]
-    options = corpus.Options(sequence_length=8, split="80,20", vocab_size=300, tokenizer=None)
-    how = {"name": "t", "title": "test", "options": options, "cache": tmp_path, "seed": 1}
+    monkeypatch.setattr(sharding, "SMALLEST", 400)
+    documents = [f"def f{n}(x):\n    return x + {n}\n" * 9 for n in range(40)]
+    tokenizer.save(tokenizer.train(documents, vocab_size=300), tmp_path / "tokenizer")
+
+    def interrupting() -> Iterator[str]:
+        """A Ctrl-C comes when half of them is read."""
+        for number, document in enumerate(documents):
+            if number == 20:
+                signal.raise_signal(signal.SIGINT)
+            yield document
+
+    def tokenise(texts: Callable[[], Iterable[str]]) -> Path:
+        size = sum(map(len, documents))
+        made = corpus.Corpus("t", "test", identity="1", size=size, texts=texts, to_learn_from=texts)
+        options = corpus.Options(300, tmp_path / "tokenizer", num_processes=2)
+        return Path(corpus.tokenise([made], options, cache=tmp_path).prefixes[0]).parent
+
     stop = Stop(config(tmp_path).train, started=0.0)
     with stop.listening(), pytest.raises(Stopped), stop.leaving_at_once():
-        corpus.prepare(Interrupting(documents), **how)
+        tokenise(interrupting)
     assert stop.received == signal.SIGINT
-    assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []  # nothing half-written
-    assert corpus.prepare(documents, **how).vocab_size <= 300
+    assert not list(tmp_path.glob("t-*[!k]"))  # no entry that looks whole
+    assert [path.name for path in tokenise(lambda: documents).iterdir()] == ["tokens.bin", "tokens.idx"]
+    assert re.search(r"data: \d+ finished shards of an earlier start were kept", capsys.readouterr().out)
 
 
 def test_usr2_is_left_to_a_launcher_that_listens_to_it() -> None:

@@ -1,109 +1,120 @@
-"""From a list of documents to a stored, tokenised corpus. Shared by the sources whose samples are plain text."""
+"""From texts to stored, tokenised corpora. Shared by the sources whose samples are plain text."""
 
-import dataclasses
-import hashlib
-import json
-import time
-from collections.abc import Iterator, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge.config import durations
+from bridge.data.encode import sharding
 from bridge.data.encode import tokenizer as bpe
-from bridge.data.source import Prepared, completed
-from bridge.weights.hf_assets import copy_tokenizer
+from bridge.data.encode.tokenizer_process import Job, write_shard
+from bridge.data.samples import bin_idx
+from bridge.data.source import completed, digest
+from bridge.errors import ConfigError
 
-FORMAT = 1  # part of the cache key: raise it when the stored files change their meaning
-BATCH = 256  # documents tokenised at once
-INTERVAL = 10.0  # seconds between two lines on how far it is
-MANIFEST = "manifest.json"
+FORMAT = 2  # part of the cache keys: raise it when the stored files change their meaning
+PREFIX = "tokens"  # tokens.bin and tokens.idx in the entry of a corpus
+
+
+class Corpus(NamedTuple):
+    """Texts that are read anew each time they are needed."""
+
+    name: str
+    title: str
+    identity: str  # changes with the texts
+    size: int  # bytes of the input
+    texts: Callable[[], Iterable[str]]
+    to_learn_from: Callable[[], Iterable[str]]  # what a new tokenizer is trained on
+    share_read: Callable[[], float] = lambda: 1.0  # of the input, by the iterator that `texts` made last
 
 
 class Options(NamedTuple):
-    """What the samples depend on, besides the text and the seed."""
+    """What the tokens depend on, besides the texts. tokenizer: None: one of vocab_size ids is trained."""
 
-    sequence_length: int
-    split: str
     vocab_size: int
     tokenizer: Path | None
+    end_of_document: str | None = None
+    num_processes: int | None = None
 
     @classmethod
     def of(cls, config: Any) -> "Options":
         path = None if config.tokenizer is None else Path(config.tokenizer).expanduser().absolute()
-        return cls(config.sequence_length, config.split, config.vocab_size, path)
+        more = {name: getattr(config, name) for name in ("end_of_document", "num_processes") if hasattr(config, name)}
+        return cls(config.vocab_size, path, **more)
 
 
-def prepare(documents: Sequence[str], *, name: str, title: str, options: Options, cache: Path, seed: int) -> Prepared:
-    """Tokenise `documents` (at first use), store them as megatron-core .bin/.idx and index the samples.
+class Tokenised(NamedTuple):
+    """Where the tokens of corpora are: prefixes of .bin and .idx. tokenizer: a Hugging Face directory."""
 
-    The entry below `cache` is keyed by the text, the tokenizer settings and the split; a change makes a new entry.
-    """
-    from bridge.data.samples import concatenated
-
-    entry = cache / f"{name}-{_key(documents, options)}"
-    completed(entry, fill=lambda directory: _fill(directory, documents, title=title, options=options))
-    manifest = json.loads((entry / MANIFEST).read_text())
-    prepared = Prepared(
-        directory=entry,
-        vocab_size=manifest["vocab_size"],
-        tokenizer=entry / "tokenizer",
-        unigram_entropy=manifest["unigram_entropy"],
-    )
-    concatenated.index(prepared, sequence_length=options.sequence_length, split=options.split, seed=seed)
-    return prepared
+    prefixes: list[str]
+    tokenizer: Path
+    vocab_size: int
 
 
-def _key(documents: Sequence[str], options: Options) -> str:
-    digest = hashlib.sha256()
-    tokenizer = None if options.tokenizer is None else bpe.load(options.tokenizer).tokenizer.to_str()
-    digest.update(json.dumps([FORMAT, options.split, options.vocab_size, tokenizer]).encode())
-    for document in documents:
-        digest.update(hashlib.sha256(document.encode()).digest())
-    return digest.hexdigest()[:16]
+def tokenise(corpora: Sequence[Corpus], options: Options, *, cache: Path) -> Tokenised:
+    """The tokens of each of `corpora`, made at first use; all with the tokenizer of `options` or one new one."""
+    directory = options.tokenizer or _trained(corpora, options.vocab_size, cache=cache)
+    tokenizer = bpe.load(directory, end_of_document=options.end_of_document)
+    facts = [FORMAT, tokenizer.tokenizer.to_str(), tokenizer.end_of_document]
+    prefixes = []
+    for corpus in corpora:
+        entry = cache / f"{corpus.name}-{digest(*facts, corpus.identity)}"
+        fill = _Fill(corpus, tokenizer, Job(directory, options.end_of_document), options.num_processes)
+        completed(entry, fill=fill, resumable=True)
+        prefixes.append(str(entry / PREFIX))
+    return Tokenised(prefixes, directory, tokenizer.vocab_size)
 
 
-def _fill(directory: Path, documents: Sequence[str], *, title: str, options: Options) -> None:
-    from bridge.data.samples import concatenated
+def _trained(corpora: Sequence[Corpus], vocab_size: int, *, cache: Path) -> Path:
+    def fill(directory: Path) -> None:
+        titles = " and ".join(corpus.title for corpus in corpora)
+        print(f"data: {titles}; training a {vocab_size}-token BPE", flush=True)
+        texts = (text for corpus in corpora for text in corpus.to_learn_from())
+        bpe.save(bpe.train(texts, vocab_size=vocab_size), directory)
 
-    size = sum(map(len, documents))
-    num_train = concatenated.num_train_documents(len(documents), split=options.split)
-    if options.tokenizer is None:
-        print(f"data: {title}, {size / 1e6:.1f} M characters; training a {options.vocab_size}-token BPE", flush=True)
-        tokenizer = bpe.train(documents[:num_train], vocab_size=options.vocab_size)
-    else:
-        print(f"data: {title}, {size / 1e6:.1f} M characters; tokenizer {options.tokenizer}", flush=True)
-        tokenizer = bpe.load(options.tokenizer)
-    _store_tokenizer(tokenizer, directory / "tokenizer", source=options.tokenizer)
-    counts = concatenated.write(
-        directory, _tokenised(documents, tokenizer), vocab_size=tokenizer.vocab_size, num_train=num_train
-    )
-    manifest = {
-        "documents": len(documents),
-        "characters": size,
-        "vocab_size": tokenizer.vocab_size,
-        "end_of_document": tokenizer.end_of_document,
-        **dataclasses.asdict(counts),
-    }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    entropy = ""
-    if counts.unigram_entropy is not None:
-        entropy = f"; unigram entropy of the held-out part {counts.unigram_entropy:.3f} nats per token"
-    print(f"data: {counts.train_tokens:,} training and {counts.heldout_tokens:,} held-out tokens{entropy}", flush=True)
+    identities = [corpus.identity for corpus in corpora]
+    return completed(cache / f"tokenizer-{digest(FORMAT, vocab_size, identities)}", fill=fill)
 
 
-def _store_tokenizer(tokenizer: bpe.TextTokenizer, directory: Path, *, source: Path | None) -> None:
-    if source is None:
-        bpe.save(tokenizer, directory)
-        return
-    directory.mkdir()
-    copy_tokenizer(source, directory)
+@dataclass(frozen=True)
+class _Fill:
+    """Makes the entry of a corpus: shards of it, which survive a kill, and then one of them all."""
+
+    corpus: Corpus
+    tokenizer: bpe.TextTokenizer
+    job: Job
+    num_processes: int | None
+
+    def __call__(self, directory: Path) -> None:
+        corpus = self.corpus
+        print(f"data: {corpus.title}; tokenizer {self.job.tokenizer}", flush=True)
+        shards = directory / "shards"
+        shards.mkdir(exist_ok=True)
+        found = sharding.chunks(corpus.texts(), size=corpus.size, share_read=corpus.share_read)
+        number = min(self.num_processes or sharding.num_cores(), sharding.num_chunks(corpus.size))
+        if number > 1:
+            prefixes = sharding.write(shards, found, job=self.job, num_processes=number)
+        else:
+            prefixes = list(self._here(shards, found))
+        if not prefixes:
+            raise ConfigError(f"data.path: {corpus.title} holds no text; set files that have some")
+        bin_idx.merge(prefixes, directory / PREFIX, dtype=bin_idx.type_of(self.tokenizer.vocab_size))
+        shutil.rmtree(shards)
+
+    def _here(self, shards: Path, found: Iterable[sharding.Chunk]) -> Iterator[str]:
+        for chunk in found:
+            prefix = str(shards / f"{chunk.number:06d}")
+            if not os.path.exists(f"{prefix}.idx"):
+                write_shard(prefix, chunk.texts, self.tokenizer)
+            yield prefix
 
 
-def _tokenised(documents: Sequence[str], tokenizer: bpe.TextTokenizer) -> Iterator[list[int]]:
-    began = told = time.monotonic()
-    for start in range(0, len(documents), BATCH):
-        yield from tokenizer.encode(documents[start : start + BATCH])
-        done, now = min(start + BATCH, len(documents)), time.monotonic()
-        if now - told >= INTERVAL and done < len(documents):
-            told, left = now, (now - began) / done * (len(documents) - done)
-            print(f"data: tokenised {done} of {len(documents)} documents, {durations.text(left)} left", flush=True)
+def first_characters(texts: Iterable[str], *, most: int) -> Iterator[str]:
+    """The first of `texts`, until they have `most` characters."""
+    for text in texts:
+        if most <= 0:
+            return
+        most -= len(text)
+        yield text

@@ -25,7 +25,7 @@ class TextTokenizer(NamedTuple):
 
     def encode(self, documents: Sequence[str]) -> list[list[int]]:
         """Token ids of each document, ended by the end-of-document token; no other special token is added."""
-        encodings = self.tokenizer.encode_batch(list(documents), add_special_tokens=False)
+        encodings = self.tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)  # without offsets
         return [[*encoding.ids, self.end_of_document] for encoding in encodings]
 
 
@@ -58,9 +58,17 @@ def save(tokenizer: TextTokenizer, directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def load(directory: Path) -> TextTokenizer:
-    """The tokenizer of a Hugging Face directory; its eos_token ends a document."""
+def load(directory: Path, *, end_of_document: str | None = None) -> TextTokenizer:
+    """The tokenizer of a Hugging Face directory; `end_of_document`, else its eos_token, ends a document."""
     tokenizer = tokenizers.Tokenizer.from_file(str(file_of(directory)))
+    if end_of_document is not None:
+        given = tokenizer.token_to_id(end_of_document)
+        if given is None:
+            raise ConfigError(
+                f"data.end_of_document: {end_of_document!r} is no token of {directory}; set one that is, or null for "
+                "its eos_token"
+            )
+        return TextTokenizer(tokenizer, given)
     settings_file = directory / "tokenizer_config.json"
     settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
     end = settings.get("eos_token")

@@ -4,6 +4,7 @@ import fnmatch
 import glob
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -28,6 +29,7 @@ FORMATS = {
 COMPRESSED = (".gz", ".zst")
 SAVED_DATASET = "state.json"  # in a directory that datasets.Dataset.save_to_disk wrote
 SAVED_SPLITS = "dataset_dict.json"  # in one that holds several of them
+READ = 1 << 20  # bytes read at a time
 NEEDS_PYARROW = (".parquet", ".zst")
 
 
@@ -128,7 +130,10 @@ def _readable(paths: Any, *, name: str, key: str, all_of_them: bool = False) -> 
 
 
 def _local(path: str) -> File:
-    stat = os.stat(os.path.join(path, SAVED_DATASET) if os.path.isdir(path) else path)
+    if os.path.isdir(path):
+        arrow = sum(os.path.getsize(found) for found in glob.glob(os.path.join(glob.escape(path), "*.arrow")))
+        return File(path, arrow, str(os.stat(os.path.join(path, SAVED_DATASET)).st_mtime_ns))
+    stat = os.stat(path)
     return File(path, stat.st_size, str(stat.st_mtime_ns))
 
 
@@ -172,17 +177,42 @@ def _known() -> str:
     return f"{', '.join(FORMATS)}, also with {' or '.join(COMPRESSED)}, and what datasets' save_to_disk wrote"
 
 
+class Meter:
+    """Counts the bytes that are read of files, as they are stored."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+
+class _Counted(io.RawIOBase):
+    def __init__(self, raw: Any, meter: Meter) -> None:
+        self.raw, self.meter = raw, meter
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self.raw.seekable())
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self.raw.seek(offset, whence))
+
+    def readinto(self, buffer: Any) -> int:
+        count = self.raw.readinto(buffer)
+        self.meter.read += count
+        return int(count)
+
+
 @contextmanager
-def opened(name: str) -> Iterator[IO[bytes]]:
+def opened(file: File, meter: Meter) -> Iterator[IO[bytes]]:
     """The bytes of a file, unpacked."""
-    with _raw(name) as raw:
+    name = file.name
+    with _raw(name) as stored, io.BufferedReader(_Counted(stored, meter), READ) as raw:
         packed = suffixes(name)[1]
         if packed == ".gz":
             with gzip.GzipFile(fileobj=raw) as plain:
                 yield plain  # type: ignore[misc]
         elif packed == ".zst":
-            import io
-
             import pyarrow
 
             with io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd")) as plain:
@@ -193,7 +223,7 @@ def opened(name: str) -> Iterator[IO[bytes]]:
 
 def _raw(name: str) -> Any:
     if "://" not in name:
-        return open(name, "rb")
+        return open(name, "rb", buffering=0)
     import fsspec
 
     return fsspec.open(name, "rb")

@@ -4,13 +4,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from bridge.data.readers.files import Malformed, opened
+from bridge.data.readers.files import File, Malformed, Meter, opened
 
 
-def rows(name: str) -> Iterator[tuple[int, Any]]:
+def rows(file: File, meter: Meter) -> Iterator[tuple[int, Any]]:
     """(line, record) of each line that is not blank."""
-    with opened(name) as file:
-        for number, line in enumerate(file, 1):
+    with opened(file, meter) as stream:
+        for number, line in enumerate(stream, 1):
             if line.isspace():
                 continue
             try:

@@ -5,17 +5,17 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from bridge.data.readers.files import Malformed, opened
+from bridge.data.readers.files import File, Malformed, Meter, opened
 
 BLOCK = 1 << 20  # characters read at a time
 NEAR = 16  # a fault so close to the end of what was read may be that more is to come
 BLANK = " \t\r\n"
 
 
-def rows(name: str) -> Iterator[tuple[int, Any]]:
+def rows(file: File, meter: Meter) -> Iterator[tuple[int, Any]]:
     """(line, record) of each record. The file is never in memory as a whole."""
-    with opened(name) as file:
-        yield from _Records(io.TextIOWrapper(file, "utf-8-sig", newline="")).all()
+    with opened(file, meter) as stream:
+        yield from _Records(io.TextIOWrapper(stream, "utf-8-sig", newline="")).all()
 
 
 class _Records:

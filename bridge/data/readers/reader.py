@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from bridge.data.readers.files import File, Malformed, resolved
+from bridge.data.readers.files import File, Malformed, Meter, resolved
 from bridge.errors import ConfigError
 
 
@@ -25,22 +25,23 @@ class Row(NamedTuple):
         return f"{self.file}:{self.line}"
 
 
-def rows(path: str | Sequence[str], *, key: str = "data.path") -> Iterator[Row]:
+def rows(path: str | Sequence[str], *, key: str = "data.path", meter: Meter | None = None) -> Iterator[Row]:
     """The rows of `path`, one at a time: files, folders, globs or URLs, in the order given; in a folder by name.
 
-    A path that ends in :N gives its first N rows. Raises ConfigError, which names `key`, the file and the line.
+    A path that ends in :N gives its first N rows. `meter` is told what is read.
+    Raises ConfigError, which names `key`, the file and the line.
     """
     for files, limit in resolved(path, key=key):
-        found = (row for file in files for row in of_file(file, key=key))
+        found = (row for file in files for row in of_file(file, key=key, meter=meter or Meter()))
         yield from found if limit is None else islice(found, limit)
 
 
-def of_file(file: File, *, key: str = "data.path") -> Iterator[Row]:
+def of_file(file: File, *, key: str, meter: Meter) -> Iterator[Row]:
     """The rows of one file."""
     module = importlib.import_module(f"bridge.data.readers.{file.format}")
     line = 0
     try:
-        for line, value in module.rows(file.name):
+        for line, value in module.rows(file, meter):
             yield Row(value, file.name, line)
     except Malformed as error:
         raise ConfigError(f"{key}: {file.name}:{error.line} {error}") from error

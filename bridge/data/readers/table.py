@@ -4,17 +4,17 @@ import csv
 import io
 from collections.abc import Iterator
 
-from bridge.data.readers.files import Malformed, opened, suffixes
+from bridge.data.readers.files import File, Malformed, Meter, opened, suffixes
 
 LARGEST_FIELD = (1 << 31) - 1  # Python's own limit is 128 KiB
 
 
-def rows(name: str) -> Iterator[tuple[int, dict[str, str]]]:
+def rows(file: File, meter: Meter) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, record) of each row, all values text."""
     csv.field_size_limit(LARGEST_FIELD)
-    delimiter = "\t" if suffixes(name)[0] == ".tsv" else ","
-    with opened(name) as file:
-        reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    delimiter = "\t" if suffixes(file.name)[0] == ".tsv" else ","
+    with opened(file, meter) as stream:
+        reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
         line = 1
         while True:
             try:

@@ -3,18 +3,18 @@
 import codecs
 from collections.abc import Iterator
 
-from bridge.data.readers.files import Malformed, opened
+from bridge.data.readers.files import File, Malformed, Meter, opened
 
 LONGEST = 1 << 20  # bytes, and then to the end of the line: no file need fit into memory
 
 
-def rows(name: str) -> Iterator[tuple[int, str]]:
+def rows(file: File, meter: Meter) -> Iterator[tuple[int, str]]:
     """(line, text) of each document."""
     line = 1
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    with opened(name) as file:
-        while block := file.read(LONGEST):
-            block += file.readline(LONGEST)
+    with opened(file, meter) as stream:
+        while block := stream.read(LONGEST):
+            block += stream.readline(LONGEST)
             try:
                 text = decoder.decode(block)
             except UnicodeDecodeError as error:

@@ -1,0 +1,104 @@
+"""Text of your own: files of documents, tokenised at first use."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bridge.data import blend
+from bridge.data.encode import corpus
+from bridge.data.encode.text import documents, text_of
+from bridge.data.readers import files, reader
+from bridge.data.source import Datasets, Prepared, SourceConfig, at_least
+from bridge.data.split import check_split
+from bridge.errors import ConfigError
+
+LEARNED_FROM = 1 << 25  # characters a new tokenizer is trained on
+
+
+@dataclass(frozen=True)
+class Config(SourceConfig):
+    """path: a path, a list of them, or {path: weight}. eval: a path or list of them, or {name: path}."""
+
+    source: str = "text"
+    path: str | list[str] | dict[str, float] | None = None
+    field: str = "text"
+    eval: str | list[str] | dict[str, Any] | None = None
+    split: str = "95,5"
+    tokenizer: str | None = None
+    vocab_size: int = at_least(257, 8192)
+    end_of_document: str | None = None
+    num_processes: int | None = at_least(1, None)  # type: ignore[arg-type]
+
+    def __post_init__(self) -> None:
+        check_split(self.split)
+        if self.path is None:
+            raise ConfigError("data.path: is not set; set the file, folder or pattern of the texts to train on")
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError when a path names no text, the text has another name, or the tokenizer is none."""
+    for key, path in _paths(config):
+        text_of(reader.check(path, key=key), field=config.field)
+    if config.tokenizer is not None:
+        from bridge.data.encode import tokenizer
+
+        tokenizer.load(Path(config.tokenizer).expanduser(), end_of_document=config.end_of_document)
+
+
+def _paths(config: Config) -> Iterable[tuple[str, blend.Path]]:
+    assert config.path is not None
+    yield from (("data.path", path) for path, _ in blend.weighted(config.path))
+    yield from ((f"data.eval{'.' if name else ''}{name}", path) for name, path in blend.evaluated(config.eval).items())
+
+
+def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
+    """The tokenised texts below `cache`, made at first use. `seed` orders the samples."""
+    from bridge.data.samples import concatenated
+
+    assert config.path is not None
+    corpora = [_corpus(path, key=key, field=config.field) for key, path in _paths(config)]
+    tokens = corpus.tokenise(corpora, corpus.Options.of(config), cache=cache)
+    weights, names = [weight for _, weight in blend.weighted(config.path)], blend.evaluated(config.eval)
+    mixture = concatenated.Mixture(
+        train=dict(zip(tokens.prefixes, weights, strict=False)),
+        valid={name: [prefix] for name, prefix in zip(names, tokens.prefixes[len(weights) :], strict=True)},
+        split=config.split,
+        vocab_size=tokens.vocab_size,
+    )
+    return concatenated.prepare(
+        "text",
+        mixture,
+        tokenizer=tokens.tokenizer,
+        cache=cache,
+        sequence_length=config.sequence_length,
+        seed=seed,
+    )
+
+
+def build(config: Config, prepared: Prepared, *, seed: int) -> Datasets:
+    """Training and validation samples of the prepared text."""
+    from bridge.data.samples import concatenated
+
+    return concatenated.build(prepared, sequence_length=config.sequence_length, seed=seed)
+
+
+def _corpus(path: blend.Path, *, key: str, field: str) -> corpus.Corpus:
+    meter = files.Meter()
+    size = sum(file.size for named in files.resolved(path, key=key) for file in named.files)
+
+    def texts() -> Iterable[str]:
+        meter.read = 0
+        return documents(reader.rows(path, key=key, meter=meter), field=field)
+
+    paths = [path] if isinstance(path, str) else path
+    title = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    return corpus.Corpus(
+        name="corpus",
+        title=f"{title}, {size / 1e6:.1f} MB",
+        identity=f"{files.identity(path, key=key)} {field}",
+        size=size,
+        texts=texts,
+        to_learn_from=lambda: corpus.first_characters(texts(), most=LEARNED_FROM),
+        share_read=lambda: min(1.0, meter.read / max(1, size)),
+    )
