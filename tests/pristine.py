@@ -34,7 +34,7 @@ SWITCHES = (
     (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
 )
 LISTS = ((sys, "path"), (sys, "argv"), (warnings, "filters"), (logging.root, "handlers"))
-MOST_THREADS = 300  # a training leaves three of a process group's behind, which something in torch still refers to
+MOST_THREADS = 60  # models that a test builds itself may keep their process groups, of three threads each
 SETTLE_SECONDS = 2.0  # for threads that have been told to end
 
 

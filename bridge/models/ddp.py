@@ -19,3 +19,17 @@ def wrap(chunks: Sequence[Any], settings: DistributedDataParallelConfig) -> list
         )
         for index, chunk in enumerate(chunks)
     ]
+
+
+def release(model: Sequence[DistributedDataParallel]) -> None:
+    """Let go of chunks that train no more, and of their optimizer.
+
+    By way of autograd's nodes, where Python's collector of cycles does not look, they hold themselves: a node has DDP's
+    hook, and in fp32 the distributed optimizer's shards, views of the parameters, have the nodes. A process that trains
+    again would keep their memory and process groups.
+    """
+    for chunk in model:
+        chunk.grad_accs.clear()
+        get_model_config(chunk).grad_scale_func = None  # a method of the optimizer
+        for parameter in chunk.parameters():
+            vars(parameter).pop("main_param", None)  # its shard

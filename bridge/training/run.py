@@ -10,6 +10,7 @@ platform.prepare()  # before megatron-core is imported: on CPU, importing it fir
 from bridge import parallel
 from bridge.config.run_config import RunConfig
 from bridge.data.source import Prepared
+from bridge.models import ddp
 from bridge.training import only_evaluate, setup
 from bridge.training.loop import Outcome, train
 from bridge.training.metrics import Report
@@ -58,6 +59,7 @@ def _train(config: RunConfig, data: setup.Data, stop: Stop, pulse: Pulse) -> tup
     with saves.finished():
         outcome = train(job, stop=stop, report=report, pulse=pulse, saves=saves)
     pulse.leave()
+    ddp.release(job.state.model)
     report.close()
     if parallel.is_main():
         kept = outcome.step if config.checkpoint.save else job.progress.step
