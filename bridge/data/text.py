@@ -26,7 +26,7 @@ class Config(SourceConfig):
     eval: str | list[str] | dict[str, Any] | None = None
     split: str = "95,5"
     tokenizer: str | None = None
-    vocab_size: int = at_least(257, 8192)
+    vocab_size: int = at_least(257, 2048)
     end_of_document: str | None = None
     num_processes: int | None = at_least(1, None)  # type: ignore[arg-type]
 

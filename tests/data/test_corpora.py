@@ -3,12 +3,16 @@
 import collections
 import json
 import os
+import re
+import subprocess
 import sys
+import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy
+import psutil
 import pytest
 import tokenizers
 
@@ -239,3 +243,36 @@ def test_a_tokenising_process_that_dies_is_one_line(
     config = text.Config(path=path, tokenizer=str(learned), num_processes=2)
     with pytest.raises(RunError, match="data: a tokenising process was killed by SIGKILL; the machine may be out of"):
         text.prepare(config, cache=tmp_path, seed=1)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from bridge.data.encode import corpus, sharding
+from bridge.data.text import Config, _corpus
+
+sharding.SMALLEST = 20_000
+config = Config(path=sys.argv[1], tokenizer=sys.argv[2], num_processes=2)
+found = _corpus(config.path, key="data.path", field="text")
+print(*corpus.tokenise([found], corpus.Options.of(config), cache=Path(sys.argv[3])).prefixes)
+"""
+
+
+def test_what_is_tokenised_survives_a_kill_and_no_process_does(learned: Path, tmp_path: Path) -> None:
+    documents = [document * 30 for document in DOCUMENTS * 4]
+    command = [sys.executable, "-c", KILLED, jsonl(tmp_path / "a.jsonl", documents), str(learned), str(tmp_path)]
+    first = subprocess.Popen(command)
+    deadline = time.monotonic() + 60
+    while len(done := list(tmp_path.glob(".corpus-*/shards/*.idx"))) < 3:
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.002)
+    children = psutil.Process(first.pid).children()
+    assert len(children) == 2
+    first.kill()
+    first.wait()
+    psutil.wait_procs(children, timeout=20)
+    assert not any(child.is_running() for child in children)
+    second = subprocess.run(command, capture_output=True, text=True, check=True)
+    kept = re.search(r"data: (\d+) finished shards of an earlier start were kept", second.stdout)
+    assert kept and len(done) <= int(kept[1]) < 60
+    assert stored(second.stdout.split()[-1]) == plain_ids(learned, documents)
