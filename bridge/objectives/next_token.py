@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bridge.objectives.objective import Loss, Objective
 
@@ -17,6 +17,7 @@ class NextToken(Objective):
     """Cross entropy of the labels in nats: the mean, weighted by loss_mask."""
 
     name: str = "next_token"
+    has_perplexity: ClassVar[bool] = True
 
     def keys(self, chunk: Any) -> tuple[str, ...]:
         """See Objective; nothing between the two ends of a pipeline."""

@@ -39,6 +39,8 @@ class Objective(ABC):
     name: str
     numbers: ClassVar[tuple[str, ...]] = ()
     """The names in Loss.numbers; in evaluations they begin with eval_."""
+    has_perplexity: ClassVar[bool] = False
+    """Whether the loss is a cross entropy in nats per token: then evaluations report its exponential, too."""
 
     @abstractmethod
     def keys(self, chunk: Any) -> tuple[str, ...]:

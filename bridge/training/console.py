@@ -27,6 +27,18 @@ class TimeLeft:
         return None if per_step is None else per_step * (self.steps - step)
 
 
+def evaluated(found: Mapping[str, Any]) -> list[str]:
+    """What an evaluation found: the loss of all, then of each set that has a name, with the perplexity."""
+    parts = []
+    for metric, value in found.items():
+        number, _, name = metric.partition("/")
+        if number == "eval_loss":
+            perplexity = found.get(metric.replace("loss", "perplexity", 1))
+            inside = "" if perplexity is None else f" (perplexity {perplexity:.4g})"
+            parts.append(f"{name or 'eval loss'} {value:.4f}{inside}")
+    return parts
+
+
 class Console:
     """One line per report: the last step's values and the time left, or the evaluation's loss."""
 
@@ -36,7 +48,7 @@ class Console:
 
     def write(self, line: Mapping[str, Any]) -> None:
         if "eval_loss" in line:
-            print(f"step {line['step']}/{self.steps} | eval loss {line['eval_loss']:.4f}", flush=True)
+            print(" | ".join([f"step {line['step']}/{self.steps}", *evaluated(line)]), flush=True)
         elif "lr" in line and (line["step"] % self.log_interval == 0 or line["step"] == self.steps):
             print(" | ".join(self._parts(line)), flush=True)
 

@@ -92,7 +92,7 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse, saves: Saves) -
             _report(pending, report)
             _say(rerun.statistics())
         _say(stragglers.report(step))
-        if evaluating and job.datasets.valid is not None:
+        if evaluating and job.valid:
             report.write({"step": step} | (found := _evaluate(job, pulse)))
             eval_loss = found["eval_loss"]
         if saving:
@@ -189,7 +189,7 @@ def _evaluate(job: Job, pulse: Pulse) -> dict[str, float]:
         found = evaluate(
             job.objective,
             job.state.model,
-            job.datasets.valid,
+            job.valid,
             train=job.config.train,
             sequence_length=job.data.options.sequence_length,
             advance=partial(pulse.enter, EVALUATING),

@@ -10,7 +10,8 @@ from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError, RunError
 from bridge.objectives import objective as objectives
 from bridge.training import batches, setup
-from bridge.training.evaluate import evaluate
+from bridge.training.console import evaluated
+from bridge.training.evaluate import UNNAMED, evaluate, sets
 from bridge.training.loop import Outcome
 from bridge.weights import locate
 
@@ -21,22 +22,26 @@ def run(config: RunConfig, data: setup.Data) -> Outcome:
     Raises ConfigError when nothing is held out for validation, RunError when eval_output cannot be written.
     """
     setup.join(config)
-    valid = data.build(seed=config.train.seed).valid
-    if valid is None:
+    valid = sets(data.build(seed=config.train.seed).valid)
+    if not valid:
         raise ConfigError("eval_only: true, but the data holds nothing out to evaluate on; set data.split, e.g. '95,5'")
     model = setup.build_model(config, routed=setup.per_token_loss(config.routed))
     objective = objectives.build(config.objective)
     found = evaluate(objective, model, valid, train=config.train, sequence_length=data.options.sequence_length)
     loss = found["eval_loss"]
+    counts = {name: batches.num_evaluation_samples(dataset, config.train) for name, dataset in valid.items()}
     result = {
         "path": config.init.path,
         "step": _step(config.init.path),
         **found,
-        "num_samples": batches.num_evaluation_samples(valid, config.train),
+        "num_samples": sum(counts.values()),
+        **{f"num_samples/{name}": count for name, count in counts.items() if name != UNNAMED},
         "data": config.data["source"],
     }
     if parallel.is_main():
         print(f"eval loss: {loss:.4f} nats per token over {result['num_samples']} samples", flush=True)
+        for part in evaluated(found)[1:]:
+            print(part, flush=True)
         if config.eval_output is not None:
             _append(result, Path(config.eval_output))
     parallel.teardown()

@@ -1,6 +1,7 @@
 """From a configuration to everything a step needs: model -> weights -> DDP -> optimizer -> data -> resume."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from bridge.optim import schedule
 from bridge.platform import user_buffers
 from bridge.runs import run_files
 from bridge.training import initial, metrics, settings
+from bridge.training.evaluate import sets
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Job:
     @property
     def checkpoints(self) -> Path:
         return self.config.run_dir / run_files.CHECKPOINTS
+
+    @cached_property
+    def valid(self) -> dict[str, Any]:
+        """The sets held out, by name (bridge.training.evaluate.sets)."""
+        return sets(self.datasets.valid)
 
     @property
     def transformer(self) -> TransformerConfig:
