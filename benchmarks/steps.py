@@ -56,7 +56,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
     policy = LossPolicy(config, job.progress)
     rerun = Rerun(config, policy, step=0, model=job.state.model)
     seconds = []
-    for step in range(1, config.train.steps + 1):
+    for step in range(1, config.train.num_steps + 1):
         platform.synchronize()
         started = time.perf_counter()
         train_step(job.objective, job.state, streams, shape, step=step, policy=policy, rerun=rerun)

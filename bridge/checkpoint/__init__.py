@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bridge.checkpoint.content import Position, Trainable
-    from bridge.checkpoint.resuming import has_checkpoint, resume
+    from bridge.checkpoint.resuming import has_checkpoint, resume, stands_at
     from bridge.checkpoint.saving import Saved, Saver, save_weights
 
-__all__ = ["Position", "Saved", "Saver", "Trainable", "has_checkpoint", "resume", "save_weights"]
+__all__ = ["Position", "Saved", "Saver", "Trainable", "has_checkpoint", "resume", "save_weights", "stands_at"]
 
 _HOMES = {
     "content": ("Position", "Trainable"),
-    "resuming": ("has_checkpoint", "resume"),
+    "resuming": ("has_checkpoint", "resume", "stands_at"),
     "saving": ("Saved", "Saver", "save_weights"),
 }
 

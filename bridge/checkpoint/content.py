@@ -30,7 +30,9 @@ METADATA = {
 class Position(NamedTuple):
     """How far a run has come. step: optimizer steps, `skipped` of them left out, `nonfinite` with a loss or gradient
     that is not finite, `spikes` with a sudden loss. recent_losses: what the next spike is measured against.
-    data: identity of the samples that `consumed_samples` counts. consumed_tokens: theirs, padding left out."""
+    data: identity of the samples that `consumed_samples` counts. consumed_tokens: theirs, padding left out.
+    best: the lowest or highest value so far of what best_metric names, of the evaluation after best_step;
+    worse_evaluations: how many there were since."""
 
     step: int = 0
     consumed_samples: int = 0
@@ -40,6 +42,10 @@ class Position(NamedTuple):
     spikes: int = 0
     recent_losses: tuple[float, ...] = ()
     consumed_tokens: int | None = None
+    best_metric: str = ""
+    best: float | None = None
+    best_step: int = 0
+    worse_evaluations: int = 0
 
 
 class Trainable(NamedTuple):

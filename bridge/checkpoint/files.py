@@ -3,6 +3,7 @@
     ROOT/.saving_iter_0000100/   being written; removed by the next save if the process died
     ROOT/iter_0000100/           whole: renamed into place, after its files were flushed to disk
     ROOT/latest_checkpointed_iteration.txt   "100": replaced by rename, after that
+    ROOT/best                    a link to the iteration with the best evaluation (checkpoint.keep_best)
 Old iterations are removed last.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from bridge.weights import pointer
 from bridge.weights.locate import locate, root_of
-from bridge.weights.pointer import LATEST
+from bridge.weights.pointer import BEST, LATEST
 
 SAVING, REMOVING = ".saving_", ".removing_"
 
@@ -58,6 +59,21 @@ def point_at(iteration: Path) -> None:
     flush(iteration.parent)
 
 
+def point_best_at(iteration: Path) -> None:
+    """Make ROOT/best a link to a directory beside it; a kill leaves the earlier link, or this."""
+    unfinished = iteration.with_name(f"{SAVING}{BEST}")
+    unfinished.unlink(missing_ok=True)
+    unfinished.symlink_to(iteration.name)
+    unfinished.replace(iteration.with_name(BEST))
+    flush(iteration.parent)
+
+
+def best(root: Path) -> Path | None:
+    """What ROOT/best links to; None without one."""
+    link = root / BEST
+    return root / os.readlink(link) if link.is_symlink() else None
+
+
 def flush(path: Path) -> None:
     """Have what is written of a file, or of a directory's names, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -68,11 +84,12 @@ def flush(path: Path) -> None:
 
 
 def retain(newest: Path, *, keep: int, spare: Collection[str] = ()) -> None:
-    """Remove all but the `keep` last iterations up to `newest`, and those whose name is in `spare`."""
+    """Remove all but the `keep` last iterations up to `newest`, the best one, and those whose name is in `spare`."""
     # A later iteration can lie beside `newest` when a save was killed before `latest` moved: it is not counted.
     saved = sorted(directory for directory in newest.parent.glob("iter_*") if directory.name <= newest.name)
+    kept = best(newest.parent)
     for directory in saved[:-keep]:
-        if directory.name not in spare:
+        if directory.name not in spare and directory != kept:
             _remove(directory)
 
 
@@ -87,4 +104,4 @@ def remove_leftovers(root: Path) -> None:
     """Remove what a save or a removal that was killed has left below `root`."""
     for prefix in (SAVING, REMOVING):
         for leftover in root.glob(f"{prefix}*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()

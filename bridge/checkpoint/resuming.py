@@ -12,7 +12,7 @@ from bridge.checkpoint.agree import FAILURES, on_main, together
 from bridge.checkpoint.content import Position, Trainable
 from bridge.config.schema import Checkpoint
 from bridge.errors import BridgeError, ConfigError, DamagedError
-from bridge.weights import locate, pointer
+from bridge.weights import common_state, locate, pointer
 from bridge.weights.dist_files import open_dist
 from bridge.weights.locate import CheckpointPath
 from bridge.weights.plain_objects import check_plain
@@ -29,6 +29,16 @@ class Resumed(NamedTuple):
 def has_checkpoint(root: Path) -> bool:
     """Whether a run has saved below `root`, even a damaged checkpoint."""
     return (root / LATEST).is_file()
+
+
+def stands_at(root: Path) -> Position:
+    """Where the latest checkpoint below `root` stands, told without loading it; 0 for one that cannot be read."""
+    try:
+        latest = pointer.read(root)
+        progress = None if latest is None else common_state.read(latest).get("progress")
+    except BridgeError:
+        return Position()
+    return Position(**progress) if isinstance(progress, dict) else Position()
 
 
 def resume(root: Path, state: Trainable, options: Checkpoint, *, reseed: Callable[[int], None]) -> Resumed:

@@ -34,6 +34,7 @@ class Saved(NamedTuple):
 class _Pending:
     final: Path
     step: int
+    is_best: bool
     writing: Writing | None = None
     stall: float = 0.0
 
@@ -73,13 +74,22 @@ class Saver:
         self._pending: _Pending | None = None
         self._has_read_back = False
 
-    def save(self, state: Trainable, *, progress: Position, describe: Callable[[], None] = lambda: None) -> list[Saved]:
+    def save(
+        self,
+        state: Trainable,
+        *,
+        progress: Position,
+        describe: Callable[[], None] = lambda: None,
+        is_best: bool = False,
+    ) -> list[Saved]:
         """Save iteration `progress.step`; an earlier save that is still being written is waited for.
 
-        describe: what rank 0 writes below `root` before the first checkpoint. Returns the saves that are done by now.
+        describe: what rank 0 writes below `root` before the first checkpoint. is_best: ROOT/best is to link to it.
+        Returns the saves that are done by now.
         """
         saved = self.finish()
-        self._pending = pending = _Pending(iteration_directory(self.root, iteration=progress.step), progress.step)
+        final = iteration_directory(self.root, iteration=progress.step)
+        self._pending = pending = _Pending(final, progress.step, is_best)
         with self._named(pending), pending.stalling():
             on_main(lambda: self._open(pending, describe))
             together(lambda: _check_shared(pending.unfinished))
@@ -116,7 +126,7 @@ class Saver:
             shutil.rmtree(pending.unfinished, ignore_errors=True)
 
     def retain(self) -> None:
-        """Remove the iterations beyond `keep_last`; rank 0."""
+        """Remove the iterations beyond `keep_last`, but not the best; rank 0."""
         if self.keep_last is not None and (newest := pointer.read(self.root)) is not None:
             files.retain(newest, keep=self.keep_last, spare=self.in_use())
 
@@ -145,6 +155,8 @@ class Saver:
             together(lambda: _read_back(pending.unfinished))
             self._has_read_back = True
         on_main(lambda: files.publish(pending.unfinished, pending.final, flushed=flushed))
+        if pending.is_best:
+            on_main(lambda: files.point_best_at(pending.final))
         on_main(self.retain)
 
     @contextmanager

@@ -6,7 +6,7 @@ A target is a key, or where no key is the same thing what to do instead.
 import shlex
 from typing import Any
 
-_LENGTH = "a run is train.steps optimizer steps long"
+_LENGTH = "a run is train.steps optimizer steps or train.epochs epochs long"
 _ACCUMULATION = (
     "train.global_batch_size counts the sequences of a step; what exceeds train.micro_batch_size on every process is "
     "accumulated"
@@ -28,7 +28,8 @@ _TARGETS: dict[str, str] = {
         "steps max_steps num_steps total_steps train_steps training_steps train_iters max_iters num_iterations "
         "iterations n_steps"
     ),
-    _LENGTH: "epochs epoch num_epochs max_epochs num_train_epochs n_epochs total_epochs train_epochs max_tokens",
+    "train.epochs": "epochs epoch num_epochs max_epochs num_train_epochs n_epochs total_epochs train_epochs",
+    _LENGTH: "max_tokens",
     "train.global_batch_size": "batch_size bs gbs train_batch_size total_batch_size batch",
     "train.micro_batch_size": (
         "mbs per_device_train_batch_size per_device_batch_size device_batch_size micro_batch "
@@ -76,6 +77,9 @@ _TARGETS: dict[str, str] = {
     ),
     "checkpoint.save_interval": "save_steps save_every save_freq save_iters ckpt_interval checkpoint_interval",
     "checkpoint.keep_last": "save_total_limit save_top_k keep_last_k max_checkpoints keep_checkpoints",
+    "checkpoint.keep_best": "metric_for_best_model load_best_model_at_end save_best monitor",
+    "checkpoint.best_is": "greater_is_better",
+    "train.patience": "early_stopping_patience early_stopping",
     "init.path": (
         "model_name model_name_or_path pretrained pretrained_model_name_or_path base_model init_from model_path "
         "pretrained_checkpoint hf_path"

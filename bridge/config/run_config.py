@@ -12,7 +12,7 @@ import yaml
 
 from bridge.config import effect, modules, routing, sections
 from bridge.config.routing import Routed
-from bridge.config.schema import Checkpoint, ConvertConfig, Init, Launch, Log, Rerun, Scheduler, Train
+from bridge.config.schema import STEPS, Checkpoint, ConvertConfig, Init, Launch, Log, Rerun, Scheduler, Train
 from bridge.errors import ConfigError, shown
 from bridge.files import read_yaml
 
@@ -35,7 +35,7 @@ _CONVERT_READS = {
 }
 
 
-_ABOUT_SAVES = ("save_interval", "keep_last", "async_save", "save_hf")
+_ABOUT_SAVES = ("save_interval", "keep_last", "keep_best", "async_save", "save_hf")
 # Keys in the config.yaml of runs that an earlier version started, by section; they say nothing any more.
 _FORMER = {"train": ("eval_iters",)}
 
@@ -87,15 +87,20 @@ def from_dict(config: Mapping[str, Any]) -> RunConfig:
     _check_named(config, "peft", "method", package="peft")
     if "objective" in config:  # not in the config.yaml of a run that an earlier version started
         _check_named(config, "objective", "name", package="objectives")
-    run = sections.build(RunConfig, config, "")
+    run = _with_length(sections.build(RunConfig, config, ""))
     _check_name(run.name)
     _check_precision(run.routed)
-    _check_schedule(run, run.routed)
+    _check_rates(run)
+    if run.train.steps is not None:
+        check_schedule(run)
     _check_vocabulary(run, run.routed)
     effect.check(run.routed)
     _check_rerun(run)
     _check_eval_only(run)
     _check_saves(run)
+    _check_best(run)
+    if run.init.random and run.init.path is not None:
+        raise ConfigError(f"init.random: true, and init.path is {run.init.path}; set one of the two")
     return run
 
 
@@ -178,16 +183,33 @@ def _check_precision(routed: Routed) -> None:
             )
 
 
-def _check_schedule(run: RunConfig, routed: Routed) -> None:
-    scheduler, optimizer = run.scheduler, routed.optimizer
-    if optimizer.get("lr") is None:
-        raise ConfigError("optimizer.lr: is missing; set the learning rate")
-    decay_steps = scheduler.decay_steps(run.train.steps)
-    if scheduler.warmup_steps(run.train.steps) >= decay_steps:
+def _with_length(run: RunConfig) -> RunConfig:
+    """`run` with train.steps set, unless train.epochs is."""
+    train = run.train
+    if train.steps is not None and train.epochs is not None:
+        raise ConfigError(
+            f"train.epochs: is {train.epochs}, and train.steps is {train.steps}; set one of the two (train.steps=null)"
+        )
+    if train.steps is None and train.epochs is None:
+        return dataclasses.replace(run, train=dataclasses.replace(train, steps=STEPS))
+    return run
+
+
+def check_schedule(run: RunConfig) -> None:
+    """Raise ConfigError for a schedule that does not fit into the steps of `run`, which are known."""
+    scheduler, steps = run.scheduler, run.train.num_steps
+    decay_steps = scheduler.decay_steps(steps)
+    if scheduler.warmup_steps(steps) >= decay_steps:
         raise ConfigError(
             f"scheduler.lr_warmup_steps: {scheduler.lr_warmup_steps} is not below the {decay_steps} decay steps "
             f"(scheduler.lr_decay_steps, or train.steps); set {decay_steps - 1} or less"
         )
+
+
+def _check_rates(run: RunConfig) -> None:
+    scheduler, optimizer = run.scheduler, run.routed.optimizer
+    if optimizer.get("lr") is None:
+        raise ConfigError("optimizer.lr: is missing; set the learning rate")
     if (optimizer.get("min_lr") or 0.0) > optimizer["lr"]:
         raise ConfigError(
             f"optimizer.min_lr: {optimizer['min_lr']} is above optimizer.lr ({optimizer['lr']}); set it to that or less"
@@ -222,6 +244,15 @@ def _check_saves(run: RunConfig) -> None:
         raise ConfigError(
             f"train.exit_interval: {run.train.exit_interval} would stop every start there with checkpoint.save=false; "
             f"set train.steps={run.train.exit_interval}"
+        )
+
+
+def _check_best(run: RunConfig) -> None:
+    options = run.checkpoint
+    if options.best_is == "highest" and options.keep_best in (None, "eval_loss"):
+        raise ConfigError(
+            "checkpoint.best_is: highest, but the best eval_loss is the lowest; leave it out, or set "
+            "checkpoint.keep_best to a metric of which more is better"
         )
 
 

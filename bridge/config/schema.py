@@ -19,16 +19,21 @@ def _duration(default: str | None = None) -> Any:
     return field(default=default, metadata={"duration": True})
 
 
+STEPS = 300  # of a run that says nothing about its length
+
+
 @dataclass(frozen=True)
 class Train:
-    """What the loop does. Batch sizes count sequences; intervals count steps."""
+    """What the loop does. Batch sizes count sequences; intervals count steps. Without steps and epochs: STEPS steps."""
 
-    steps: int = _from(1, 300)
+    steps: int | None = _from(1, None)
+    epochs: int | None = _from(1, None)
     global_batch_size: int = _from(1, 8)
     micro_batch_size: int | None = _from(1, None)
     rampup_batch_size: list[int] | None = None
-    eval_interval: int | None = _from(1, 100)
+    eval_interval: "int | Literal['epoch'] | None" = _from(1, 100)
     eval_samples: int | None = _from(1, 128)
+    patience: int | None = _from(1, None)
     exit_interval: int | None = _from(1, None)
     exit_after: str | None = _duration()
     iterations_to_skip: list[int] = field(default_factory=list, metadata={"min": 1})
@@ -38,6 +43,12 @@ class Train:
     num_nodes: int = _from(1, 1)
     num_devices: int | None = _from(1, None)
     seed: int = _from(0, 1234)
+
+    @property
+    def num_steps(self) -> int:
+        """steps, once they are known: those of train.epochs follow from the prepared data."""
+        assert self.steps is not None, "the steps of train.epochs are not known yet"
+        return self.steps
 
     def sequences_per_pass(self, data_parallel_size: int) -> int:
         """micro_batch_size; unless set, the most that divide one rank's share of every batch, up to 4.
@@ -75,9 +86,13 @@ class Scheduler:
 
 @dataclass(frozen=True)
 class Init:
-    """Where the weights come from: a Hugging Face directory, a Megatron checkpoint, or (None) random."""
+    """Where the weights come from: a Hugging Face directory, a Megatron checkpoint, or (None) random.
+
+    random: fine-tuning data trains random weights only when this says so.
+    """
 
     path: str | None = None
+    random: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,8 +100,10 @@ class Checkpoint:
     """When and how to save, how many to keep (None: all), and what to do about a damaged checkpoint on resume."""
 
     save: bool = True
-    save_interval: int | None = _from(1, None)
+    save_interval: "int | Literal['epoch'] | None" = _from(1, None)
     keep_last: int | None = _from(1, None)
+    keep_best: str | None = None
+    best_is: Literal["lowest", "highest"] = "lowest"
     async_save: bool = False
     write_timeout: str | None = _duration("30m")
     save_hf: bool = False

@@ -51,7 +51,7 @@ def _value(field: "dataclasses.Field[Any]", value: Any, key: str) -> Any:
     annotation.check(key, value, annotation.of_dataclass_field(field.type))
     smallest = field.metadata.get("min")
     for item in value if isinstance(value, list) else [value]:
-        if smallest is not None and item is not None and item < smallest:
+        if smallest is not None and isinstance(item, int | float) and item < smallest:
             raise ConfigError(f"{key}: {shown(item)} is too small; set {smallest} or more")
     return value
 

@@ -21,7 +21,7 @@ class Batch(TypedDict, total=False):
     loss_mask: Tensor  # float32 [B, S], how much the label counts, 0: not at all; all 0 in what fills up an evaluation
     position_ids: Tensor  # int64 [B, S], 0, 1, ... from the beginning of each text
     segment_ids: Tensor  # int32 [B, S], of rows that samples share: the number of a token's sample, -1 for padding
-    sample_id: Tensor  # int64 [B], index in the dataset
+    sample_id: Tensor  # int64 [B], index in the dataset; FILLER (bridge.data.sampler) of a row that does not count
 
 
 def to_this_rank(batch: Batch | Mapping[str, Tensor], keys: Iterable[str]) -> Batch:

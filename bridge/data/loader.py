@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from bridge.data import loader_server
+from bridge.data.sampler import FILLER
 from bridge.errors import BridgeError, ConfigError
 
 
@@ -21,23 +22,10 @@ class LoadingError(Exception):
             self.add_note(message)
 
 
-class Padded(torch.utils.data.Dataset[dict[str, Any]]):
-    """The first `size` items of a dataset, then, without end, its last one with nothing in it that counts."""
-
-    def __init__(self, dataset: Any, *, size: int) -> None:
-        self.dataset, self.size = dataset, size
-        self.collate = getattr(dataset, "collate", None)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if index < self.size:
-            return self.dataset[index]
-        last = self.dataset[self.size - 1]
-        return {**last, "loss_mask": torch.zeros_like(last["loss_mask"])}
-
-
 class Numbered(torch.utils.data.Dataset[dict[str, Any]]):
     """A dataset whose items also carry `sample_id`, their index, so that what was read can be recorded.
 
+    Item FILLER is another one with nothing in it that counts: of weight 0 and, where samples share rows, padding.
     To a loader process it goes as bytes, which `open` opens there. Raises LoadingError for a sample, ConfigError for a
     dataset that cannot go.
     """
@@ -50,11 +38,14 @@ class Numbered(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            item = self.dataset[index]
+            item = self.dataset[0 if index == FILLER else index]
         except BridgeError:
             raise
         except Exception as error:
             raise LoadingError(f"data.source: sample {index} cannot be read ({_line(error)})") from error
+        if index == FILLER:
+            nothing = {"loss_mask": 0, "segment_ids": -1}
+            item = {**item, **{key: torch.full_like(item[key], nothing[key]) for key in nothing.keys() & item.keys()}}
         return {**item, "sample_id": torch.tensor(index)}
 
     def __getstate__(self) -> bytes:

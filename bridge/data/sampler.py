@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+FILLER = -1  # instead of an index: a sample that does not count, where there are not enough for whole micro-batches
 ROUNDS = 6
 WORD = (1 << 64) - 1
 
@@ -59,7 +60,10 @@ def rank_micro_batches(ids: Sequence[int], *, micro_batch_size: int, rank: int, 
 
 
 class TrainingBatches(torch.utils.data.Sampler[list[int]]):
-    """Batch sampler for a DataLoader: the rank's micro-batches of every step after `consumed` samples, without end."""
+    """Batch sampler for a DataLoader: the rank's micro-batches of every step after `consumed` samples, without end.
+
+    total: samples in all, after which there are FILLERs only, as in the rest of the batch in which they end.
+    """
 
     def __init__(
         self,
@@ -71,9 +75,10 @@ class TrainingBatches(torch.utils.data.Sampler[list[int]]):
         micro_batch_size: int,
         rank: int,
         num_ranks: int,
+        total: int | None = None,
     ) -> None:
         """`batch_size_at(consumed)` is the global batch size of the step that starts after `consumed` samples."""
-        self.size, self.seed, self.consumed = size, seed, consumed
+        self.size, self.seed, self.consumed, self.total = size, seed, consumed, total
         self.batch_size_at = batch_size_at
         self.micro_batch_size, self.rank, self.num_ranks = micro_batch_size, rank, num_ranks
 
@@ -81,7 +86,8 @@ class TrainingBatches(torch.utils.data.Sampler[list[int]]):
         consumed = self.consumed
         while True:
             count = self.batch_size_at(consumed)
-            ids = sample_ids(consumed, count, size=self.size, seed=self.seed)
+            left = count if self.total is None else max(0, min(count, self.total - consumed))
+            ids = sample_ids(consumed, left, size=self.size, seed=self.seed) + [FILLER] * (count - left)
             yield from rank_micro_batches(
                 ids, micro_batch_size=self.micro_batch_size, rank=self.rank, num_ranks=self.num_ranks
             )

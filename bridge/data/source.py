@@ -6,6 +6,7 @@ A source module (`bridge.data.<name>`, or a dotted name outside the tree) expose
     build(config, prepared, *, seed) -> Datasets map-style datasets of such items as the objective reads
 and, if it likes, what refuses a file that is missing before torch is imported and before a job waits in a queue:
     check(config) -> None                        raises ConfigError
+    FINE_TUNES = True                            trains random weights only with init.random=true
 With data.num_workers > 0 the training dataset is pickled for other processes.
 An item is a dict of tensors of shape [sequence_length]: tokens, labels, position_ids (int64) and loss_mask (float32),
 and whatever else the objective names (bridge.data.batch, which stacks them). A dataset with items of other shapes has
@@ -65,7 +66,8 @@ class Prepared(NamedTuple):
 
 
 class Datasets(NamedTuple):
-    """Map-style datasets (`len`, `[i]`); valid is None when the split holds nothing out."""
+    """Map-style datasets (`len`, `[i]`). valid: None when nothing is held out; a mapping NAME -> dataset when there are
+    several sets, which are evaluated one by one (eval_loss/NAME)."""
 
     train: Any
     valid: Any | None

@@ -47,10 +47,12 @@ def report(config: RunConfig, *, world_size: int) -> str:
     length, train = config.data["sequence_length"], config.train
     micro_batch_size = train.sequences_per_pass(shape.dp)
     micro_batches = train.global_batch_size // (micro_batch_size * shape.dp)
+    epochs = f"{train.epochs} x all training samples; how many steps that is follows from the prepared data"
     active = "" if counted.active == counted.total else f", {_count(counted.active)} active per token"
     lines = [
         f"layout        {_layout(shape)}",
         f"batch         {micro_batches} x {micro_batch_size} sequences of {length} tokens per process and step",
+        *([f"epochs        {epochs}"] if train.epochs is not None else []),
         f"parameters    {_count(counted.total)}{active}",
         f"FLOPs         {_flops(config) / 1e9:,.3g} GFLOP per token, forward and backward",
         *_memory_lines(config, world_size=world_size),

@@ -27,7 +27,18 @@ from omegaconf.errors import OmegaConfBaseException
 import bridge
 from bridge.command_line import FULL_ERROR
 from bridge.errors import BridgeError, ConfigError
-from bridge.launch import arguments, group_options, hydra_keys, option_files, optuna, repeated, slurm, slurm_job, tether
+from bridge.launch import (
+    arguments,
+    group_options,
+    hydra_keys,
+    model_of_init,
+    option_files,
+    optuna,
+    repeated,
+    slurm,
+    slurm_job,
+    tether,
+)
 from bridge.launch.hydra_errors import of_the_users, one_line
 
 GRID_SWEEPER = "hydra_plugins.bridge_grid.GridSweeper"
@@ -250,6 +261,7 @@ def _prepare_hydra() -> None:
     _declare_open_sections()
     group_options.share_repository()
     option_files.check_all()
+    model_of_init.take_from_now_on(Path(_conf_directory()))
     optuna.set_defaults()  # imports Hydra's plugins, which store their options anew
     ConfigStore.instance().store(
         group="hydra/sweeper", name="basic", node=BasicSweeperConf(_target_=GRID_SWEEPER), provider="bridge"

@@ -19,6 +19,7 @@ def check(config: RunConfig, *, in_queue: bool = False) -> None:
     in_queue: a Slurm job trains, elsewhere: its node may have GPUs, and a cache of its own. What it reads must be here
     as there, as the run directory is, unless launch.check_paths is false.
     """
+    _check_weights(config)
     if config.launch.check_paths:
         if config.init.path is not None and (config.eval_only or latest_step(config.run_dir) is None):
             locate.check_model(config.init.path, key="init.path")
@@ -29,6 +30,18 @@ def check(config: RunConfig, *, in_queue: bool = False) -> None:
     if not in_queue and not platform.may_have_gpu():
         routed = config.routed
         platform.check(routed.transformer | routed.ddp | routed.optimizer, routed.origin)
+
+
+def _check_weights(config: RunConfig) -> None:
+    """Data that is made for fine-tuning says so by FINE_TUNES = True: random weights learn little from it."""
+    if config.init.path is not None or config.init.random or latest_step(config.run_dir) is not None:
+        return
+    name = config.data["source"]
+    if getattr(modules.load("data.source", name, "data"), "FINE_TUNES", False):
+        raise ConfigError(
+            f"init.path: is not set, and data.source={name} is for fine-tuning; set init.path=DIR to the model to "
+            "start from, or init.random=true to train random weights"
+        )
 
 
 def _check_source(config: RunConfig) -> None:

@@ -109,16 +109,18 @@ def unread(pipe: int) -> int:
 
 
 def _follow(pulse: Pulse, config: RunConfig, line: LiveLine, done: threading.Event) -> None:
-    time_left = TimeLeft(config.train.steps)
+    time_left: TimeLeft | None = None
     while not done.wait(INTERVAL):
+        if time_left is None and pulse.steps is not None:
+            time_left = TimeLeft(pulse.steps)
         line.show(f"{config.name}: {described(pulse, time_left)}")
 
 
-def described(pulse: Pulse, time_left: TimeLeft) -> str:
+def described(pulse: Pulse, time_left: TimeLeft | None) -> str:
     """`step 17/300, 3m20s left`; before the first step, and in what takes long between two, also for how long."""
     step, phase, entered = pulse.place
     since = f"{phase}, {durations.text(time.monotonic() - entered)}"
-    if phase in BEFORE_STEPS or not step:
+    if phase in BEFORE_STEPS or not step or time_left is None:
         return since
     left = time_left.after(step) if pulse.finished_steps else None
     parts = [f"step {step}/{time_left.steps}"]

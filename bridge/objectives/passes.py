@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bridge import parallel, platform
 from bridge.data.batch import Batch, to_this_rank
+from bridge.data.sampler import FILLER
 from bridge.errors import ConfigError
 from bridge.models import measures
 from bridge.objectives.objective import Objective
@@ -118,6 +119,11 @@ def _loss(
 
 
 def _lengths(objective: Objective, loaded: Batch) -> tuple[int, int]:
+    """The sum of the lengths of the sequences that count, and of their squares."""
+    if "sample_id" in loaded and (loaded["sample_id"] == FILLER).any():
+        counts = loaded["sample_id"] != FILLER
+        tensors = cast(dict[str, Tensor], loaded)
+        loaded = cast(Batch, {key: tensor[counts] for key, tensor in tensors.items() if len(tensor) == len(counts)})
     lengths = objective.lengths(loaded)
     return int(lengths.sum()), int((lengths * lengths).sum())
 

@@ -126,11 +126,11 @@ def latest_step(path: Path) -> int | None:
 
 
 def finished(config: RunConfig) -> result.Result | None:
-    """How the run ended, if the same configuration has taken all its steps and their checkpoint is there."""
+    """How the run ended, if the same configuration is done (by train.patience early), and its checkpoint is there."""
     path = config.run_dir
     try:
         ended = result.read_result(path)
-        if ended is None or ended.status != "done" or not ended.step == latest_step(path) == config.train.steps:
+        if ended is None or ended.status != "done" or ended.step is None or ended.step != latest_step(path):
             return None
         locate.locate(path)
     except (BridgeError, ValueError, TypeError):  # damaged: for the run itself to tell
@@ -163,7 +163,7 @@ def _check_unchanged(config: RunConfig, path: Path) -> None:
 
 
 def _check_steps(config: RunConfig, path: Path, *, done: int) -> None:
-    if config.train.steps < done:
+    if config.train.steps is not None and config.train.steps < done:
         raise ConfigError(
             f"train.steps: {config.train.steps}, but {path} has already done {done}; set more than {done} to "
             "continue, or another name= to train again from the start"

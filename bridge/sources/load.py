@@ -7,22 +7,18 @@ from typing import Any
 import torch
 
 from bridge import parallel
-from bridge.config.architecture import NOT_ARCHITECTURE
-from bridge.config.complete import complete
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError, shown
 from bridge.models import family
 from bridge.models.hf import config as hf_config
 from bridge.sources.described import check, model_of
+from bridge.sources.same import differences
 from bridge.weights import into_model, locate
 from bridge.weights.dist_files import open_dist
 from bridge.weights.hf_files import main_dtype
 from bridge.weights.ledger import OPTIMIZER_PREFIXES
 from bridge.weights.quantized import open_source
 from bridge.weights.transfer import specs_of
-
-# Model keys that may differ between a checkpoint and the run that starts from it, beside those of no architecture.
-FREE = frozenset({"attention_dropout", "init_method_std", "max_sequence_length"})
 
 
 def load_initial(model: Sequence[torch.nn.Module], path: str | Path, routed: Routed, *, key: str = "init.path") -> None:
@@ -77,13 +73,9 @@ def read_section(path: Path, *, key: str) -> dict[str, Any]:
 
 def check_same_model(section: Mapping[str, Any], routed: Routed, *, path: Path) -> None:
     """Raise ConfigError naming every `model` key in which a run (`routed`) and the checkpoint's `section` differ."""
-    theirs, ours = complete(section), complete(model_section(routed))
-    free = NOT_ARCHITECTURE | (FREE - {"max_sequence_length"} if ours["rope_parameters"] else FREE)
-    names = [name for name in theirs | ours if name == "family" or name not in free]
     different = [
-        f"{routed.key(name)} is {shown(ours.get(name))} (there {shown(theirs.get(name))})"
-        for name in names
-        if ours.get(name) != theirs.get(name)
+        f"{routed.key(name)} is {shown(ours)} (there {shown(theirs)})"
+        for name, theirs, ours in differences(section, model_section(routed))
     ]
     if different:
         raise ConfigError(

@@ -45,8 +45,13 @@ def _calculator(train: Train, data_parallel_size: int) -> NumMicroBatchesCalcula
     )
 
 
-def training(dataset: Any, *, train: Train, consumed: int, num_workers: int) -> Iterator[Batch]:
-    """Endless micro-batches of this rank after the first `consumed` samples: [micro_batch_size, ...] tensors."""
+def training(
+    dataset: Any, *, train: Train, consumed: int, num_workers: int, total: int | None = None
+) -> Iterator[Batch]:
+    """Endless micro-batches of this rank after the first `consumed` samples: [micro_batch_size, ...] tensors.
+
+    After `total` samples there are only rows that do not count.
+    """
     num_ranks = parallel.size("dp")
     batches = sampler.TrainingBatches(
         size=len(dataset),
@@ -56,6 +61,7 @@ def training(dataset: Any, *, train: Train, consumed: int, num_workers: int) -> 
         micro_batch_size=train.sequences_per_pass(num_ranks),
         rank=parallel.rank("dp"),
         num_ranks=num_ranks,
+        total=total,
     )
     return iter(_loader(dataset, batches, num_workers=num_workers))
 
@@ -69,10 +75,10 @@ def evaluation(dataset: Any, *, train: Train, num_microbatches: int) -> Iterator
     """So many micro-batches of this rank for one evaluation: the samples in order, then some that do not count."""
     rank, num_ranks = parallel.rank("dp"), parallel.size("dp")
     micro_batch_size = train.sequences_per_pass(num_ranks)
-    ids = range(num_microbatches * micro_batch_size * num_ranks)
+    room, num_samples = num_microbatches * micro_batch_size * num_ranks, num_evaluation_samples(dataset, train)
+    ids = [*range(num_samples), *[sampler.FILLER] * (room - num_samples)]
     batches = sampler.rank_micro_batches(ids, micro_batch_size=micro_batch_size, rank=rank, num_ranks=num_ranks)
-    counted = loader.Padded(dataset, size=num_evaluation_samples(dataset, train))
-    return iter(_loader(counted, batches, num_workers=0))
+    return iter(_loader(dataset, batches, num_workers=0))
 
 
 def _loader(dataset: Any, batches: Iterable[Sequence[int]], *, num_workers: int) -> Iterable[Batch]:
@@ -83,7 +89,7 @@ def _loader(dataset: Any, batches: Iterable[Sequence[int]], *, num_workers: int)
 
 def recorded(batches: Iterator[Batch], path: Path, *, train: Train, after: Position) -> Iterator[Batch]:
     """`batches`, the first one of the step after `after`; a line "STEP: ID ID ..." is appended to `path` for each that
-    is read."""
+    is read and has samples that count."""
     path.parent.mkdir(parents=True, exist_ok=True)
     num_ranks = parallel.size("dp")
     size_at = batch_size_at(train, data_parallel_size=num_ranks)
@@ -93,7 +99,8 @@ def recorded(batches: Iterator[Batch], path: Path, *, train: Train, after: Posit
             step, samples = step + 1, size_at(consumed)
             consumed += samples
             for batch in itertools.islice(batches, samples // (train.sequences_per_pass(num_ranks) * num_ranks)):
-                file.write(f"{step}: {' '.join(str(index) for index in batch['sample_id'].tolist())}\n")
+                if ids := [str(index) for index in batch["sample_id"].tolist() if index != sampler.FILLER]:
+                    file.write(f"{step}: {' '.join(ids)}\n")
                 yield batch
 
 

@@ -17,7 +17,6 @@ from bridge.objectives.passes import Measured, Shape
 from bridge.training import batches
 from bridge.training.step import shape_of
 
-
 UNNAMED = ""  # the name of a set that is alone and has none
 
 
@@ -69,7 +68,7 @@ def evaluate(
     sums = torch.stack([one.sums for one in measured]).sum(dim=0)
     names = [UNNAMED, *(name for name in valid if name != UNNAMED)]
     of_each = [] if UNNAMED in valid else measured
-    found = {}
+    found: dict[str, float] = {}
     for name, total in zip(names, passes.totals([measured[0]._replace(sums=sums), *of_each]), strict=True):
         numbers = dict(total.numbers)
         if objective.has_perplexity:

@@ -13,6 +13,7 @@ from bridge.objectives import passes
 from bridge.optim import schedule
 from bridge.runs import run_files
 from bridge.training import batches, flops
+from bridge.training.best import Best
 from bridge.training.evaluate import evaluate
 from bridge.training.loss_policy import LossPolicy
 from bridge.training.metrics import Pending, Rates, Report, Step
@@ -44,65 +45,122 @@ class Outcome:
 
 
 def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse, saves: Saves) -> Outcome:
-    """Run `job` to its last step or until `stop` has a reason.
+    """Run `job` to its last step, until train.patience is over or until `stop` has a reason.
 
     Raises FloatingPointError for a loss that train.nonfinite_loss or train.spiking_loss calls an error, HardwareFault
     for a result that another computation contradicts, both before anything of that step is saved.
     """
-    train, progress = job.config.train, job.progress
+    progress, length = job.progress, job.length
     pulse.enter(STARTING, step=progress.step)
     policy = LossPolicy(job.config, progress)
     rerun = Rerun(job.config, policy, step=progress.step, model=job.state.model)
     stragglers = Stragglers(job.config.log.straggler_interval, pulse, job.state.model)
     pending = Pending(_rates(job), policy, consumed_tokens=_consumed_tokens(job))
+    between = _Between(job, report, saves, pulse, pending=pending, rerun=rerun, stragglers=stragglers)
     iterators = rerun.iterators(_training_batches(job, pulse))
     step_of = partial(train_step, job.objective, job.state, iterators, policy=policy, rerun=rerun)
     take_step = partial(step_of, before_update=saves.before_update)
-    batch_size_at = batches.batch_size_at(train, data_parallel_size=parallel.size("dp"))
-    eval_loss = _evaluation_at(job, progress.step)
-    reason = stop.signalled() if progress.step < train.steps else None  # while the model was built
-    while progress.step < train.steps and reason is None:
-        step = progress.step + 1
-        samples = batch_size_at(progress.consumed_samples)
-        shape = shape_of(train, sequence_length=job.data.options.sequence_length, samples=samples)
+    batch_size_at = batches.batch_size_at(job.config.train, data_parallel_size=parallel.size("dp"))
+    ended = between.best.ending(progress.step)
+    reason = stop.signalled() if progress.step < length.steps else None  # while the model was built
+    while progress.step < length.steps and reason is None and ended is None:
+        step, consumed = progress.step + 1, progress.consumed_samples
+        samples = batch_size_at(consumed)
+        shape = shape_of(job.config.train, sequence_length=job.data.options.sequence_length, samples=samples)
         lr = schedule.learning_rate(job.state.optimizer)
         pulse.enter(COMPUTING, step=step)
-        if step in train.iterations_to_skip:
+        if step in job.config.train.iterations_to_skip:
             result = StepResult(passes.only_read(job.objective, iterators, job.state.model, shape))
         else:
             stragglers.begin_step()
             result = take_step(shape, step=step)
         if result.ending is not None:
-            _report(pending, report)
-            _end_for_rerun(job, pending.remembered(progress), result.ending, rerun=rerun, saves=saves, pulse=pulse)
-            return Outcome("stopped", progress.step, eval_loss, result.ending.message)
+            between.end_for_rerun(progress, result.ending)
+            return Outcome("stopped", progress.step, between.eval_loss, result.ending.message)
         progress = progress._replace(
             step=step,
-            consumed_samples=progress.consumed_samples + samples,
+            consumed_samples=consumed + length.counted(consumed, samples),
             skipped=progress.skipped + (not result.updated),
         )
         pending.add(Step(step, result, lr, progress.consumed_samples, progress.skipped))
-
-        last = step == train.steps
-        reason = None if last else stop.reason(step=step)
+        reason = None if step == length.steps else stop.reason(step=step)
         pulse.finish_step()  # at about the same moment on all ranks
-        evaluating = last or _due(step, train.eval_interval)
-        saving = saves.due(step, leaving=last or reason is not None)
-        if evaluating or saving or reason is not None or result.is_error or _due(step, job.config.log.log_interval):
-            _report(pending, report)
-            _say(rerun.statistics())
-        _say(stragglers.report(step))
-        if evaluating and job.valid:
-            report.write({"step": step} | (found := _evaluate(job, pulse)))
-            eval_loss = found["eval_loss"]
-        if saving:
-            _save(job, pending.remembered(progress), saves, pulse)
-        else:
-            saves.poll(step)
-        if evaluating or saving:
-            pending.restart_clock()
+        ended = between.after(progress, consumed_before=consumed, leaving=reason is not None, is_error=result.is_error)
+    _say(ended)
     pulse.enter(SAVING)  # what the caller waits for
-    return Outcome("done" if reason is None else "stopped", progress.step, eval_loss, reason)
+    status: Literal["done", "stopped"] = "done" if reason is None or ended is not None else "stopped"
+    return Outcome(status, progress.step, between.eval_loss, None if status == "done" else reason)
+
+
+class _Between:
+    """What is due between two steps: reports, evaluations, saves. All ranks call the same.
+
+    eval_loss: of the last evaluation, also of one before a resume.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        report: Report,
+        saves: Saves,
+        pulse: Pulse,
+        *,
+        pending: Pending,
+        rerun: Rerun,
+        stragglers: Stragglers,
+    ) -> None:
+        self._job, self._report, self._saves, self._pulse = job, report, saves, pulse
+        self._pending, self._rerun, self._stragglers = pending, rerun, stragglers
+        self.best = Best(job.config, job.progress)
+        self.eval_loss = _evaluation_at(job, job.progress.step)
+
+    def after(self, progress: Position, *, consumed_before: int, leaving: bool, is_error: bool) -> str | None:
+        """Do what is due after the step at `progress`; one line when the run ends with it, as train.patience is over.
+
+        consumed_before: the samples up to the step before. Raises FloatingPointError as `train`.
+        """
+        config, step, length = self._job.config, progress.step, self._job.length
+        is_due = partial(length.is_due, step=step, before=consumed_before, after=progress.consumed_samples)
+        last = step == length.steps
+        evaluating = last or is_due(config.train.eval_interval)
+        saving = config.checkpoint.save and (last or leaving or is_due(config.checkpoint.save_interval))
+        if evaluating or saving or leaving or is_error or is_due(config.log.log_interval):
+            _report(self._pending, self._report)
+            _say(self._rerun.statistics())
+        _say(self._stragglers.report(step))
+        is_best, ended = False, None
+        if evaluating and self._job.valid:
+            found = _evaluate(self._job, self._pulse)
+            self._report.write({"step": step} | found)
+            self.eval_loss = found["eval_loss"]
+            is_best = self.best.judge(step, found) and self.best.is_kept
+            ended = None if last else self.best.ending(step)
+        saving = saving or is_best or (config.checkpoint.save and ended is not None)
+        if saving:
+            self._save(progress, is_best=is_best)
+        else:
+            self._saves.poll(step)
+        if evaluating or saving:
+            self._pending.restart_clock()
+        return ended
+
+    def end_for_rerun(self, progress: Position, ending: Ending) -> None:
+        """Save what megatron-core's rerun state machine wants kept. Raises HardwareFault if that was its last word."""
+        _report(self._pending, self._report)
+        self._saves.finish()
+        root = self._job.checkpoints
+        if ending.save and pointer.read(root) != iteration_directory(root, iteration=progress.step):
+            self._save(progress)
+            self._saves.finish()
+        self._rerun.leave(ending, step=progress.step)
+        if not ending.resumable:
+            raise HardwareFault(ending.message)
+
+    def _save(self, progress: Position, *, is_best: bool = False) -> None:
+        self._pulse.enter(SAVING)
+        with _gathered_parameters(self._job.state.model):
+            self._saves.save(self.best.remembered(self._pending.remembered(progress)), is_best=is_best)
+        self._pulse.enter(REPORTING)
 
 
 def _report(pending: Pending, report: Report) -> None:
@@ -119,33 +177,15 @@ def _say(line: str | None) -> None:
         print(line, flush=True)
 
 
-def _save(job: Job, progress: Position, saves: Saves, pulse: Pulse) -> None:
-    pulse.enter(SAVING)
-    with _gathered_parameters(job.state.model):
-        saves.save(progress)
-    pulse.enter(REPORTING)
-
-
-def _end_for_rerun(job: Job, progress: Position, ending: Ending, *, rerun: Rerun, saves: Saves, pulse: Pulse) -> None:
-    """Save what megatron-core's rerun state machine wants kept. Raises HardwareFault when that was its last word."""
-    saves.finish()
-    there = pointer.read(job.checkpoints) == iteration_directory(job.checkpoints, iteration=progress.step)
-    if ending.save and not there:
-        _save(job, progress, saves, pulse)
-        saves.finish()
-    rerun.leave(ending, step=progress.step)
-    if not ending.resumable:
-        raise HardwareFault(ending.message)
-
-
-def _due(step: int, interval: int | None) -> bool:
-    return interval is not None and step % interval == 0
-
-
 def _rates(job: Job) -> Rates:
     per_token = partial(flops.per_token, job.transformer, vocab_size=job.config.model["vocab_size"])
     without_attention = per_token(sequence_length=0)
-    return Rates(without_attention, per_token(sequence_length=1) - without_attention, parallel.size())
+    return Rates(
+        without_attention,
+        per_token(sequence_length=1) - without_attention,
+        parallel.size(),
+        job.length.samples_per_epoch,
+    )
 
 
 def _consumed_tokens(job: Job) -> int:
@@ -163,6 +203,7 @@ def _training_batches(job: Job, pulse: Pulse) -> list[Iterator[Batch]]:
             train=config.train,
             consumed=job.progress.consumed_samples,
             num_workers=job.data.options.num_workers,
+            total=job.length.samples,
         )
         for _ in job.state.model
     ]

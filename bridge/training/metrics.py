@@ -38,6 +38,7 @@ TRAINING = (
     "grad_norm",  # L2 norm of the whole gradient before clipping; null when it is not finite or the step was left out
     "lr",  # learning rate the step used
     "consumed_samples",  # sequences read since the start of the run, this step included
+    "epoch",  # consumed_samples divided by the number of training samples
     "consumed_tokens",  # their tokens, padding left out
     "tokens_per_second",  # of all ranks together
     "tflops_per_gpu",  # model TFLOP/s of each device (bridge.training.flops)
@@ -62,11 +63,13 @@ def check_names(objective: Objective, config: Any) -> None:
 
 
 class Rates(NamedTuple):
-    """What turns seconds into rates. A sequence of s tokens costs s flops_per_token + s^2 flops_per_square."""
+    """What turns seconds into rates, and samples into epochs. A sequence of s tokens costs s flops_per_token +
+    s^2 flops_per_square."""
 
     flops_per_token: float
     flops_per_square: float
     num_devices: int
+    samples_per_epoch: int
 
 
 class Step(NamedTuple):
@@ -132,6 +135,7 @@ class Pending:
             step.result.grad_norm,
             step.lr,
             step.consumed_samples,
+            step.consumed_samples / rates.samples_per_epoch,
             self.consumed_tokens,
             total.tokens / seconds,
             flops / seconds / rates.num_devices / 1e12,
@@ -260,7 +264,7 @@ class Report:
         self.sinks.append(JsonLines(config.run_dir, resumed_step=resumed_step))
         shows_flops = platform.device().type != "cpu"
         train, log = config.train, config.log
-        self.sinks.append(Console(steps=train.steps, log_interval=log.log_interval, shows_flops=shows_flops))
+        self.sinks.append(Console(steps=train.num_steps, log_interval=log.log_interval, shows_flops=shows_flops))
 
     def write(self, line: Values) -> None:
         """Send one line everywhere. Raises RunError when the disk refuses it."""

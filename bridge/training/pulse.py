@@ -35,6 +35,7 @@ class Pulse:
     def __init__(self) -> None:
         self.place = Place(0, IMPORTING, time.monotonic())
         self.finished_steps = 0  # by this process
+        self.steps: int | None = None  # of the run, once they are known
         # Since when it has been in one phase of a step, or of the work between two; None outside of the training loop.
         self.busy_since: float | None = None
         self.reading_seconds = 0.0

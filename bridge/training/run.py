@@ -54,7 +54,8 @@ def run(config: RunConfig, *, started: float | None = None, pulse: Pulse | None 
 
 def _train(config: RunConfig, data: setup.Data, stop: Stop, pulse: Pulse) -> tuple[Outcome, Saves]:
     job = setup.build(config, data)
-    report = Report(config, resumed_step=job.progress.step, is_main=parallel.is_main())
+    pulse.steps = job.length.steps
+    report = Report(job.config, resumed_step=job.progress.step, is_main=parallel.is_main())
     saves = Saves(job, report)
     with saves.finished():
         outcome = train(job, stop=stop, report=report, pulse=pulse, saves=saves)

@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from bridge import parallel
-from bridge.checkpoint import Position, Saved, Saver
+from bridge.checkpoint import Position, Saved, Saver, files
 from bridge.errors import RunError
 from bridge.training import initial
 from bridge.training.hf_exports import HfExports
 from bridge.training.metrics import Report
 from bridge.training.setup import Job
 from bridge.weights import pointer
+from bridge.weights.pointer import iteration_directory
 
 
 class Saves:
@@ -30,20 +31,17 @@ class Saves:
         if self._exports is not None and (newest := pointer.read(job.checkpoints)) is not None:
             self._exports.catch_up(newest)
         self._step = job.progress.step
+        if parallel.is_main():
+            self._link_the_best()
 
-    def due(self, step: int, *, leaving: bool) -> bool:
-        """Whether to save after `step`; leaving: the run ends with it."""
-        options = self._job.config.checkpoint
-        at_interval = options.save_interval is not None and step % options.save_interval == 0
-        return options.save and (leaving or at_interval)
-
-    def save(self, progress: Position) -> None:
+    def save(self, progress: Position, *, is_best: bool = False) -> None:
         """Save the job as it stands at `progress`; with checkpoint.async_save the rest happens while training goes on.
 
-        Raises RunError on every rank, in one line, when this or the save before failed.
+        is_best: checkpoints/best is to link to it. Raises RunError on every rank, in one line, when this or the save
+        before failed.
         """
         self._step = progress.step
-        self._tell(self._saver.save(self._job.state, progress=progress, describe=self._describe))
+        self._tell(self._saver.save(self._job.state, progress=progress, describe=self._describe, is_best=is_best))
 
     def poll(self, step: int) -> None:
         """After every step: see whether the pending save and export are done. Raises as `save`."""
@@ -89,6 +87,13 @@ class Saves:
         self._exports.retain(self._job.checkpoints)
         if self._exports.failures:
             raise RunError(self._exports.failures[-1])
+
+    def _link_the_best(self) -> None:
+        """What a kill between a save and its link has left undone."""
+        root, step = self._job.checkpoints, self._job.progress.best_step
+        best = iteration_directory(root, iteration=step)
+        if self._job.config.checkpoint.keep_best is not None and step and files.best(root) != best and best.is_dir():
+            files.point_best_at(best)
 
     def _describe(self) -> None:
         initial.describe(self._job.checkpoints, self._job.config, tokenizer=self._job.data.prepared.tokenizer)

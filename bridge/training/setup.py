@@ -11,7 +11,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 
 from bridge import checkpoint, parallel
 from bridge.checkpoint import Position, Trainable
-from bridge.config import modules, sections
+from bridge.config import modules, run_config, sections
 from bridge.config.routing import Routed
 from bridge.config.run_config import RunConfig
 from bridge.data import source
@@ -24,8 +24,10 @@ from bridge.optim import optimizer as optimizers
 from bridge.optim import schedule
 from bridge.platform import user_buffers
 from bridge.runs import run_files
-from bridge.training import initial, metrics, settings
-from bridge.training.evaluate import sets
+from bridge.training import batches, best, initial, metrics, settings
+from bridge.training.evaluate import metrics_of, sets
+from bridge.training.length import Length
+from bridge.training.length import of as length_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is ready to take its next step. progress: where it stands, 0 or the checkpoint's."""
+    """A run that is ready to take its next step. config: with train.steps, also of train.epochs. progress: where it
+    stands, 0 or the checkpoint's."""
 
     config: RunConfig
     objective: Objective
@@ -52,6 +55,7 @@ class Job:
     data: Data
     datasets: Datasets
     progress: Position
+    length: Length
 
     @property
     def checkpoints(self) -> Path:
@@ -125,11 +129,14 @@ def build(config: RunConfig, data: Data) -> Job:
     chunks = gpt.build(routed, wrap=True, seed=None) if resuming else build_model(config, routed=routed)
     model = ddp.wrap(chunks, DistributedDataParallelConfig(**routed.ddp))
     optimizer = optimizers.build(routed, model=model)
-    scheduler = schedule.build(config.scheduler, optimizer=optimizer, fields=routed.optimizer, steps=config.train.steps)
+    datasets = data.build(seed=config.train.seed)
+    config, length = _with_steps(config, datasets, checkpoint.stands_at(root))
+    scheduler = schedule.build(
+        config.scheduler, optimizer=optimizer, fields=routed.optimizer, steps=config.train.num_steps
+    )
     _connect(model, optimizer)
     settings.check(routed, model=model, optimizer=optimizer)
     state = Trainable(model, optimizer, scheduler)
-    datasets = data.build(seed=config.train.seed)
     if datasets.valid is None and parallel.is_main():
         print("evaluation: none, as the data holds nothing out (data.split)", flush=True)
     progress = Position(data=data.prepared.identity)
@@ -146,9 +153,28 @@ def build(config: RunConfig, data: Data) -> Job:
         )
     if resuming and parallel.is_main():
         print(f"resumed from {latest.directory} at step {progress.step}", flush=True)
+        config, length = _with_steps(config, datasets, progress)  # it may have fallen back to an older one
+    if config.train.epochs is not None and parallel.is_main():
+        print(length.described(config.train.epochs), flush=True)
     objective = objectives.build(config.objective)
     metrics.check_names(objective, get_model_config(model[0]))
-    return Job(config, objective, state=state, data=data, datasets=datasets, progress=progress)
+    best.check(config, metrics_of(objective, sets(datasets.valid)) if datasets.valid is not None else ())
+    return Job(config, objective, state=state, data=data, datasets=datasets, progress=progress, length=length)
+
+
+def _with_steps(config: RunConfig, datasets: Datasets, progress: Position) -> tuple[RunConfig, Length]:
+    """`config` with the steps that the run has, and its length; both the same on every rank."""
+    train, num_ranks = config.train, parallel.size("dp")
+    found = length_of(
+        train,
+        num_samples=len(datasets.train),
+        batch_size_at=batches.batch_size_at(train, data_parallel_size=num_ranks),
+        progress=progress,
+    )
+    resolved = replace(config, train=replace(train, steps=found.steps))
+    if train.epochs is not None:
+        run_config.check_schedule(resolved)
+    return resolved, found
 
 
 def per_token_loss(routed: Routed) -> Routed:

@@ -4,12 +4,14 @@
     ROOT/model.yaml                          the `model` section the weights belong to
     ROOT/hf/                                 config.json, tokenizer and generation config, for the export
     ROOT/iter_0000100/                       megatron-core torch_dist folder
+    ROOT/best                                a link to one of those
 
 A run directory keeps its ROOT in `checkpoints/`. Of a checkpoint by other scripts there may be no more than the
 torch_dist folder, under any name: then it is its own ROOT. Megatron-LM's "release" instead of a number is iteration 0.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import yaml
 from bridge.errors import ConfigError, DamagedError
 from bridge.files import read_yaml
 from bridge.weights import pointer
-from bridge.weights.pointer import CHECKPOINTS, LATEST, iteration_of
+from bridge.weights.pointer import BEST, CHECKPOINTS, LATEST, iteration_of
 
 MODEL_YAML = "model.yaml"
 HF_ASSETS = "hf"
@@ -66,12 +68,14 @@ def check_model(path: str | Path, *, key: str) -> None:
 
 
 def locate(path: str | Path, *, key: str = "megatron") -> CheckpointPath:
-    """The newest iteration of a run directory or checkpoint root, or the iteration directory itself.
+    """The newest iteration of a run directory or checkpoint root, or the iteration directory itself, also by ROOT/best.
 
     `key` names the user's setting in the message. Raises ConfigError when the path is missing, is none of the three, or
     names an iteration that is not complete.
     """
     path = Path(path).expanduser().absolute()
+    if path.name == BEST and path.is_symlink():
+        path = path.with_name(os.readlink(path))
     if not path.is_dir():
         raise ConfigError(f"{key}: {path} is not a directory; give a run directory or a Megatron checkpoint")
     if iteration_of(path) is not None:

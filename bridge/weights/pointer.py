@@ -6,6 +6,7 @@ from bridge.errors import DamagedError
 
 CHECKPOINTS = "checkpoints"  # where a run directory has its root
 LATEST = "latest_checkpointed_iteration.txt"
+BEST = "best"  # a link beside the iterations to one of them
 RELEASE = "release"  # what Megatron-LM writes for weights without a training run: ROOT/release, iteration 0
 
 

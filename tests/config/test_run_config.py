@@ -82,6 +82,19 @@ WRONG = [
         {"scheduler.lr_decay_style": "cosin"},
         "scheduler.lr_decay_style: cosin does not fit; set one of constant, linear,",
     ),
+    ({"train.epochs": 2}, "train.epochs: is 2, and train.steps is 5; set one of the two (train.steps=null)"),
+    (
+        {"train.eval_interval": "epochs"},
+        "train.eval_interval: epochs does not fit; set a whole number or one of epoch or ",
+    ),
+    (
+        {"init.path": "models/llama", "init.random": True},
+        "init.random: true, and init.path is models/llama; set one of",
+    ),
+    (
+        {"checkpoint.best_is": "highest", "checkpoint.keep_best": "eval_loss"},
+        "checkpoint.best_is: highest, but the best eval_loss is the lowest; leave it out, or set checkpoint.keep_best",
+    ),
     ({"dry_run": "yes"}, "dry_run: 'yes' does not fit; set true or false"),
     ({"init": "models/llama"}, "init: models/llama is not a section; set its keys one by one, e.g. init.KEY=VALUE"),
     ({"name": ...}, "name: is missing; set it"),

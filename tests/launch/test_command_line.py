@@ -100,7 +100,7 @@ def test_help_lists_groups_and_main_keys(monkeypatch, capsys):
         ("~train.nothing", "train.nothing: cannot be deleted, it does not exist"),
         ("~train.stps", "train.stps: cannot be deleted, it does not exist; did you mean 'train.steps'?"),
         ("~checkpoint.keep_last", "checkpoint.keep_last: is null already; leave '~checkpoint.keep_last' out"),
-        ("~train.steps=5", "train.steps: is 300, so that '~train.steps=5' deletes nothing; write '~train.steps'"),
+        ("~train.seed=5", "train.seed: is 1234, so that '~train.seed=5' deletes nothing; write '~train.seed'"),
         ("~model=gpt2", "model: '~model=gpt2' is not the option that is chosen; write model=OPTION for an"),
         ("~model", "model.family: is missing; choose a model"),
         ("name=${nothing}", "name: Interpolation key 'nothing' not found"),

@@ -59,7 +59,7 @@ def test_what_other_names_stand_for_is_there():
         ("eval_iters", "5", "train.eval_samples counts samples"),
         ("trainer.max_steps", "5", "write train.steps=5"),
         ("per_device_train_batch_size", "5", "write train.micro_batch_size=5"),
-        ("train.epochs", "1", "a run is train.steps optimizer steps long"),
+        ("num_train_epochs", "1", "write train.epochs=1"),
         ("resume", "true", "the same command resumes the run in runs_dir/name; init.path=DIR starts another from its"),
         ("wandb.project", "a b", "write 'log.wandb.project=a b'"),
         ("tp", "2", "write parallelism.tensor_model_parallel_size=2"),

@@ -39,6 +39,7 @@ def test_the_line_follows_the_run_and_makes_room(tmp_path: Path, monkeypatch: py
         read_until(f"\r{ERASE}run: importing torch and megatron-core, 0s\r")
         place.enter(pulse.PREPARING)
         read_until("run: preparing data, 0s\r")
+        place.steps = 20
         place.enter(pulse.COMPUTING, step=3)
         read_until("run: step 3/20")
         print("a line of the run's own")

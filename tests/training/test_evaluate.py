@@ -130,6 +130,7 @@ def test_each_set_is_reported_everywhere(tmp_path: Path) -> None:
         tmp_path,
         data={"source": "tests.training.named", "sequence_length": 16, "vocab_size": 100, "num_samples": 100 * SAMPLES},
         train={"steps": 2, "eval_interval": 2},
+        scheduler={"lr_warmup_steps": 0},
         checkpoint={"save": False},
         log={"tensorboard": True},
     )

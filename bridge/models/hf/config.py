@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bridge import parallel
 from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.config.complete import complete, defaults
 from bridge.errors import ConversionError, shown
@@ -122,6 +121,8 @@ def unread(hf: Mapping[str, Any], *, family: str | None = None) -> list[str]:
 
 def tell_unread(hf: Mapping[str, Any], *, family: str | None = None) -> None:
     """Print `unread` on the main process, each line once; to stderr, as stdout may be a YAML file."""
+    from bridge import parallel  # which imports megatron-core
+
     for line in unread(hf, family=family) if parallel.is_main() else ():
         _tell(line)
 
