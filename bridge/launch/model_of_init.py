@@ -47,8 +47,7 @@ def take_from_now_on(conf: Path) -> None:
 
 def _path(composed: DictConfig) -> Path | None:
     """init.path, where nobody has chosen a model."""
-    typed = [str(override) for override in composed.hydra.overrides.task]
-    if "init" not in composed or any(override.lstrip("+").startswith("model=") for override in typed):
+    if "init" not in composed or any(override.startswith("model=") for override in _typed(composed)):
         return None
     if composed.hydra.runtime.choices.get("model") not in (WITHOUT_INIT, None):
         return None
@@ -59,8 +58,15 @@ def _path(composed: DictConfig) -> Path | None:
     return Path(path).expanduser().absolute() if isinstance(path, str) and path else None
 
 
+def _typed(composed: DictConfig) -> list[str]:
+    """The overrides, without the signs that may stand before a key."""
+    overrides = OmegaConf.to_container(composed.hydra.overrides.task, resolve=False)  # as typed: with ${...}
+    assert isinstance(overrides, list)
+    return [str(override).lstrip("+~") for override in overrides]
+
+
 def _fill(composed: DictConfig, path: Path, *, without_init: DictConfig) -> None:
-    typed = {str(override).lstrip("+~").partition("=")[0] for override in composed.hydra.overrides.task}
+    typed = {override.partition("=")[0] for override in _typed(composed)}
     given = {
         name: node
         for name, node in OmegaConf.to_container(composed.model, resolve=False).items()  # type: ignore[union-attr]

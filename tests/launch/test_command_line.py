@@ -67,7 +67,7 @@ def test_help_lists_groups_and_main_keys(monkeypatch, capsys):
         ("++log.wandb.typo=1", "log.wandb.typo: "),
         ("+typo.deep=1", "typo: "),
         ("model.hidden_sise=3", "model.hidden_sise: "),
-        ("+train.steps=3", "train.steps: is already set, so '+train.steps=3' adds nothing; write it without the '+'"),
+        ("+train.seed=3", "train.seed: is already set, so '+train.seed=3' adds nothing; write it without the '+'"),
         ("+model=tiny", "model: is chosen twice; write model=option without a '+'"),
         (
             "train.steps=1,2",

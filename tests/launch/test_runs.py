@@ -62,7 +62,8 @@ def test_run_resume_and_refusal(tmp_path):
     assert (code, snapshot(run_dir)) == (0, before), err
     (line,) = (tmp_path / "runs" / "eval.jsonl").read_text().splitlines()
     loss = result(run_dir)["eval_loss"]
-    assert json.loads(line) == {"path": str(run_dir), "step": 2, "eval_loss": loss, "num_samples": 4, "data": "mock"}
+    told = {"path": str(run_dir), "step": 2, "eval_loss": loss, "num_samples": 4, "data": "mock"}
+    assert json.loads(line) == told | {"eval_perplexity": pytest.approx(math.exp(loss))}
     assert f"eval loss: {loss:.4f} nats per token over 4 samples" in out
 
     code, _, err = train(*command, "model.num_layers=2", "model.hidden_size=64", cwd=tmp_path)
