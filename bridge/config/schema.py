@@ -32,7 +32,7 @@ class Train:
     global_batch_size: int = _from(1, 8)
     micro_batch_size: int | None = _from(1, None)
     rampup_batch_size: list[int] | None = None
-    eval_interval: Interval = _from(1, 100)
+    eval_interval: Interval = field(default=100, metadata={"min": 1})
     eval_samples: int | None = _from(1, 128)
     patience: int | None = _from(1, None)
     exit_interval: int | None = _from(1, None)
@@ -101,7 +101,7 @@ class Checkpoint:
     """When and how to save, how many to keep (None: all), and what to do about a damaged checkpoint on resume."""
 
     save: bool = True
-    save_interval: Interval = _from(1, None)
+    save_interval: Interval = field(default=None, metadata={"min": 1})
     keep_last: int | None = _from(1, None)
     keep_best: str | None = None
     best_is: Literal["lowest", "highest"] = "lowest"
