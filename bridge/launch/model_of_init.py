@@ -67,9 +67,10 @@ def _typed(composed: DictConfig) -> list[str]:
 
 def _fill(composed: DictConfig, path: Path, *, without_init: DictConfig) -> None:
     typed = {override.partition("=")[0] for override in _typed(composed)}
-    given = {
-        name: node
-        for name, node in OmegaConf.to_container(composed.model, resolve=False).items()  # type: ignore[union-attr]
+    composed_model: Any = OmegaConf.to_container(composed.model, resolve=False)
+    given: dict[str, Any] = {
+        str(name): node
+        for name, node in composed_model.items()
         if f"model.{name}" in typed or name not in without_init or without_init[name] != node
     }
     composed.hydra.runtime.choices["model"] = name_after(path)  # after which the run is called
