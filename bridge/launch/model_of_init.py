@@ -81,9 +81,9 @@ def _fill(composed: DictConfig, path: Path, *, without_init: DictConfig) -> None
             "choose model=NAME of conf/model"
         )
     base = base or section_of(path, given)
-    model = DictConfig({**base, **given}, flags={"struct": False})
+    merged: Any = {**base, **given}
     with open_dict(composed):
-        composed.model = model
+        composed.model = DictConfig(merged, flags={"struct": False})
     _check_given(given, base, OmegaConf.to_container(composed.model, resolve=True), path=path)
 
 
