@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.data import blend
-from bridge.data.encode import corpus
+from bridge.data.encode import corpus, engine
 from bridge.data.encode.text import documents, text_of
 from bridge.data.readers import files, reader
 from bridge.data.source import Datasets, Prepared, SourceConfig, at_least
@@ -29,6 +29,7 @@ class Config(SourceConfig):
     vocab_size: int = at_least(257, 2048)
     end_of_document: str | None = None
     num_processes: int | None = at_least(1, None)  # type: ignore[arg-type]
+    engine: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_split(self.split)
@@ -38,6 +39,7 @@ class Config(SourceConfig):
 
 def check(config: Config) -> None:
     """Raises ConfigError when a path names no text, the text has another name, or the tokenizer is none."""
+    engine.check(config.engine)
     for key, path in _paths(config):
         text_of(reader.check(path, key=key), field=config.field)
     if config.tokenizer is not None:
@@ -57,7 +59,7 @@ def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
     from bridge.data.samples import concatenated
 
     assert config.path is not None
-    corpora = [_corpus(path, key=key, field=config.field) for key, path in _paths(config)]
+    corpora = [corpus_of(path, key=key, field=config.field) for key, path in _paths(config)]
     tokens = corpus.tokenise(corpora, corpus.Options.of(config), cache=cache)
     weights, names = [weight for _, weight in blend.weighted(config.path)], blend.evaluated(config.eval)
     mixture = concatenated.Mixture(
@@ -83,13 +85,27 @@ def build(config: Config, prepared: Prepared, *, seed: int) -> Datasets:
     return concatenated.build(prepared, sequence_length=config.sequence_length, seed=seed)
 
 
-def _corpus(path: blend.Path, *, key: str, field: str) -> corpus.Corpus:
-    meter = files.Meter()
+@dataclass(frozen=True)
+class _Texts:
+    """The texts of a path, or part n of N of them: so many of the files that follow each other."""
+
+    path: blend.Path
+    key: str
+    field: str
+
+    def __call__(self, part: int = 0, parts: int = 1, meter: files.Meter | None = None) -> Iterable[str]:
+        rows = reader.rows(self.path, key=self.key, meter=meter, part=part, parts=parts)
+        return documents(rows, field=self.field)
+
+
+def corpus_of(path: blend.Path, *, key: str, field: str) -> corpus.Corpus:
+    """What there is to tokenise at `path`; `key` is named in errors."""
+    meter, texts = files.Meter(), _Texts(path, key, field)
     size = sum(file.size for named in files.resolved(path, key=key) for file in named.files)
 
-    def texts() -> Iterable[str]:
+    def all_texts() -> Iterable[str]:
         meter.read = 0
-        return documents(reader.rows(path, key=key, meter=meter), field=field)
+        return texts(meter=meter)
 
     paths = [path] if isinstance(path, str) else path
     title = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
@@ -98,7 +114,8 @@ def _corpus(path: blend.Path, *, key: str, field: str) -> corpus.Corpus:
         title=f"{title}, {size / 1e6:.1f} MB",
         identity=f"{files.identity(path, key=key)} {field}",
         size=size,
-        texts=texts,
+        texts=all_texts,
         to_learn_from=lambda: corpus.first_characters(texts(), most=LEARNED_FROM),
         share_read=lambda: min(1.0, meter.read / max(1, size)),
+        part=texts,
     )

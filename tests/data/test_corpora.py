@@ -18,11 +18,11 @@ import tokenizers
 
 from bridge.data import blend, indexed, text
 from bridge.data.blend import Blend
-from bridge.data.encode import sharding, tokenizer
+from bridge.data.encode import corpus, engine, sharding, tokenizer
 from bridge.data.readers import files
 from bridge.data.samples import bin_idx
 from bridge.data.source import Datasets
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, RunError
 
 DOCUMENTS = [f"def f{n}(x):\n    return x + {n}  # naïve ünïcode {n * 7919}\n" * (1 + n % 5) for n in range(90)]
 END = 0  # the first id of a tokenizer trained here
@@ -233,8 +233,6 @@ def test_mistakes_are_found_before_anything_is_made(
 def test_a_tokenising_process_that_dies_is_one_line(
     learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bridge.errors import RunError
-
     monkeypatch.setattr(sharding, "SMALLEST", 500)
     (tmp_path / "dying.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     monkeypatch.setattr(sharding, "MODULE", "dying")
@@ -249,11 +247,11 @@ KILLED = """
 import sys
 from pathlib import Path
 from bridge.data.encode import corpus, sharding
-from bridge.data.text import Config, _corpus
+from bridge.data.text import Config, corpus_of
 
 sharding.SMALLEST = 20_000
 config = Config(path=sys.argv[1], tokenizer=sys.argv[2], num_processes=2)
-found = _corpus(config.path, key="data.path", field="text")
+found = corpus_of(config.path, key="data.path", field="text")
 print(*corpus.tokenise([found], corpus.Options.of(config), cache=Path(sys.argv[3])).prefixes)
 """
 
@@ -276,3 +274,44 @@ def test_what_is_tokenised_survives_a_kill_and_no_process_does(learned: Path, tm
     kept = re.search(r"data: (\d+) finished shards of an earlier start were kept", second.stdout)
     assert kept and len(done) <= int(kept[1]) < 60
     assert stored(second.stdout.split()[-1]) == plain_ids(learned, documents)
+
+
+def test_tasks_of_datatrove_make_the_same_tokens(learned: Path, tmp_path: Path) -> None:
+    """Five tasks for four files and two rows of a fifth; what a failed task left is finished by the same command."""
+    pytest.importorskip("datatrove")
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(4):
+        jsonl(folder / f"{number}.jsonl", [*DOCUMENTS[number * 20 : number * 20 + 20], None])
+    rest = jsonl(tmp_path / "rest.jsonl", DOCUMENTS[80:])
+    paths = [str(folder), f"{rest}:2"]
+    config = text.Config(path=paths, tokenizer=str(learned), engine={"executor": "local", "tasks": 6, "workers": 2})
+    text.check(config)
+    options = corpus.Options.of(config)
+    found = text.corpus_of(paths, key="data.path", field="text")
+    good = (folder / "2.jsonl").read_text()
+    (folder / "2.jsonl").write_text(good + "{")
+    stat = os.stat(folder / "2.jsonl")
+    with pytest.raises(RunError, match="data.engine: datatrove's tasks failed with exit code"):
+        corpus.tokenise([found], options, cache=tmp_path)
+    (folder / "2.jsonl").write_text(good)
+    os.utime(folder / "2.jsonl", ns=(stat.st_mtime_ns, stat.st_mtime_ns))
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob(".corpus-*/shards/logs/completions/*")}
+    assert done
+    (prefix,) = corpus.tokenise([found], options, cache=tmp_path).prefixes
+    assert stored(prefix) == plain_ids(learned, DOCUMENTS[:82])
+    here = corpus.tokenise([found], options._replace(engine=None), cache=tmp_path / "here").prefixes[0]
+    assert all(Path(f"{here}{s}").read_bytes() == Path(f"{prefix}{s}").read_bytes() for s in (".bin", ".idx"))
+
+
+ENGINES: list[tuple[dict[str, Any], str]] = [
+    ({"tasks": 3}, "data.engine.executor: null is not known; set local or slurm"),
+    ({"executor": "local"}, "data.engine.tasks: null is no number of tasks; set 1 or more"),
+    ({"executor": "local", "tasks": 0}, "data.engine.tasks: 0 is no number of tasks"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), ENGINES)
+def test_an_engine_that_is_not_whole_is_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        engine.check(settings)

@@ -257,3 +257,20 @@ def test_a_job_at_its_time_limit_goes_on_and_a_cancelled_one_does_not(commands: 
     assert result(run_dir)["status"] == "stopped"
     assert int(str(result(run_dir)["step"])) > resumed_steps(run_dir)[0]
     assert described(job_id)["JobState"] == "CANCELLED"
+
+
+def test_datatrove_tokenises_in_jobs(commands: Commands, tmp_path: Path):
+    pytest.importorskip("datatrove")
+    from bridge.data import text
+    from bridge.data.encode import corpus
+
+    (tmp_path / "texts").mkdir()
+    for number in range(4):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"def f{number}(x): return x + {number}\n" * 20)
+    settings = {"executor": "slurm", "tasks": 3, "time": "00:05:00", "partition": "normal"}
+    config = text.Config(path=str(tmp_path / "texts"), vocab_size=300, engine=settings)
+    text.check(config)
+    found, options = text.corpus_of(str(tmp_path / "texts"), key="data.path", field="text"), corpus.Options.of(config)
+    in_jobs = corpus.tokenise([found], options, cache=tmp_path / "jobs").prefixes[0]
+    here = corpus.tokenise([found], options._replace(engine=None), cache=tmp_path / "here").prefixes[0]
+    assert all(Path(f"{here}{s}").read_bytes() == Path(f"{in_jobs}{s}").read_bytes() for s in (".bin", ".idx"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge.data.encode import sharding
+from bridge.data.encode import engine, sharding
 from bridge.data.encode import tokenizer as bpe
 from bridge.data.encode.tokenizer_process import Job, write_shard
 from bridge.data.samples import bin_idx
@@ -27,6 +27,7 @@ class Corpus(NamedTuple):
     size: int  # bytes of the input
     texts: Callable[[], Iterable[str]]
     to_learn_from: Callable[[], Iterable[str]]  # what a new tokenizer is trained on
+    part: Callable[[int, int], Iterable[str]] | None = None  # part n of N of `texts`; can be pickled
     share_read: Callable[[], float] = lambda: 1.0  # of the input, by the iterator that `texts` made last
 
 
@@ -37,11 +38,16 @@ class Options(NamedTuple):
     tokenizer: Path | None
     end_of_document: str | None = None
     num_processes: int | None = None
+    engine: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, config: Any) -> "Options":
         path = None if config.tokenizer is None else Path(config.tokenizer).expanduser().absolute()
-        more = {name: getattr(config, name) for name in ("end_of_document", "num_processes") if hasattr(config, name)}
+        more = {
+            name: getattr(config, name)
+            for name in ("end_of_document", "num_processes", "engine")
+            if hasattr(config, name)
+        }
         return cls(config.vocab_size, path, **more)
 
 
@@ -61,7 +67,7 @@ def tokenise(corpora: Sequence[Corpus], options: Options, *, cache: Path) -> Tok
     prefixes = []
     for corpus in corpora:
         entry = cache / f"{corpus.name}-{digest(*facts, corpus.identity)}"
-        fill = _Fill(corpus, tokenizer, Job(directory, options.end_of_document), options.num_processes)
+        fill = _Fill(corpus, tokenizer, Job(directory, options.end_of_document), options)
         completed(entry, fill=fill, resumable=True)
         prefixes.append(str(entry / PREFIX))
     return Tokenised(prefixes, directory, tokenizer.vocab_size)
@@ -85,23 +91,32 @@ class _Fill:
     corpus: Corpus
     tokenizer: bpe.TextTokenizer
     job: Job
-    num_processes: int | None
+    options: Options
 
     def __call__(self, directory: Path) -> None:
         corpus = self.corpus
         print(f"data: {corpus.title}; tokenizer {self.job.tokenizer}", flush=True)
         shards = directory / "shards"
         shards.mkdir(exist_ok=True)
-        found = sharding.chunks(corpus.texts(), size=corpus.size, share_read=corpus.share_read)
-        number = min(self.num_processes or sharding.num_cores(), sharding.num_chunks(corpus.size))
-        if number > 1:
-            prefixes = sharding.write(shards, found, job=self.job, num_processes=number)
-        else:
-            prefixes = list(self._here(shards, found))
+        prefixes = self._by_engine(shards) if self.options.engine else self._by_processes(shards)
         if not prefixes:
             raise ConfigError(f"data.path: {corpus.title} holds no text; set files that have some")
         bin_idx.merge(prefixes, directory / PREFIX, dtype=bin_idx.type_of(self.tokenizer.vocab_size))
-        shutil.rmtree(shards)
+        shutil.rmtree(shards, ignore_errors=True)  # datatrove's last Slurm job may still write its report there
+
+    def _by_engine(self, shards: Path) -> list[str]:
+        assert self.corpus.part is not None and self.options.engine is not None
+        end = self.tokenizer.tokenizer.id_to_token(self.tokenizer.end_of_document)
+        assert end is not None
+        return engine.write(engine.Work(shards, self.corpus.part, self.job.tokenizer, end, self.options.engine))
+
+    def _by_processes(self, shards: Path) -> list[str]:
+        corpus = self.corpus
+        found = sharding.chunks(corpus.texts(), size=corpus.size, share_read=corpus.share_read)
+        number = min(self.options.num_processes or sharding.num_cores(), sharding.num_chunks(corpus.size))
+        if number > 1:
+            return sharding.write(shards, found, job=self.job, num_processes=number)
+        return list(self._here(shards, found))
 
     def _here(self, shards: Path, found: Iterable[sharding.Chunk]) -> Iterator[str]:
         for chunk in found:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from bridge.data.readers.files import File, Malformed, Meter, resolved
+from bridge.data.readers.files import File, Malformed, Meter, Named, resolved
 from bridge.errors import ConfigError
 
 
@@ -25,15 +25,24 @@ class Row(NamedTuple):
         return f"{self.file}:{self.line}"
 
 
-def rows(path: str | Sequence[str], *, key: str = "data.path", meter: Meter | None = None) -> Iterator[Row]:
+def rows(
+    path: str | Sequence[str], *, key: str = "data.path", meter: Meter | None = None, part: int = 0, parts: int = 1
+) -> Iterator[Row]:
     """The rows of `path`, one at a time: files, folders, globs or URLs, in the order given; in a folder by name.
 
     A path that ends in :N gives its first N rows. `meter` is told what is read.
-    Raises ConfigError, which names `key`, the file and the line.
+    Of `parts` parts, each of files that follow each other, only `part` is read. Raises ConfigError, which names `key`,
+    the file and the line.
     """
-    for files, limit in resolved(path, key=key):
-        found = (row for file in files for row in of_file(file, key=key, meter=meter or Meter()))
-        yield from found if limit is None else islice(found, limit)
+    found = resolved(path, key=key)
+    whole = [each for named in found for each in ([named] if named.limit is not None else _one_by_one(named))]
+    for files, limit in whole[len(whole) * part // parts : len(whole) * (part + 1) // parts]:
+        read = (row for file in files for row in of_file(file, key=key, meter=meter or Meter()))
+        yield from read if limit is None else islice(read, limit)
+
+
+def _one_by_one(named: Named) -> list[Named]:
+    return [Named([file], None) for file in named.files]
 
 
 def of_file(file: File, *, key: str, meter: Meter) -> Iterator[Row]:
