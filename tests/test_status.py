@@ -153,6 +153,15 @@ def test_for_programs_and_when_it_will_be_done(tmp_path, capsys):
     assert (listed["c"]["loss"], listed["a2"]["eta_seconds"]) == (None, None)
 
 
+def test_the_steps_of_epochs(tmp_path):
+    """3 epochs of 7 samples in batches of 4, as the last reported step tells; unknown before."""
+    length = {"steps": None, "epochs": 3}
+    for name, lines in {"new": "", "begun": training(2, 3.0, epoch=8 / 7), "done": training(6, 3.0, epoch=3.0)}.items():
+        with claimed(config(tmp_path, name=name, train=length), overrides=[]) as claim:
+            (claim.path / "metrics.jsonl").write_text(lines)
+    assert {name: run.steps for name, run in found(tmp_path).items()} == {"new": None, "begun": 6, "done": 6}
+
+
 def test_losses_that_are_not_numbers_and_lines_cut_short(tmp_path, capsys):
     run_dir(tmp_path, "nan", lines=training(4, math.nan) + evaluation(4, math.inf) + '{"step": 5, "lo')
     run_dir(

@@ -29,7 +29,7 @@ MAX_STEP = 2**53  # more is damage, and no number to JavaScript
 TAIL_BYTES = 64 * 1024  # some hundred lines of metrics.jsonl
 
 # In config.yaml as run_config.write makes it. Reading its hundred lines as YAML would take 20 ms a run.
-_STEPS = re.compile(r"^train:\n(?:  .*\n)*?  steps: (\d+)$", re.MULTILINE)
+_LENGTH = re.compile(r"^train:\n(?:  .*\n)*?  (steps|epochs): (\d+)$", re.MULTILINE)
 
 
 class Run(NamedTuple):
@@ -40,7 +40,7 @@ class Run(NamedTuple):
     state: str  # running, pending, done, stopped (resumable), failed, invalid, died (no process, no result)
     where: str | None = None  # who works on it: "process 12 on host", "Slurm job 7"
     step: int | None = None
-    steps: int | None = None  # train.steps
+    steps: int | None = None  # train.steps, or by the last reported step those of train.epochs
     loss: float | None = None  # of the last reported step, nats per token; may be NaN
     eval_loss: float | None = None  # of the last evaluation; may be NaN
     tokens_per_second: float | None = None
@@ -84,7 +84,7 @@ def read(path: Path, *, name: str) -> Run:
     error = ended.get("error") if not holder else None
     if state == "died":
         error = _last_words(path)
-    job, steps, seconds = _json(path / run_files.SLURM_JOB), _steps(path), _age(path / run_files.METRICS)
+    job, steps, seconds = _json(path / run_files.SLURM_JOB), _steps(path, last), _age(path / run_files.METRICS)
     return Run(
         path=path,
         name=name,
@@ -238,12 +238,18 @@ def _left(last: Mapping[str, Any], step: int | None, steps: int | None, *, age: 
     return max(0.0, per_step * (steps - step) - age)
 
 
-def _steps(path: Path) -> int | None:
+def _steps(path: Path, last: Mapping[str, Any]) -> int | None:
     try:
-        found = _STEPS.search((path / run_files.CONFIG).read_text(encoding="utf-8", errors="replace"))
+        found = _LENGTH.search((path / run_files.CONFIG).read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return None
-    return int(found[1]) if found else None
+    if not found or found[1] == "steps":
+        return int(found[2]) if found else None
+    step, epoch = number(last.get("step")), number(last.get("epoch"))
+    if not step or not epoch or not 0 < epoch < math.inf:
+        return None
+    steps = step * int(found[2]) / epoch
+    return math.ceil(round(steps, 6)) if steps < MAX_STEP else None
 
 
 def _age(path: Path) -> float | None:
