@@ -31,14 +31,12 @@ _NOT_A_NAME = ("checkpoints", "hf", "best")  # directories inside a run, after w
 def take_from_now_on(conf: Path) -> None:
     """From now on Hydra composes the model of init.path. conf: the directory of train.yaml."""
     loading: Any = ConfigLoaderImpl.load_configuration
-    chosen = OmegaConf.load(conf / "model" / f"{WITHOUT_INIT}.yaml")
 
     def load_configuration(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
         composed: DictConfig = loading(self, *args, **kwargs)
         path = _path(composed)
         if path is not None:
-            assert isinstance(chosen, DictConfig)
-            _fill(composed, path, without_init=chosen)
+            _fill(composed, path, without_init=read_yaml(conf / "model" / f"{WITHOUT_INIT}.yaml"))
         return composed
 
     loader: Any = ConfigLoaderImpl
@@ -65,7 +63,7 @@ def _typed(composed: DictConfig) -> list[str]:
     return [str(override).lstrip("+~") for override in overrides]
 
 
-def _fill(composed: DictConfig, path: Path, *, without_init: DictConfig) -> None:
+def _fill(composed: DictConfig, path: Path, *, without_init: Mapping[str, Any]) -> None:
     typed = {override.partition("=")[0] for override in _typed(composed)}
     composed_model: Any = OmegaConf.to_container(composed.model, resolve=False)
     given: dict[str, Any] = {

@@ -61,7 +61,7 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse, saves: Saves) -
     step_of = partial(train_step, job.objective, job.state, iterators, policy=policy, rerun=rerun)
     take_step = partial(step_of, before_update=saves.before_update)
     batch_size_at = batches.batch_size_at(job.config.train, data_parallel_size=parallel.size("dp"))
-    ended = between.best.ending(progress.step)
+    ended = between.best.ending(progress.step) if progress.step < length.steps else None
     reason = stop.signalled() if progress.step < length.steps else None  # while the model was built
     while progress.step < length.steps and reason is None and ended is None:
         step, consumed = progress.step + 1, progress.consumed_samples

@@ -40,7 +40,7 @@ def run(config: RunConfig, data: setup.Data) -> Outcome:
     }
     if parallel.is_main():
         print(f"eval loss: {loss:.4f} nats per token over {result['num_samples']} samples", flush=True)
-        for part in evaluated(found)[1:]:
+        for part in evaluated(found)[1:]:  # of each set that has a name
             print(part, flush=True)
         if config.eval_output is not None:
             _append(result, Path(config.eval_output))
