@@ -1,5 +1,6 @@
 """Where a run's weights come from, and the files that its checkpoints carry along for the export."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from bridge.config.routing import Routed
 from bridge.config.run_config import RunConfig
 from bridge.sources.load import load_initial
 from bridge.weights import locate, pointer
-from bridge.weights.hf_assets import copy_assets, copy_tokenizer
+from bridge.weights.hf_assets import CHAT_TEMPLATE, copy_assets, copy_tokenizer
 
 
 def load(model: list[Any], *, routed: Routed, path: str | None) -> None:
@@ -25,7 +26,8 @@ def load(model: list[Any], *, routed: Routed, path: str | None) -> None:
 def describe(root: Path, config: RunConfig, *, tokenizer: Path | None) -> None:
     """Write ROOT/model.yaml and ROOT/hf before the first checkpoint: what building and exporting the model needs.
 
-    The Hugging Face files come from init.path, except for the tokenizer when the data has one of its own.
+    The Hugging Face files come from init.path, except for the tokenizer when the data has one of its own, and for the
+    chat template that the data was rendered with.
     """
     if (root / pointer.LATEST).is_file():
         return
@@ -36,4 +38,6 @@ def describe(root: Path, config: RunConfig, *, tokenizer: Path | None) -> None:
         copy_assets(brought, assets)
     if tokenizer is not None and config.data.get("tokenizer") != str(brought):
         copy_tokenizer(tokenizer, assets)
+    elif tokenizer is not None and (tokenizer / CHAT_TEMPLATE).is_file():
+        shutil.copyfile(tokenizer / CHAT_TEMPLATE, assets / CHAT_TEMPLATE)
     locate.write_model_section(root, config.model)

@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 GENERATION = "generation_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"  # goes before one in tokenizer_config.json
 # Weights of any program, optimizer states, and pickles, which run code when they are read.
 WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack"),

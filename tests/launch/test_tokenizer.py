@@ -89,6 +89,14 @@ def test_checkpoints_carry_the_tokenizer_that_was_used(tmp_path: Path, own: bool
     assert kept == (expected if own else {file.name: "theirs" for file in theirs.iterdir()})
 
 
+def test_checkpoints_carry_the_template_that_was_used(tmp_path: Path) -> None:
+    theirs, prepared = files(tmp_path / "model", "theirs"), files(tmp_path / "prepared", "rendered with")
+    asked = tokenizer.settled(run(tmp_path, path=theirs))
+    initial.describe(tmp_path / "checkpoints", asked, tokenizer=prepared)
+    kept = {file.name: file.read_text() for file in (tmp_path / "checkpoints" / locate.HF_ASSETS).iterdir()}
+    assert kept == {file.name: "theirs" for file in theirs.iterdir()} | {"chat_template.jinja": "rendered with"}
+
+
 def test_a_vocabulary_too_large_for_the_model_names_its_tokenizer(tmp_path: Path) -> None:
     from bridge.training import setup
 
