@@ -59,6 +59,12 @@ class Store:
         """Tokens of each sample, int64 [samples]."""
         return numpy.diff(self._index[:, 0], prepend=0)
 
+    @property
+    def rows(self) -> NDArray[numpy.int64]:
+        """Number of the row that each sample was made of, from 0, int64 [samples]."""
+        sources = self._index[:, 1:]
+        return numpy.cumsum(numpy.any(numpy.diff(sources, axis=0, prepend=sources[:1]), axis=1), dtype=numpy.int64)
+
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)

@@ -1,0 +1,46 @@
+"""Conversations of your own: files of messages, in the model's chat template. See docs/chat.md."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bridge.data import tuning
+from bridge.data.encode import conversation
+from bridge.data.source import Datasets, Prepared
+
+
+@dataclass(frozen=True)
+class Config(tuning.Options):
+    """Rows of messages."""
+
+    source: str = "chat"
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for a path without rows, a malformed first row, or a template that is missing."""
+    tuning.check(
+        config,
+        lambda record: conversation.conversation(record, names=config.names),
+        list(conversation.COLUMNS),
+    )
+
+
+def encode(config: Config) -> tuning.Encode:
+    """From a row to its samples."""
+    from bridge.data.encode import chat
+
+    def encoded(row: Any, template: Any, counts: Any) -> Any:
+        talk = conversation.conversation(row.value, names=config.names)
+        return chat.encode(talk, template, row=row, rules=config.rules, counts=counts)
+
+    return encoded
+
+
+def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
+    """The encoded conversations below `cache`, made at first use."""
+    return tuning.prepare(config, encode=encode(config), cache=cache, needs_template=True)
+
+
+def build(config: Config, prepared: Prepared, *, seed: int) -> Datasets:
+    """Training and validation samples."""
+    return tuning.build(config, prepared, seed=seed)
