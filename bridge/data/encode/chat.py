@@ -18,9 +18,9 @@ def encode(talk: Conversation, template: Template, *, row: Row, rules: Rules, co
     return [weighted(text, template, row=row) for text in texts]
 
 
-def weighted(text: Marked, template: Template, *, row: Row, special: bool = False) -> Encoded:
+def weighted(text: Marked, template: Template, *, row: Row) -> Encoded:
     """The tokens of `text`; a token that begins in a span has the weight of the last such span."""
-    tokens = template.tokens(text.text, special=special)
+    tokens = template.tokens(text.text)
     starts, weights = numpy.asarray(tokens.starts), numpy.zeros(len(tokens.ids), dtype=numpy.float32)
     for span in text.spans:
         weights[(starts >= span.start) & (starts < span.end)] = span.weight

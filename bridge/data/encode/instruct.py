@@ -6,7 +6,6 @@ from typing import Any
 
 from bridge.data.encode.conversation import Conversation, Message, Names, arguments_of, message, parsed, tools_of
 from bridge.data.encode.encoded import Encoded
-from bridge.data.encode.masks import Marked, Span
 from bridge.data.encode.templates import InvalidRow, Template
 from bridge.data.readers.reader import Row
 
@@ -62,14 +61,12 @@ def written(record: Any, prompt: str, template: Template, *, names: Names, row: 
     if missing:
         raise InvalidRow(f"it has no {missing[0]}, which data.prompt asks for; it has {', '.join(map(str, record))}")
     asked = prompt.format_map({name: "" if record[name] is None else record[name] for name in columns})
-    text = Marked(asked + answer, [Span(len(asked), len(asked + answer), 1.0)])
-    from bridge.data.encode.chat import weighted
-
-    sample = weighted(text, template, row=row, special=True)
+    # Apart, as the model sees the prompt when it is used: no token begins in one and ends in the other.
+    before, after = template.tokens(asked, special=True).ids, template.tokens(answer).ids
     end = template.tokenizer.eos_token_id
-    if end is None or sample.tokens[-1] == end:
-        return sample if end is None else sample._replace(weights=[*sample.weights[:-1], 1.0])
-    return sample._replace(tokens=[*sample.tokens, end], weights=[*sample.weights, 1.0])
+    before = before[:-1] if before and before[-1] == end else before
+    after = after if end is None else [*after, end]
+    return Encoded([*before, *after], [0.0] * len(before) + [1.0] * len(after), row.file, row.line)
 
 
 def _turn(role: str, text: str, weight: float | None = None) -> Message:
@@ -83,10 +80,10 @@ def _column(record: Mapping[str, Any], name: str, names: Names) -> str | None:
 
 def _find(record: Mapping[str, Any], name: str, names: Names) -> Any:
     column = _column(record, name, names)
-    return None if column is None else parsed_list(record[column])
+    return None if column is None else _parsed_list(record[column])
 
 
-def parsed_list(value: Any) -> Any:
+def _parsed_list(value: Any) -> Any:
     """Lists and objects that a table holds as JSON text; any other text as it is."""
     found = parsed(value)
     return found if isinstance(found, list) and all(isinstance(each, list | Mapping) for each in found) else value

@@ -108,7 +108,7 @@ def _weights(messages: Sequence[Message], rules: Rules) -> dict[int, float]:
 
 
 def _with_stop(text: str, turn: Turn, template: Template, counts: Counts) -> list[Span]:
-    """The spans of a turn. Without an end of its own, it ends with the next turn's first token, if that stops a model."""
+    """The spans of a turn; without an end of its own, with the next turn's first token, if that stops a model."""
     last = max(turn.spans, key=lambda span: span.end)
     before = text[: last.end]
     if template.trailing(before)[-1:] == [last.end]:

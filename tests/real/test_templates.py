@@ -1,0 +1,143 @@
+"""Masks of random conversations with real tokenizers and real templates, against transformers' own renderings."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridge.data.encode import chat, conversation, templates
+from bridge.data.encode.masks import Counts, Rules
+from bridge.data.readers.reader import Row
+from tests.real import fetch
+
+pytestmark = pytest.mark.real
+
+WORDS = ["Paris", "émigré", "数学", "🙂", "x = [1, 2]", "two  spaces", "line\nbreak", "{}", "don't", "3.14", "Zürich"]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look_up",
+            "description": "Looks a word up.",
+            "parameters": {"type": "object", "properties": {"word": {"type": "string", "description": "w"}}},
+        },
+    }
+]
+# Templates that other models have, with MiniMind2's tokenizer: their special tokens are text to it
+OTHERS = ["llama3_1", "lfm2_v2", "qwen3_vl", "qwen3_8", "muse_glimmer", "gptoss", "qwen3_5_think", "gemma4_v2"]
+# Pairs of a template and what TRL makes of it, with {% generation %} around what is trained
+PAIRS = ["llama3", "qwen2_5", "gemma3", "cohere", "lfm2_v2", "qwen3_instruct_2507"]
+
+
+def _words(draw: random.Random) -> str:
+    return " ".join(draw.choices(WORDS, k=draw.randint(1, 6)))
+
+
+def _talk(draw: random.Random, *, tools: bool) -> dict[str, Any]:
+    messages: list[dict[str, Any]] = []
+    for number in range(draw.randint(1, 3)):
+        messages.append({"role": "user", "content": _words(draw)})
+        if tools and draw.random() < 0.6:
+            function = {"name": "look_up", "arguments": {"word": draw.choice(WORDS)}}
+            call = {"id": f"call{number:05d}", "type": "function", "function": function}
+            result = {"role": "tool", "tool_call_id": call["id"], "name": "look_up", "content": _words(draw)}
+            messages += [{"role": "assistant", "content": "", "tool_calls": [call]}, result]
+        messages.append({"role": "assistant", "content": _words(draw)})
+    return {"messages": messages, **({"tools": TOOLS} if tools else {})}
+
+
+def _encoded(record: dict[str, Any], template: templates.Template) -> tuple[list[Any], Counts]:
+    counts = Counts()
+    talk = conversation.conversation(record, names=conversation.Names())
+    row = Row(record, "talk.jsonl", 1)
+    return chat.encode(talk, template, row=row, rules=Rules(), counts=counts), counts
+
+
+def _ids(template: templates.Template, messages: list[Any], **options: Any) -> list[int]:
+    found = template.tokenizer.apply_chat_template(messages, chat_template=template.text, return_dict=False, **options)
+    return list(found)
+
+
+def _check(record: dict[str, Any], template: templates.Template) -> None:
+    """Each answer is trained once, in a text that transformers renders, right after what transformers asks with."""
+    messages, tools = record["messages"], record.get("tools")
+    samples, counts = _encoded(record, template)
+    answers = [number for number, each in enumerate(messages) if each["role"] == "assistant"]
+    if counts.rewritten:
+        assert len(samples) == len(answers)
+        pairs = [(sample, [number], messages[: number + 1]) for sample, number in zip(samples, answers, strict=True)]
+    else:
+        pairs = [(samples[0], answers, messages)]
+    for sample, numbers, shown in pairs:
+        assert list(sample.tokens) == _ids(template, shown, tools=tools)
+        runs = list(_runs(sample))
+        assert len(runs) == len(numbers)
+        for number, (start, end) in zip(numbers, runs, strict=True):
+            assert list(sample.tokens[:start]) == _ids(
+                template, messages[:number], tools=tools, add_generation_prompt=True
+            )
+            said = template.tokenizer.decode(sample.tokens[start:end])
+            assert said.count(messages[number]["content"]) >= 1
+            rest = template.tokenizer.decode(_ids(template, messages[: number + 1], tools=tools)[end:])
+            assert not rest.strip(), "what follows the end of a turn in its own text is white space"
+
+
+def _runs(sample: Any) -> Iterator[tuple[int, int]]:
+    start = None
+    for at, weight in enumerate([*sample.weights, 0.0]):
+        if weight and start is None:
+            start = at
+        elif not weight and start is not None:
+            yield start, at
+            start = None
+
+
+@pytest.mark.parametrize("tools", [False, True])
+@pytest.mark.parametrize("name", [*fetch.TOKENIZERS, "minimind2", "smollm2"])
+def test_a_model_s_own_template(name: str, tools: bool, real_model: Callable[[str], Path]):
+    if tools and name in ("gemma3", "smollm2", "deepseek_v3"):
+        pytest.skip("this template takes no tools")
+    directory = real_model(name) if name in fetch.SOURCES else fetch.fetch_tokenizer(name)
+    template = templates.load(directory, file=None, arguments={})
+    draw = random.Random(name)
+    for _ in range(12):
+        _check(_talk(draw, tools=tools), template)
+
+
+@pytest.mark.parametrize("tools", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_templates_of_other_models(name: str, tools: bool, real_model: Callable[[str], Path]):
+    file = str(fetch.fetch_templates() / f"{name}.jinja")
+    template = templates.load(real_model("minimind2"), file=file, arguments={})
+    draw = random.Random(name)
+    for _ in range(6):
+        _check(_talk(draw, tools=tools), template)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_prefixes_mask_as_templates_that_mark_what_is_generated(name: str, real_model: Callable[[str], Path]):
+    plain, marking = (
+        templates.load(
+            real_model("minimind2"), file=str(fetch.fetch_templates() / f"{name}{suffix}.jinja"), arguments={}
+        )
+        for suffix in ("", "_training")
+    )
+    assert marking.marks_answers() and not plain.marks_answers()
+    draw = random.Random(name)
+    for _ in range(6):
+        record = _talk(draw, tools=False)
+        (by_prefix,), (by_mark,) = _encoded(record, plain)[0], _encoded(record, marking)[0]
+        by_transformers = marking.tokenizer.apply_chat_template(
+            record["messages"], chat_template=marking.text, return_assistant_tokens_mask=True
+        )
+        assert list(by_mark.weights) == by_transformers["assistant_masks"]
+        assert by_prefix.tokens == by_mark.tokens
+        text = plain.tokenizer.convert_ids_to_tokens(by_prefix.tokens)
+        differing = {
+            plain.tokenizer.convert_tokens_to_string([token]).strip()
+            for token, one, other in zip(text, by_prefix.weights, by_mark.weights, strict=True)
+            if one != other
+        }
+        assert differing <= {""}, "TRL's templates may also train the white space after a turn"
