@@ -2,7 +2,7 @@
 
 import math
 from contextlib import nullcontext
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from bridge import parallel
 from bridge.errors import ConfigError
 from bridge.models.mcore_config import Config
+from bridge.models.modules import core_attention
 from bridge.models.modules.core_attention import CoreAttention
 from tests.distributed import run_distributed
 
@@ -85,16 +86,74 @@ def test_equals_attention_by_hand(queries: int, window: int | None, softmax: str
     )
 
 
+@pytest.mark.parametrize("block", [2, 512])
+@pytest.mark.parametrize("softmax", ["vanilla", "learnable"])
+@pytest.mark.parametrize("cap", [None, 0.5])
 @pytest.mark.parametrize("window", [None, 2])
-def test_packed_sequences_do_not_see_each_other(window: int | None):
-    core = attention(window_size=None if window is None else (window, 0))
+def test_packed_sequences_do_not_see_each_other(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, softmax: str, cap: float | None, block: int
+):
+    monkeypatch.setattr(core_attention, "BLOCK", block)
+    window_size = None if window is None else (window, 0)
+    core = attention(softmax_type=softmax, window_size=window_size, attn_logit_softcapping=cap)
     q, k, v = tensors(12, 12)
-    packing = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor([0, 5, 6, 12]))
+    packing = packed(0, 5, 6, 12)
     segment = [0] * 5 + [1] + [2] * 6
-    expected = by_hand(q, k, v, window=window, segment=segment)
+    expected = by_hand(q, k, v, window=window, sink=core.softmax_offset, segment=segment, cap=cap)
     for b in range(BATCH):
         out = core(q[:, b], k[:, b], v[:, b], packed_seq_params=packing)
         torch.testing.assert_close(out, expected[:, b], atol=1e-5, rtol=1e-5)
+
+
+def packed(*ends: int) -> PackedSeqParams:
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor(ends, dtype=torch.int32))
+
+
+def divided(segment: list[int], cases: list[dict[str, Any]]) -> list[torch.Tensor]:
+    """What this context-parallel rank computes of the samples in a row, in each of `cases`."""
+    parallel.initialize({"context_parallel_size": 2})
+    packing, here = packed(0, 4, 12, 16), own_tokens(segment, rank=parallel.rank("cp"))
+    found = []
+    for fields in cases:
+        torch.manual_seed(0)
+        core = attention(**fields, context_parallel_size=2)
+        q, k, v = (tensor[here, 0] for tensor in tensors(16, 16))
+        found.append(core(q, k, v, packed_seq_params=packing).detach())
+    return found
+
+
+def own_tokens(segment: list[int], *, rank: int) -> list[int]:
+    """Of each sample in four quarters, the first and the last, or the two between."""
+    found = []
+    for one in sorted(set(segment)):
+        places = [place for place, number in enumerate(segment) if number == one]
+        quarter = len(places) // 4
+        quarters = [places[at : at + quarter] for at in range(0, len(places), quarter)]
+        found += quarters[rank] + quarters[3 - rank]
+    return found
+
+
+def test_context_ranks_have_their_parts_of_every_packed_sequence():
+    segment = [0] * 4 + [1] * 8 + [2] * 4
+    cases = [{}, {"window_size": (2, 0)}, {"softmax_type": "off-by-one"}]
+    ranks = run_distributed(divided, 2, segment, cases)
+    for number, fields in enumerate(cases):
+        torch.manual_seed(0)
+        core = attention(**fields)
+        q, k, v = tensors(16, 16)
+        expected = by_hand(q, k, v, window=core.window, sink=core.softmax_offset, segment=segment)[:, 0]
+        for rank, found in enumerate(ranks):
+            torch.testing.assert_close(found[number], expected[own_tokens(segment, rank=rank)], atol=1e-5, rtol=1e-5)
+
+
+def test_masks_of_a_long_row_do_not_grow_with_its_square():
+    """A row of 32,768 tokens with a window: a mask of it would have 1,073,741,824 entries."""
+    core = attention(window_size=(16, 0))
+    q, k, v = (torch.randn(1 << 15, 1, heads, CHANNELS) for heads in (HEADS, GROUPS, GROUPS))
+    with torch.no_grad():
+        found = core(q, k, v)
+        last = core(q[-100:], k[-100:], v[-100:])
+    torch.testing.assert_close(found[-50:], last[-50:], atol=1e-5, rtol=1e-5)
 
 
 def test_layers_without_window_by_pattern():
@@ -130,13 +189,3 @@ def test_what_it_cannot_do_it_refuses():
         attention(window_size=(4, 1))
     with pytest.raises(ConfigError, match="qk_clip"):
         attention(qk_clip=True)
-
-
-def test_packed_sequences_and_context_parallelism_are_refused_together():
-    core = attention()
-    core.cp_group = SimpleNamespace(size=lambda: 2)
-    q, k, v = (tensor[:, 0] for tensor in tensors(4, 4))
-    lengths = torch.tensor([0, 2, 4])
-    packing = PackedSeqParams(qkv_format="thd", cu_seqlens_q=lengths, cu_seqlens_kv=lengths)
-    with pytest.raises(ConfigError, match=r"packed.*set parallelism\.context_parallel_size=1"):
-        core(q, k, v, packed_seq_params=packing)

@@ -36,6 +36,7 @@ REFUSED_FIELDS = (
     ("batch_invariant_mode", False),
 )
 CAUSAL_MASKS = (AttnMaskType.causal, AttnMaskType.padding_causal)
+BLOCK = 512  # queries that a mask is made for at a time
 
 
 class CoreAttention(MegatronModule):
@@ -67,8 +68,7 @@ class CoreAttention(MegatronModule):
         self.tp_group, self.cp_group = groups.tp, groups.cp
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
-        cap = getattr(config, "attn_logit_softcapping", None)
-        self.attend = F.scaled_dot_product_attention if cap is None else partial(capped_attention, cap=cap)
+        self.cap: float | None = getattr(config, "attn_logit_softcapping", None)
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = _left_window(config.window_size) if windowed else None
         self._make_sink(config)
@@ -106,19 +106,14 @@ class CoreAttention(MegatronModule):
         if attention_mask is not None or attention_bias is not None:
             raise NotImplementedError("CoreAttention computes its own causal mask; pass attention_mask=None, no bias")
         packed = packed_seq_params is not None
+        lengths = None if packed_seq_params is None else _lengths(packed_seq_params)
         if packed:
             query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
         if self.cp_group.size() > 1:
-            if packed:
-                raise ConfigError(
-                    f"context_parallel_size: {self.cp_group.size()} splits every sequence of a packed row, which "
-                    "only Transformer Engine's attention supports; set parallelism.context_parallel_size=1, or leave "
-                    "packed_seq_params out"
-                )
             key = gather_from_sequence_parallel_region(key.contiguous(), group=self.cp_group)
             value = gather_from_sequence_parallel_region(value.contiguous(), group=self.cp_group)
         with self._generator():
-            out = self._attend(query, key, value, packed_seq_params)
+            out = self._attend(*(t.permute(1, 2, 0, 3) for t in (query, key, value)), lengths)
         out = out.permute(2, 0, 1, 3).contiguous()
         return out.view(out.size(0), -1) if packed else out.view(out.size(0), out.size(1), -1)
 
@@ -128,45 +123,69 @@ class CoreAttention(MegatronModule):
             return nullcontext()
         return get_cuda_rng_tracker().fork()
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams | None) -> Tensor:
-        """[batch, heads, queries, v_channels] from tensors [sequence, batch, heads, channels]."""
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        options: dict[str, Any] = {
-            "dropout_p": self.dropout if self.training else 0.0,
-            "scale": self.softmax_scale if self.softmax_scale is not None else 1 / math.sqrt(q.size(-1)),
-            "enable_gqa": q.size(1) != k.size(1),
-        }
-        windowed = self.window is not None and self.window < k.size(2) - 1
-        plain = not windowed and self.softmax_offset is None and packing is None and q.size(2) == k.size(2)
-        if plain:  # no mask tensor: torch may take its flash kernel
-            return self.attend(q, k, v, is_causal=True, **options)
-        allowed = self._allowed(q.size(2), k.size(2), packing, q.device)
-        if self.softmax_offset is None:
-            return self.attend(q, k, v, attn_mask=allowed, **options)
-        # A sink is one more key with value 0 whose logit is the offset: it takes its share of the softmax, no more.
-        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        logits = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill(~allowed, -math.inf)
-        sink = self.softmax_offset.to(q.dtype)[:, None, None].expand(-1, q.size(2), 1)
-        mask = torch.cat([logits.expand(q.size(1), -1, -1), sink], dim=-1)[None]
-        return self.attend(q, k, v, attn_mask=mask, **options)
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int] | None) -> Tensor:
+        """[batch, heads, queries, v_channels] from tensors [batch, heads, sequence, channels].
 
-    def _allowed(self, queries: int, keys: int, packing: PackedSeqParams | None, device: torch.device) -> Tensor:
-        """Which query may attend to which key: bool [queries, keys]."""
+        `lengths`: of the samples that share the row, in tokens of all context-parallel ranks; None: one sample.
+        """
         size, rank = self.cp_group.size(), self.cp_group.rank()
         if size == 1:
-            key_positions = torch.arange(keys, device=device)
-            query_positions = key_positions[-queries:]
-        else:
-            query_positions = _zigzag(queries, rank, size, device)
-            key_positions = torch.cat([_zigzag(queries, r, size, device) for r in range(size)])
-        distance = query_positions[:, None] - key_positions[None, :]
-        allowed = distance >= 0
-        if self.window is not None:
-            allowed &= distance <= self.window
-        if packing is not None:
-            sequence = torch.bucketize(key_positions, packing.cu_seqlens_q[1:].to(device), right=True)
-            allowed &= sequence[-queries:, None] == sequence[None, :]
-        return allowed
+            parts = (one.split(lengths, dim=2) if lengths else (one,) for one in (query, key, value))
+            found = [self._causal(q, k, v, first=k.size(2) - q.size(2)) for q, k, v in zip(*parts, strict=True)]
+            return torch.cat(found, dim=2)
+        # A rank has two pieces of every sample, and the keys of all ranks come rank by rank.
+        own = [length // size for length in lengths] if lengths else [query.size(2)]
+        by_rank = (one.unflatten(2, (size, -1)).split(own, dim=3) for one in (key, value))
+        found = []
+        for q, k, v in zip(query.split(own, dim=2), *by_rank, strict=True):
+            k, v = _in_order(k), _in_order(v)
+            for half, number in zip(q.chunk(2, dim=2), (rank, 2 * size - 1 - rank), strict=True):
+                found.append(self._causal(half, k, v, first=number * half.size(2)))
+        return torch.cat(found, dim=2)
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor, *, first: int) -> Tensor:
+        """Attention within one sample, whose keys are all given and whose queries are those from position `first` on.
+
+        Where a mask is needed it is made for BLOCK queries at a time and the keys these see, so that memory grows with
+        the length of the sample, not with its square.
+        """
+        queries = query.size(2)
+        options: dict[str, Any] = {
+            "dropout_p": self.dropout if self.training else 0.0,
+            "scale": self.softmax_scale if self.softmax_scale is not None else 1 / math.sqrt(query.size(-1)),
+            "enable_gqa": query.size(1) != key.size(1),
+        }
+        windowed = self.window is not None and self.window < first + queries - 1
+        if not windowed and self.softmax_offset is None and self.cap is None and first == 0:
+            # No mask tensor: torch may take its flash kernel.
+            return F.scaled_dot_product_attention(
+                query, key[:, :, :queries], value[:, :, :queries], is_causal=True, **options
+            )
+        found = []
+        for start in range(0, queries, BLOCK):
+            q = query[:, :, start : start + BLOCK]
+            begin, end = first + start, first + start + q.size(2)
+            seen = slice(max(0, begin - self.window) if self.window is not None else 0, end)
+            distance = torch.arange(begin, end, device=q.device)[:, None] - torch.arange(
+                seen.start, end, device=q.device
+            )
+            allowed = distance >= 0
+            if self.window is not None:
+                allowed &= distance <= self.window
+            found.append(self._masked(q, key[:, :, seen], value[:, :, seen], allowed, options))
+        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+
+    def _masked(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, options: dict[str, Any]) -> Tensor:
+        """Attention of pairs that are `allowed`, bool [queries, keys]."""
+        attend = F.scaled_dot_product_attention if self.cap is None else partial(capped_attention, cap=self.cap)
+        if self.softmax_offset is None:
+            return attend(query, key, value, attn_mask=allowed, **options)
+        # A sink is one more key with value 0 whose logit is the offset: it takes its share of the softmax, no more.
+        key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
+        logits = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device).masked_fill(~allowed, -math.inf)
+        sink = self.softmax_offset.to(query.dtype)[:, None, None].expand(-1, query.size(2), 1)
+        mask = torch.cat([logits.expand(query.size(1), -1, -1), sink], dim=-1)[None]
+        return attend(query, key, value, attn_mask=mask, **options)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -185,17 +204,14 @@ def capped_attention(
     cap: float,
     scale: float,
     attn_mask: Tensor | None = None,
-    is_causal: bool = False,
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
 ) -> Tensor:
     """torch's scaled_dot_product_attention with scores cap * tanh(score / cap), which no kernel of torch's has.
 
     query [batch, heads, queries, channels]; key, value [batch, groups, keys, channels]; mask [.., queries, keys], bool
-    or added to the scores. Keeps all scores, so memory grows with queries times keys.
+    or added to the scores. Keeps all scores.
     """
-    if is_causal:
-        attn_mask = torch.ones(query.size(2), key.size(2), dtype=torch.bool, device=query.device).tril()
     if enable_gqa:
         key, value = (t.repeat_interleave(query.size(1) // key.size(1), dim=1) for t in (key, value))
     scores = softcap((query @ key.transpose(2, 3) * scale).float(), cap)
@@ -214,9 +230,16 @@ def _left_window(window_size: tuple[int, int]) -> int | None:
     return left if left >= 0 else None
 
 
-def _zigzag(length: int, rank: int, size: int, device: torch.device) -> Tensor:
-    """Positions held by context rank `rank`: of 2 * size chunks it has numbers rank and 2 * size - 1 - rank, which
-    balances causal work. `length` counts the positions of one rank."""
-    chunk = length // 2
-    first = torch.arange(chunk, device=device)
-    return torch.cat([first + rank * chunk, first + (2 * size - 1 - rank) * chunk])
+def _lengths(packing: PackedSeqParams) -> list[int]:
+    """Of the samples in a row, with their padding."""
+    ends = packing.cu_seqlens_q if packing.cu_seqlens_q_padded is None else packing.cu_seqlens_q_padded
+    return ends.diff().tolist()
+
+
+def _in_order(by_rank: Tensor) -> Tensor:
+    """[batch, heads, sequence, channels] of a sample from what each context rank has, [batch, heads, ranks, part, ..].
+
+    Of 2 * ranks equal pieces rank r has numbers r and 2 * ranks - 1 - r, which balances causal work.
+    """
+    early, late = by_rank.chunk(2, dim=3)
+    return torch.cat([early, late.flip(2)], dim=2).flatten(2, 3)
