@@ -48,7 +48,8 @@ def measure(config: RunConfig) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     job = setup.build(config, data)
     batch_size = config.train.global_batch_size
-    shape = shape_of(config.train, sequence_length=data.options.sequence_length, samples=batch_size)
+    length, dataset = data.options.sequence_length, job.datasets.train
+    shape = shape_of(config.train, sequence_length=length, samples=batch_size, dataset=dataset)
     streams = [
         batches.training(job.datasets.train, train=config.train, consumed=0, num_workers=data.options.num_workers)
         for _ in job.state.model

@@ -40,7 +40,8 @@ def forward_backward(
             if hasattr(chunk, "zero_grad_buffer"):
                 chunk.zero_grad_buffer()
     iterators = [iter(cast(Sequence[Batch], batches)) for _ in chunks]
-    shape = passes.Shape(length, rows, len(batches))
+    kind: Any = "packed" if "segment_ids" in batches[0] else "padded" if "padding_mask" in batches[0] else "full"
+    shape = passes.Shape(length, rows, len(batches), kind)
     with torch.set_grad_enabled(not forward_only):
         measured = passes.run(objective, iterators, chunks, shape, forward_only=forward_only)
     (found,) = passes.totals([measured])

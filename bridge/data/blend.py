@@ -43,6 +43,8 @@ class Blend:
         self.ends = list(accumulate(self.counts))
         if hasattr(datasets[0], "collate"):
             self.collate = datasets[0].collate
+        if hasattr(datasets[0], "rows"):
+            self.rows = datasets[0].rows
 
     def __len__(self) -> int:
         return self.ends[-1]

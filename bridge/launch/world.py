@@ -1,6 +1,7 @@
 """Whether what starts the processes, this command, Slurm or torchrun, can start those that a configuration asks for."""
 
 from bridge.config import layout
+from bridge.config.layout import rows
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
 from bridge.launch import inputs, torchrun
@@ -38,6 +39,7 @@ def check_layout(config: RunConfig, *, world_size: int) -> None:
         sequence_length=config.data["sequence_length"],
         train=config.train,
     )
+    rows.check(config.routed, config.data)
 
 
 def check_world(config: RunConfig) -> None:

@@ -59,6 +59,15 @@ class GPT(GPTModel):
         place_rotary_embeddings(self, rotary_base=rotary_base)
         scales.apply_at_both_ends(self)
 
+    def _preprocess(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """padding_mask: bool [batch, sequence], true for tokens that routers do not count. megatron-core gives each
+        tensor rank its part of it on the first pipeline stage only."""
+        if self.config.num_moe_experts is None:
+            padding_mask = None
+        elif padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
+            padding_mask = padding_mask.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]
+        return super()._preprocess(*args, padding_mask=padding_mask, **kwargs)
+
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Logits, or the loss when there are labels; multi-token prediction only where its own loss has a gradient.
 

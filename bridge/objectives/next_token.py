@@ -26,7 +26,9 @@ class NextToken(Objective):
     def forward(self, model: Callable[..., Any], batch: "Batch") -> Any:
         """The loss of every token, float32 [B, S]; logits [B, S, padded vocabulary / TP] of a batch without labels."""
         labels, mask = batch.get("labels"), batch.get("loss_mask")
-        return model(batch.get("tokens"), batch.get("position_ids"), None, labels=labels, loss_mask=mask)
+        belonging = {"packed_seq_params": batch.get("packing"), "padding_mask": batch.get("padding_mask")}
+        given = {name: value for name, value in belonging.items() if value is not None}
+        return model(batch.get("tokens"), batch.get("position_ids"), None, labels=labels, loss_mask=mask, **given)
 
     def loss(self, output: "Tensor", batch: "Batch") -> Loss:
         """The sum of the token losses `output` [B, S], each times its weight, and the sum of the weights."""
@@ -34,8 +36,17 @@ class NextToken(Objective):
         return Loss((output.view(-1).float() * mask).sum(), mask.sum())
 
     def lengths(self, batch: "Batch") -> "Tensor":
-        """All sequences have the length of the row."""
+        """Those of the samples that share rows, or of the rows, without padding."""
+        from torch.nn.functional import pad
+
+        from bridge.data.batch import sample_ends
+
         tokens = batch["tokens"]
+        if "padding_mask" in batch:
+            return (~batch["padding_mask"]).sum(dim=1)
+        if "segment_ids" in batch:
+            real = (batch["segment_ids"].flatten() >= 0).cumsum(0)
+            return pad(real, (1, 0))[sample_ends(batch["segment_ids"]).long()].diff()
         return tokens.new_full((tokens.shape[0],), tokens.shape[1])
 
 

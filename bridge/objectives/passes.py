@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -20,11 +20,15 @@ from bridge.objectives.objective import Objective
 
 
 class Shape(NamedTuple):
-    """Sizes megatron-core's schedules ask for. sequence_length: tokens per sequence, before context parallelism."""
+    """Sizes megatron-core's schedules ask for. sequence_length: tokens per sequence, before context parallelism.
+
+    rows: "packed" where samples share rows, "padded" where part of a row is padding; then every stage reads batches.
+    """
 
     sequence_length: int
     micro_batch_size: int
     num_microbatches: int
+    rows: Literal["full", "padded", "packed"] = "full"
 
 
 class Measured(NamedTuple):
@@ -86,6 +90,7 @@ class _Divisor:
 def forward_step(
     objective: Objective,
     divisor: _Divisor,
+    every_stage_reads: bool,
     batches: Iterator[Batch],
     model: Any,
     return_schedule_plan: bool = False,
@@ -97,7 +102,7 @@ def forward_step(
     """
     chunk = unwrap_model(model)
     keys = objective.keys(chunk)
-    loaded: Batch = next(batches) if keys else {}
+    loaded: Batch = next(batches) if keys or every_stage_reads else {}
     batch = to_this_rank(loaded, keys)
     output = objective.forward(chunk.build_schedule_plan if return_schedule_plan else model, batch)
     return output, partial(_loss, objective, divisor, batch, loaded)
@@ -135,7 +140,7 @@ def run(
     if not forward_only:
         measures.reset(model)
     divisor = _Divisor()
-    step = partial(forward_step, objective, divisor)
+    step = partial(forward_step, objective, divisor, shape.rows != "full")
     with divisor.instead_of_whole_numbers(model):
         found: list[_Reported] = through_schedule(step, batches, model, shape, forward_only=forward_only)
     names = ("loss", *objective.numbers)
@@ -159,13 +164,14 @@ def through_schedule(
     """megatron-core's schedule for this layout with the forward_step_func `step`: what its loss functions reported,
     one by one; empty but on the last pipeline stage."""
     several = len(model) > 1
+    joined = shape.micro_batch_size if shape.rows == "packed" else 1  # rows that became one
     reports: list[Any] = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=batches if several else batches[0],
         model=model if several else model[0],
         num_microbatches=shape.num_microbatches,
-        seq_length=shape.sequence_length,
-        micro_batch_size=shape.micro_batch_size,
+        seq_length=shape.sequence_length * joined,
+        micro_batch_size=shape.micro_batch_size // joined,
         **options,
     )
     return reports
@@ -175,7 +181,7 @@ def only_read(objective: Objective, batches: list[Iterator[Batch]], model: list[
     """Read what `run` would read, and do nothing with it."""
     tokens = squares = 0
     for chunk, iterator in zip(unwrap_model(model), batches, strict=True):
-        for _ in range(shape.num_microbatches if objective.keys(chunk) else 0):
+        for _ in range(shape.num_microbatches if objective.keys(chunk) or shape.rows != "full" else 0):
             loaded = next(iterator)
             if chunk.post_process:
                 more = _lengths(objective, loaded)

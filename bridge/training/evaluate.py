@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,9 +63,11 @@ def evaluate(
     with samples that do not count. Dropout is off; parameters and generators are left alone.
     advance: called before each step.
     """
-    shape = shape_of(train, sequence_length=sequence_length, samples=train.global_batch_size)
+    step = partial(shape_of, train, sequence_length=sequence_length, samples=train.global_batch_size)
     with _evaluating(model), torch.no_grad():
-        measured = [_of_set(objective, model, dataset, train, shape, advance) for dataset in valid.values()]
+        measured = [
+            _of_set(objective, model, dataset, train, step(dataset=dataset), advance) for dataset in valid.values()
+        ]
     sums = torch.stack([one.sums for one in measured]).sum(dim=0)
     names = [UNNAMED, *(name for name in valid if name != UNNAMED)]
     of_each = [] if UNNAMED in valid else measured

@@ -10,6 +10,7 @@ from bridge import parallel
 from bridge.checkpoint import Position
 from bridge.data.batch import Batch
 from bridge.objectives import passes
+from bridge.objectives.passes import Shape
 from bridge.optim import schedule
 from bridge.runs import run_files
 from bridge.training import batches, flops
@@ -66,7 +67,7 @@ def train(job: Job, *, stop: Stop, report: Report, pulse: Pulse, saves: Saves) -
     while progress.step < length.steps and reason is None and ended is None:
         step, consumed = progress.step + 1, progress.consumed_samples
         samples = batch_size_at(consumed)
-        shape = shape_of(job.config.train, sequence_length=job.data.options.sequence_length, samples=samples)
+        shape = _shape(job, samples)
         lr = schedule.learning_rate(job.state.optimizer)
         pulse.enter(COMPUTING, step=step)
         if step in job.config.train.iterations_to_skip:
@@ -161,6 +162,11 @@ class _Between:
         with _gathered_parameters(self._job.state.model):
             self._saves.save(self.best.remembered(self._pending.remembered(progress)), is_best=is_best)
         self._pulse.enter(REPORTING)
+
+
+def _shape(job: Job, samples: int) -> Shape:
+    length = job.data.options.sequence_length
+    return shape_of(job.config.train, sequence_length=length, samples=samples, dataset=job.datasets.train)
 
 
 def _report(pending: Pending, report: Report) -> None:

@@ -12,9 +12,11 @@ from megatron.core.utils import get_model_config, unwrap_model
 from bridge import checkpoint, parallel
 from bridge.checkpoint import Position, Trainable
 from bridge.config import modules, run_config, sections
+from bridge.config.layout.rows import row_length_may_vary
 from bridge.config.routing import Routed
 from bridge.config.run_config import RunConfig
 from bridge.data import source
+from bridge.data.samples.rows import Pad
 from bridge.data.source import Datasets, Prepared
 from bridge.errors import ConfigError
 from bridge.models import ddp, gpt
@@ -130,6 +132,10 @@ def build(config: RunConfig, data: Data) -> Job:
     model = ddp.wrap(chunks, DistributedDataParallelConfig(**routed.ddp))
     optimizer = optimizers.build(routed, model=model)
     datasets = data.build(seed=config.train.seed)
+    if row_length_may_vary(routed):
+        for dataset in (datasets.train, *sets(datasets.valid).values()):
+            if isinstance(collate := getattr(dataset, "collate", None), Pad):
+                collate.longest = True
     config, length = _with_steps(config, datasets, checkpoint.stands_at(root))
     scheduler = schedule.build(
         config.scheduler, optimizer=optimizer, fields=routed.optimizer, steps=config.train.num_steps

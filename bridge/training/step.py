@@ -18,11 +18,13 @@ from bridge.training.loss_policy import LossPolicy, Verdict
 from bridge.training.rerun import Ending, Rerun, kept_buffers
 
 
-def shape_of(train: Train, *, sequence_length: int, samples: int) -> Shape:
-    """The shape of a step that reads `samples` over all data-parallel ranks, which are whole micro-batches of each."""
+def shape_of(train: Train, *, sequence_length: int, samples: int, dataset: Any = None) -> Shape:
+    """The shape of a step that reads `samples` of `dataset` over all data-parallel ranks, whole micro-batches of
+    each."""
     num_ranks = parallel.size("dp")
     micro_batch_size = train.sequences_per_pass(num_ranks)
-    return Shape(sequence_length, micro_batch_size, samples // (micro_batch_size * num_ranks))
+    num_microbatches = samples // (micro_batch_size * num_ranks)
+    return Shape(sequence_length, micro_batch_size, num_microbatches, getattr(dataset, "rows", "full"))
 
 
 class StepResult(NamedTuple):

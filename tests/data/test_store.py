@@ -4,7 +4,6 @@ import pickle
 from pathlib import Path
 
 from bridge.data.encode.encoded import Encoded
-from bridge.data.samples.rows import Rows
 from bridge.data.samples.store import Store, write
 
 SAMPLES = [
@@ -24,15 +23,3 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_nothing_is_written_and_read(tmp_path: Path) -> None:
     write(tmp_path, [])
     assert len(Store(tmp_path)) == 0
-
-
-def test_a_row_is_the_sample_then_padding(tmp_path: Path) -> None:
-    write(tmp_path, SAMPLES)
-    rows = Rows(Store(tmp_path), Store(tmp_path).lengths.nonzero()[0], sequence_length=4)
-    assert len(rows) == 2
-    assert {name: tensor.tolist() for name, tensor in rows[0].items()} == {
-        "tokens": [5, 6, 7, 0],
-        "labels": [6, 7, 0, 0],
-        "loss_mask": [1.0, 0.5, 0.0, 0.0],
-        "position_ids": [0, 1, 2, 3],
-    }

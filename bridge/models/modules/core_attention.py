@@ -113,7 +113,8 @@ class CoreAttention(MegatronModule):
             key = gather_from_sequence_parallel_region(key.contiguous(), group=self.cp_group)
             value = gather_from_sequence_parallel_region(value.contiguous(), group=self.cp_group)
         with self._generator():
-            out = self._attend(*(t.permute(1, 2, 0, 3) for t in (query, key, value)), lengths)
+            q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+            out = self._attend(q, k, v, lengths)
         out = out.permute(2, 0, 1, 3).contiguous()
         return out.view(out.size(0), -1) if packed else out.view(out.size(0), out.size(1), -1)
 

@@ -77,6 +77,7 @@ class Router(TopKRouter):
 
     sums: Tensor | None = None
     tokens_per_expert: Tensor
+    num_real: Tensor | None = None  # tokens without padding of the micro-batch at hand, a scalar; None: all
 
     def __init__(self, config: Any, pg_collection: Any = None) -> None:
         self.own_choice = chooses_otherwise(config)
@@ -92,8 +93,9 @@ class Router(TopKRouter):
             MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1, device=platform.device())
 
     def attach_and_log_load_balancing_loss(self, activation: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """For the tokens of all sequences of this rank, [tokens, experts] in `activation`."""
-        kwargs["valid_token_count"] = activation.shape[0]
+        """For the tokens of all sequences of this rank, [tokens, experts] in `activation`: of ranks that share
+        sequences, where padding may lie on one of them, the mean."""
+        kwargs["valid_token_count"] = activation.shape[0] if self.num_real is None else self.num_real
         coefficient, loss, name, sharing, *others = args
         # The loss is the sum of the parts of the ranks in `sharing`: times their number, so that it is the mean.
         self._measure(name, loss.detach() / coefficient * sharing.size(), 1)
@@ -142,12 +144,27 @@ class Router(TopKRouter):
 
         `logits` [sequence, batch, experts] -> weights (0 where not chosen) and choice (bool), [tokens, experts].
         """
+        self.num_real = self._count(padding_mask)
         choosing = self._own_routing if self.own_choice else super().routing
         probs, routing_map = choosing(logits, padding_mask)
         if self._measuring():
             counted = routing_map if padding_mask is None else routing_map & ~padding_mask.reshape(-1, 1)
             self.tokens_per_expert += counted.sum(dim=0)
         return probs, routing_map
+
+    def _count(self, padding_mask: Tensor | None) -> Tensor | None:
+        """The mean of the numbers of real tokens of the ranks that share sequences."""
+        if padding_mask is None or not (self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled()):
+            return None
+        real = (~padding_mask).sum(dtype=torch.float32)
+        torch.distributed.all_reduce(real, group=self.tp_cp_group)
+        return real / self.tp_cp_group.size()
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """megatron-core's mask, [tokens], does not fit its choice, [tokens, experts]."""
+        if padding_mask is not None:
+            routing_map = routing_map & ~padding_mask.view(-1, 1)
+        super()._apply_expert_bias(routing_map)
 
     def _own_routing(self, logits: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         length, batch = logits.shape[:2]
