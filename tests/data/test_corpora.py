@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from bridge.data.source import Datasets
 from bridge.errors import ConfigError, RunError
 
 DOCUMENTS = [f"def f{n}(x):\n    return x + {n}  # naïve ünïcode {n * 7919}\n" * (1 + n % 5) for n in range(90)]
+SAMPLES = Path(__file__).parent / "samples"
 END = 0  # the first id of a tokenizer trained here
 
 
@@ -85,6 +86,24 @@ def test_tokens_are_those_of_a_plain_loop(
     os.utime(tmp_path / "a.jsonl", (1, 1))  # written again: made anew
     (other,) = mixture(text.prepare(config, cache=tmp_path / "cache", seed=1)).train
     assert other != prefix
+
+
+def test_the_samples_of_text_and_of_tokens_are_the_same_rows(tmp_path: Path) -> None:
+    """megatron-core wrote the tokens: the bytes of each text, and 256."""
+    rows = [json.loads(line)["text"] for line in (SAMPLES / "text.jsonl").read_text().splitlines()]
+    found = text.corpus_of(str(SAMPLES / "text.jsonl"), key="data.path", field="text")
+    assert list(found.texts()) == rows and len(rows) == 20
+    config = indexed.Config(path=str(SAMPLES / "bytes"), sequence_length=64, split="12,8")
+    indexed.check(config)
+    prepared = indexed.prepare(config, cache=tmp_path, seed=1)
+    assert prepared.vocab_size == 257
+    for part, texts in zip(indexed.build(config, prepared, seed=1), (rows[:12], rows[12:]), strict=True):
+        encoded = [bytes(row, "utf-8") for row in texts]
+        for index in range(len(part)):
+            tokens = part[index]["tokens"].tolist()
+            first, *whole, last = (bytes(ids) for end, ids in groupby(tokens, lambda one: one == 256) if not end)
+            assert all(row in encoded for row in whole)
+            assert any(row.endswith(first) for row in encoded) and any(row.startswith(last) for row in encoded)
 
 
 def test_an_index_is_byte_for_byte_megatron_cores(tmp_path: Path) -> None:

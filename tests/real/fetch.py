@@ -67,6 +67,13 @@ FILES = {
         f"{LLAMAFACTORY[1]}/alpaca_en_demo.json",
         "bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318",
     ),
+    # 1 MB of Wikipedia, as one text
+    "wiki.txt": Source(
+        "sdist",
+        LLAMAFACTORY[0],
+        f"{LLAMAFACTORY[1]}/wiki_demo.txt",
+        "69c0c4d067a95a1a65022f2ae1efff9654b1953b09f206f8832620ebbffa0daf",
+    ),
     # 300 conversations with calls of tools, ShareGPT's names
     "glaive_toolcall_en.json": Source(
         "sdist",

@@ -141,8 +141,11 @@ def test_tiny_model(tmp_path: Path, tiny_hf: Callable[..., Path], variant: str) 
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", ["stories15m", "minimind2"])
-def test_real_model(tmp_path: Path, real_model: Callable[[str], Path], name: str) -> None:
+@pytest.mark.parametrize(("name", "source"), [("stories15m", "text"), ("minimind2", "stdlib")])
+def test_real_model(tmp_path: Path, real_model: Callable[[str], Path], name: str, source: str) -> None:
+    from tests.real.fetch import fetch_file
+
     directory = real_model(name)
-    data = {"source": "stdlib", "tokenizer": str(directory), "sequence_length": 64, "cache_dir": str(tmp_path)}
+    own = {"path": str(fetch_file("wiki.txt"))} if source == "text" else {}
+    data = {"source": source, "tokenizer": str(directory), "sequence_length": 64, "cache_dir": str(tmp_path), **own}
     compare(directory, tmp_path, data=data, peak=1e-4)
