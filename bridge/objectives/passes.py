@@ -125,9 +125,9 @@ def _loss(
 
 def _lengths(objective: Objective, loaded: Batch) -> tuple[int, int]:
     """The sum of the lengths of the sequences that count, and of their squares."""
-    if "sample_id" in loaded and (loaded["sample_id"] == FILLER).any():
-        counts = loaded["sample_id"] != FILLER
-        tensors = cast(dict[str, Tensor], loaded)
+    # Where samples share rows, segment_ids tell what counts.
+    if "sample_id" in loaded and "segment_ids" not in loaded:
+        counts, tensors = loaded["sample_id"] != FILLER, cast(dict[str, Tensor], loaded)
         loaded = cast(Batch, {key: tensor[counts] for key, tensor in tensors.items() if len(tensor) == len(counts)})
     lengths = objective.lengths(loaded)
     return int(lengths.sum()), int((lengths * lengths).sum())
