@@ -78,7 +78,8 @@ def _small(command: str) -> list[str]:
     words = [part for word in shlex.split(command) for part in WORDS.get(word, [word])]
     if any(part in command for part in UNCHANGED):
         return words
-    return words + [word for word in SMALL if not (OF_THE_MAIN_JOB in command and word.startswith("model."))]
+    kept = ["model."] * (OF_THE_MAIN_JOB in command) + ["train.steps"] * ("train.epochs" in command)
+    return words + [word for word in SMALL if not word.startswith(tuple(kept))]
 
 
 def _run(words: list[str], *, folder: Path, code: int, shown: str) -> str:

@@ -8,6 +8,8 @@ from bridge.data import tuning
 from bridge.data.encode import conversation
 from bridge.data.source import Datasets, Prepared
 
+FINE_TUNES = True
+
 
 @dataclass(frozen=True)
 class Config(tuning.Options):
