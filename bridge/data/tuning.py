@@ -18,7 +18,9 @@ from bridge.data.encode.masks import Counts, Rules
 from bridge.data.encode.templates import InvalidRow, Template
 from bridge.data.readers import files, reader
 from bridge.data.readers.reader import Row
-from bridge.data.source import Datasets, Prepared, SourceConfig, at_least, completed, digest
+from bridge.data.samples import shared
+from bridge.data.samples.shared import SamplesConfig
+from bridge.data.source import Datasets, Prepared, at_least, completed, digest
 from bridge.data.split import check_split
 from bridge.errors import ConfigError, shown
 
@@ -28,7 +30,7 @@ INTERVAL = 10.0  # seconds between two lines on how far it is
 
 
 @dataclass(frozen=True)
-class Options(SourceConfig):
+class Options(SamplesConfig):
     """What all sources of conversations are told."""
 
     sequence_length: int = at_least(1, 2048)
@@ -47,6 +49,7 @@ class Options(SourceConfig):
     invalid: Literal["error", "drop"] = "error"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.path is None:
             raise ConfigError("data.path: is not set; set the file, folder or pattern of the rows to train on")
         if self.split is not None:
@@ -251,18 +254,17 @@ def _counted(sample: Encoded, config: Options, statistics: Statistics) -> Iterat
 
 
 def build(config: Options, prepared: Prepared, *, seed: int) -> Datasets:
-    """Training and validation samples, one in a row. `seed` is not used: the sampler orders them."""
+    """Training and validation samples, in rows of their own or as `config` says. `seed`: of packing alone."""
     import numpy
 
-    from bridge.data.samples.rows import Rows
     from bridge.data.samples.store import Store
 
     assert prepared.directory is not None and config.path is not None
     entry = prepared.directory
 
-    def rows(stored: Store, chosen: Any = None) -> Rows:
+    def rows(stored: Store, chosen: Any = None) -> Any:
         ids = numpy.arange(len(stored)) if chosen is None else numpy.flatnonzero(chosen)
-        return Rows(stored, ids, sequence_length=config.sequence_length)
+        return shared.dataset(config, stored, ids, seed=seed)
 
     weighted = blend.weighted(config.path)
     stores = [Store(entry / f"train-{number}") for number in range(len(weighted))]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tests.training.runs import config
+from tests.training.runs import FP32, config
 
 LENGTH, ROWS, NUM_MICROBATCHES = 24, 2, 4
 
@@ -20,9 +20,14 @@ class Seen(NamedTuple):
 
 
 def compare_all(
-    models: Mapping[str, dict[str, Any]], parallelism: dict[str, Any], stored: Path, folder: Path
+    models: Mapping[str, dict[str, Any]],
+    parallelism: dict[str, Any],
+    stored: Path,
+    folder: Path,
+    precision: dict[str, Any] = FP32,
+    tolerance: float = 1e-5,
 ) -> dict[str, Seen]:
-    """Loss, gradients, counted tokens and what routers count of each model, in each way."""
+    """Loss, gradients, counted tokens and what routers count of each model, in each way, up to `tolerance`."""
     from bridge.training import setup
 
     seen = {}
@@ -33,6 +38,7 @@ def compare_all(
             name=name,
             whole_model=model,
             parallelism=parallelism,
+            precision=precision,
             data={"sequence_length": LENGTH},
             train={"global_batch_size": ROWS * NUM_MICROBATCHES, "micro_batch_size": ROWS},
         )
@@ -44,7 +50,7 @@ def compare_all(
         expected = _result(job, *rows)
         wrong = []
         for way, how in ways.items():
-            wrong += [f"{way}: {line}" for line in _differences(_result(job, *how), expected)]
+            wrong += [f"{way}: {line}" for line in _differences(_result(job, *how), expected, tolerance)]
         seen[name] = Seen(expected.numbers["loss"], wrong)
     return seen
 
@@ -126,16 +132,16 @@ def _biases(model: list[Any]) -> dict[str, Tensor]:
     }
 
 
-def _differences(found: Result, expected: Result) -> list[str]:
+def _differences(found: Result, expected: Result, tolerance: float) -> list[str]:
     wrong = []
     for name, value in expected.numbers.items():
-        if not abs(found.numbers[name] - value) <= 1e-5 * abs(value):
+        if not abs(found.numbers[name] - value) <= tolerance * abs(value):
             wrong.append(f"{name} is {found.numbers[name]}, not {value}")
     if found[1:3] != expected[1:3]:
         wrong.append(f"counts {found[1:3]}, not {expected[1:3]}")
     for key in ("gradients", "biases"):
         for name, tensor in getattr(expected, key).items():
             off, norm = (getattr(found, key)[name] - tensor).norm().item(), tensor.norm().item()
-            if not off <= 1e-5 * norm + 1e-7:
+            if not off <= tolerance * norm + 1e-7:
                 wrong.append(f"{key} of {name}: off by {off:.1e} of {norm:.1e}")
     return wrong
