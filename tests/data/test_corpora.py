@@ -289,9 +289,10 @@ def test_what_is_tokenised_survives_a_kill_and_no_process_does(learned: Path, tm
     first.wait()
     psutil.wait_procs(children, timeout=20)
     assert not any(child.is_running() for child in children)
+    os.truncate(done[0].with_suffix(".bin"), 100)  # as a crash of the machine may leave it
     second = subprocess.run(command, capture_output=True, text=True, check=True)
     kept = re.search(r"data: (\d+) finished shards of an earlier start were kept", second.stdout)
-    assert kept and len(done) <= int(kept[1]) < 60
+    assert kept and len(done) - 1 <= int(kept[1]) < 60
     assert stored(second.stdout.split()[-1]) == plain_ids(learned, documents)
 
 

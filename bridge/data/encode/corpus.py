@@ -1,6 +1,5 @@
 """From texts to stored, tokenised corpora. Shared by the sources whose samples are plain text."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -121,7 +120,7 @@ class _Fill:
     def _here(self, shards: Path, found: Iterable[sharding.Chunk]) -> Iterator[str]:
         for chunk in found:
             prefix = str(shards / f"{chunk.number:06d}")
-            if not os.path.exists(f"{prefix}.idx"):
+            if not bin_idx.is_whole(prefix):
                 write_shard(prefix, chunk.texts, self.tokenizer)
             yield prefix
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import bridge
 from bridge.config import durations
 from bridge.data.encode.tokenizer_process import Job
+from bridge.data.samples import bin_idx
 from bridge.errors import RunError
 from bridge.processes import of_child
 
@@ -67,7 +68,7 @@ def write(directory: Path, found: Iterable[Chunk], *, job: Job, num_processes: i
         for chunk in found:
             prefix = str(directory / f"{chunk.number:06d}")
             prefixes.append(prefix)
-            if os.path.exists(f"{prefix}.idx"):
+            if bin_idx.is_whole(prefix):
                 progress.kept(chunk)
                 continue
             if not idle:

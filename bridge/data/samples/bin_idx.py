@@ -107,6 +107,15 @@ def read_index(prefix: str | Path, *, key: str = "data.path") -> Index:
     return Index(dtype, lengths, firsts)
 
 
+def is_whole(prefix: str | Path) -> bool:
+    """Whether PREFIX is there; one whose tokens a crash of the machine cut off is not."""
+    try:
+        read_index(prefix)
+    except ConfigError:
+        return False
+    return True
+
+
 def tokens(prefix: str | Path, index: Index) -> NDArray[Any]:
     """All tokens of PREFIX, mapped."""
     return numpy.memmap(f"{prefix}.bin", index.dtype, "r")
