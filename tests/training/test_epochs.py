@@ -12,6 +12,7 @@ from bridge.config.schema import Train
 from bridge.errors import ConfigError
 from tests.checkpoint.test_data_position import epochs, read_by_step
 from tests.distributed import run_distributed
+from tests.training.packed_source import LENGTHS
 from tests.training.runs import config, losses, train, train_and_print
 
 SAMPLES, EPOCHS, BATCH = 7, 3, 4  # 21 samples: five batches and one of a single sample
@@ -179,3 +180,39 @@ def test_the_steps_are_those_of_a_count(ramp: list[int] | None, consumed: int) -
     assert (found.steps, found.samples, found.last) == (step, 44, last)
     with pytest.raises(ConfigError, match="^train.epochs: 4 x 11 samples, but this run has already read 45; set more"):
         length.of(setting, num_samples=11, batch_size_at=size_at, progress=Position(consumed_samples=45))
+
+
+def train_and_look(run: Any) -> Any:
+    """What the run gave and printed, and the samples of each of its rows."""
+    from bridge.training import setup
+
+    ran = train_and_print(run)
+    packed = setup.prepare_data(run).build(seed=run.train.seed).train
+    return ran, [packed.of_row(row).tolist() for row in range(len(packed))]
+
+
+def test_every_sample_once_where_samples_share_rows(tmp_path: Path) -> None:
+    """Stopped on one rank inside an epoch, ended on two. Samples of L tokens have L - 1 that predict."""
+
+    def run(**limits: Any) -> Any:
+        data = {"source": "tests.training.packed_source", "sequence_length": 16, "vocab_size": 100}
+        return config(
+            tmp_path,
+            data=data | {"cache_dir": str(tmp_path / "cache")},
+            train={"steps": None, "epochs": EPOCHS, "global_batch_size": BATCH, "eval_interval": None, **limits},
+            scheduler=CONSTANT,
+            log={"sample_ids": True},
+        )
+
+    run_distributed(train, 1, run(exit_interval=4))
+    (ended, said), samples = run_distributed(train_and_look, 2, run(micro_batch_size=2))[0]
+    num_rows = len(samples)
+    steps, left = divmod(EPOCHS * num_rows, BATCH)
+    assert left  # so that the last batch is not whole
+    assert f"{num_rows} samples are {steps + 1} steps, the last one with {left} of {BATCH} samples" in said
+    rows = list(itertools.chain.from_iterable(read_by_step(tmp_path / "run").values()))
+    read = [sample for row in rows for sample in samples[row]]
+    assert epochs(read, len(LENGTHS)) == [list(range(len(LENGTHS)))] * EPOCHS
+    last = [line for line in ended.lines if "loss" in line][-1]
+    assert (last["step"], last["consumed_samples"]) == (steps + 1, EPOCHS * num_rows)
+    assert last["consumed_tokens"] == EPOCHS * sum(length - 1 for length in LENGTHS)
