@@ -60,6 +60,8 @@ def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
 
     assert config.path is not None
     corpora = [corpus_of(path, key=key, field=config.field) for key, path in _paths(config)]
+    count = len(blend.weighted(config.path))  # no tokenizer learns from what is held out
+    corpora[count:] = [held_out._replace(to_learn_from=tuple) for held_out in corpora[count:]]
     tokens = corpus.tokenise(corpora, corpus.Options.of(config), cache=cache)
     weights, names = [weight for _, weight in blend.weighted(config.path)], blend.evaluated(config.eval)
     mixture = concatenated.Mixture(

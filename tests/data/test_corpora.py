@@ -189,6 +189,16 @@ def test_evaluation_sets_are_read_by_name_and_then_nothing_is_split_off(learned:
     assert len(single.train) == len(named.train) > len(held_out.train)
 
 
+def test_a_new_tokenizer_learns_nothing_from_what_is_evaluated(tmp_path: Path) -> None:
+    for name, word in (("train", "abababab"), ("eval", "cdcdcdcd")):
+        jsonl(tmp_path / f"{name}.jsonl", [word * 20] * 9)
+    paths = {"path": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl")}
+    config = text.Config(**paths, vocab_size=270, sequence_length=8)
+    prepared = text.prepare(config, cache=tmp_path, seed=1)
+    learned = tokenizers.Tokenizer.from_file(str(prepared.tokenizer / "tokenizer.json")).get_vocab()
+    assert "abab" in learned and not any(len(token) > 1 and "c" in token and "<" not in token for token in learned)
+
+
 def write_bytes(change: Any) -> Any:
     def wrong(prefix: Path) -> None:
         for suffix in (".idx", ".bin"):
