@@ -30,7 +30,7 @@ LEVELS = (
     {"training", "api"},
     {"estimate", "generate"},
     {"launch"},
-    {"prepare", "status", "sweep_report"},
+    {"inspect", "prepare", "status", "sweep_report"},
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
@@ -164,6 +164,7 @@ def test_files_and_functions_are_short():
         "bridge",
         "bridge.config.run_config",
         "bridge.launch.driver",
+        "bridge.inspect",
         "bridge.prepare",
         "bridge.platform",
         "bridge.checkpoint.__main__",

@@ -110,7 +110,12 @@ class Page(HTMLParser):
 
 
 def rendered(path: Path, *, action: str = "") -> Page:
-    """`path` as the browser shows it, after running `action`, JavaScript, as a visitor would click."""
+    """`path` as the browser shows it, after running `action`."""
+    return Page(dom(path, action=action))
+
+
+def dom(path: Path, *, action: str = "") -> str:
+    """What the browser makes of `path`, after running `action`, JavaScript, as a visitor would click."""
     assert BROWSER, "CI=true and no chromium"
     shown = path.with_name("shown.html")
     shown.write_text(path.read_text().replace("</body>", f"<script>{action}</script></body>"))
@@ -118,7 +123,7 @@ def rendered(path: Path, *, action: str = "") -> Page:
     profile = f"--user-data-dir={path.parent / 'profile'}"
     done = subprocess.run([*command, profile, shown.as_uri()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return Page(done.stdout)
+    return done.stdout
 
 
 @needs_browser
