@@ -51,13 +51,16 @@ class Sample(NamedTuple):
 
 
 class View(NamedTuple):
-    """A data set: its title, the first samples, the lengths of all, and of how many tokens are trained."""
+    """A data set: its title, the first samples, the lengths of all, how many tokens are trained, and how full rows are.
+
+    rows: how full they are, in words.
+    """
 
     title: str
     samples: list[Sample]
     lengths: list[int]
     trained: int | None
-    sequence_length: int
+    rows: str
 
 
 def main() -> int:
@@ -102,6 +105,7 @@ def _read(config: Any, n: int) -> tuple[View, Callable[[Sequence[int]], str]]:
 
         decode = AutoTokenizer.from_pretrained(prepared.tokenizer, local_files_only=True).decode
     title = f"data={config.data['source']}"
+    train = module.build(options, prepared, seed=config.train.seed).train
     if hasattr(module, "stores"):
         stores = module.stores(options, prepared)
         stored = (store[number] for store in stores for number in range(len(store)))
@@ -111,11 +115,21 @@ def _read(config: Any, n: int) -> tuple[View, Callable[[Sequence[int]], str]]:
         ]
         lengths = [int(length) for store in stores for length in store.lengths]
         trained = sum(int((store[number].weights[1:] > 0).sum()) for store in stores for number in range(len(store)))
-        return View(title, first, lengths, trained, options.sequence_length), decode
-    train = module.build(options, prepared, seed=config.train.seed).train
+        return View(title, first, lengths, trained, _rows(train, lengths, options.sequence_length)), decode
     first = [_of_item(train[number], number) for number in range(min(n, len(train)))]
     lengths = [options.sequence_length + 1] * len(train)
-    return View(title, first, lengths, None, options.sequence_length), decode
+    return View(title, first, lengths, None, _rows(train, lengths, options.sequence_length)), decode
+
+
+def _rows(train: Any, lengths: Sequence[int], sequence_length: int) -> str:
+    """How full the rows to train on are."""
+    parts = getattr(train, "datasets", [train])
+    if all(hasattr(part, "fill") for part in parts):  # samples share them
+        rows = sum(len(part) for part in parts)
+        full = sum(part.num_tokens for part in parts) / max(1, rows * sequence_length)
+        return f"{full:.1%} full, packed into {rows:,} rows of {sequence_length} tokens"
+    full = sum(min(length - 1, sequence_length) for length in lengths) / max(1, len(lengths) * sequence_length)
+    return f"{full:.1%} full, one sample in each of {sequence_length} tokens"
 
 
 def _of_item(item: Any, number: int) -> Sample:
@@ -135,12 +149,11 @@ def line(sample: Sample, decode: Callable[[Sequence[int]], str]) -> str:
 
 
 def _facts(view: View) -> dict[str, str]:
-    total, positions = sum(view.lengths), sum(min(length - 1, view.sequence_length) for length in view.lengths)
+    total = sum(view.lengths)
     facts = {"samples": f"{len(view.lengths):,}", "tokens": f"{total:,}"}
     if view.trained is not None:
         facts["trained"] = f"{view.trained / max(1, total):.1%} of the tokens"
-    full = positions / max(1, len(view.lengths) * view.sequence_length)
-    facts["rows"] = f"{full:.1%} full with one sample each of {view.sequence_length} tokens"
+    facts["rows"] = view.rows
     return facts
 
 
