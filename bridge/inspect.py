@@ -81,6 +81,8 @@ def _command() -> int:
     for name in ("html", "json"):
         if name in given and not Path(given[name]).absolute().parent.is_dir():
             raise ConfigError(f"{name}: the folder of {given[name]} does not exist; make it first")
+    if not any(argument.startswith(("init.", "+init.", "recipe=", "+recipe=")) for argument in sys.argv[1:]):
+        sys.argv.append("init.random=true")  # what is looked at does not depend on the weights
     jobs = compose.jobs("train")
     if len(jobs) != 1:
         raise ConfigError(f"bridge.inspect: shows one run, and -m gives {len(jobs)}; leave -m out")
