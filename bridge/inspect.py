@@ -101,11 +101,7 @@ def _read(config: Any, n: int) -> tuple[View, Callable[[Sequence[int]], str]]:
     module: Any = modules.load("data.source", config.data["source"], "data")
     options = sections.build(module.Config, config.data, "data")
     prepared = module.prepare(options, cache=source.cache_root(options.cache_dir), seed=config.train.seed)
-    decode: Callable[[Sequence[int]], str] = lambda ids: " ".join(map(str, ids))  # noqa: E731
-    if prepared.tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        decode = AutoTokenizer.from_pretrained(prepared.tokenizer, local_files_only=True).decode
+    decode = _decoder(prepared.tokenizer)
     title = f"data={config.data['source']}"
     train = module.build(options, prepared, seed=config.train.seed).train
     if hasattr(module, "stores"):
@@ -121,6 +117,16 @@ def _read(config: Any, n: int) -> tuple[View, Callable[[Sequence[int]], str]]:
     first = [_of_item(train[number], number) for number in range(min(n, len(train)))]
     lengths = [options.sequence_length + 1] * len(train)
     return View(title, first, lengths, None, _rows(train, lengths, options.sequence_length)), decode
+
+
+def _decoder(tokenizer: Path | None) -> Callable[[Sequence[int]], str]:
+    """From token ids to their text; without a tokenizer, to their numbers."""
+    if tokenizer is None:
+        return lambda ids: " ".join(map(str, ids))
+    from transformers import AutoTokenizer
+
+    loaded: Any = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    return lambda ids: str(loaded.decode(ids))
 
 
 def _rows(train: Any, lengths: Sequence[int], sequence_length: int) -> str:
