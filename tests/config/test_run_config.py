@@ -102,14 +102,16 @@ WRONG = [
     ({"name": "../a"}, "name: '../a' cannot name a directory"),
     (
         {"data.source": "mok"},
-        "data.source: 'mok' is not known; set one of indexed, mock, stdlib, text or an importable dotted module name; "
+        "data.source: 'mok' is not known; set one of chat, indexed, instruct, mock, stdlib, text or an "
+        "importable dotted module name; "
         "did you mean 'mock'?",
     ),
     ({"data.source": "no_such_package.data"}, "data.source: 'no_such_package.data' is not known"),
     ({"data.source": "bridge.errors"}, "data.source: module 'bridge.errors' has no dataclass named Config"),
     (
         {"data.source": ..., "data.sorce": "mock"},
-        "data.source: is missing; set one of indexed, mock, stdlib, text; found data.sorce, did you mean 'source'?",
+        "data.source: is missing; set one of chat, indexed, instruct, mock, stdlib, text; "
+        "found data.sorce, did you mean 'source'?",
     ),
     ({"data.sequence_lenght": 3}, "data.sequence_lenght: unknown key (value 3); did you mean 'sequence_length'?"),
     ({"data.vocab_size": 5000}, "data.vocab_size: data.vocab_size <= model.vocab_size must hold, but 5000 > 4096"),

@@ -83,7 +83,7 @@ def test_keys(key, value, hint):
         ("precision", "bf16-mixed", "precision=bf16 trains in bfloat16"),
         ("precision", "BF16", "did you mean 'bf16'?"),
         ("optimizer", "adamw", "adam decouples weight decay: it is AdamW; write optimizer=adam"),
-        ("data", "jsonl", "the options are indexed, mock, stdlib, text, and data.source="),
+        ("data", "jsonl", "the options are chat, indexed, instruct, mock, stdlib, text, and data.source="),
         ("hydra/launcher", "joblib", "it needs a package that is missing: pip install hydra-joblib-launcher"),
         ("peft", "nothing_near", "the options are none"),
         ("objective", "my_loss", "the options are next_token, and objective.name="),
