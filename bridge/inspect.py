@@ -1,30 +1,44 @@
 """`python -m bridge.inspect data=... [n=5] [html=FILE] [json=FILE] [more overrides of train.py]`: what it trains on.
 
-Prints the first n samples as text, what is trained in green, or between ⟦ and ⟧ where there are no colours.
-html=FILE: a page with them, how long samples are, how much of them is trained, and how full rows are. json=FILE: one
-object a line: tokens (ids), weights (as many: how much predicting that token counts, 0 not at all), text, source
-(file:line).
-Makes the samples if they are not there. Exit codes: 0 done, 1 failed, 2 wrong input.
+Exit codes: 0 done, 1 failed, 2 wrong input, 130 Ctrl-C.
 """
 
 import html
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
+
 from bridge import platform
-from bridge.command_line import DONE, guarded
-from bridge.config import modules, sections
-from bridge.data import source
-from bridge.errors import ConfigError
+from bridge.command_line import DONE, FAILED, guarded
+from bridge.config.run_config import RunConfig
+from bridge.data import seen
+from bridge.data.seen import Facts, Seen
+from bridge.errors import ConfigError, RunError
 from bridge.launch import compose, driver, inputs
 
-OURS = ("n", "html", "json")
+INTERRUPTED = 130
 BARS = 24  # of the histogram
+MOST_TOGETHER = 16  # tokens that are waited for until they make whole characters
+HELP = """\
+usage: python -m bridge.inspect [n=5] [html=FILE] [json=FILE] [group=option ...] [section.key=value ...]
+  python -m bridge.inspect init.path=models/mine data=chat data.path=talks.jsonl html=talks.html
+
+Shows what a run with these overrides of train.py trains on, and makes its data if it is not there. What a model is
+asked to predict is green, or between \u27e6 and \u27e7 where there are no colours; (x 0.5) after it is a weight.
+
+  n=5          samples to show, or all: those to train on, then those of each evaluation set
+  html=FILE    write them as a page, with the weight of each token, how long the samples of each set are, how much of
+               them is trained, and how full rows are
+  json=FILE    write them, one object a line: tokens (ids), weights (as many: how much predicting that token counts,
+               0 not at all), text, source (FILE:LINE), set (train, eval or eval/NAME)
+
+Exit codes: 0 done, 1 failed, 2 wrong input, 130 Ctrl-C."""
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -33,174 +47,257 @@ body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em;
   color-scheme: light dark; }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #8885; border-radius: 6px; padding: 0.8em; }}
 mark {{ background: #2a95; color: inherit; border-radius: 3px; }}
-td {{ padding-right: 2em; }} rect {{ fill: #27a; }} text {{ font-size: 11px; fill: currentColor; }}
+mark.other {{ background: #c806; }}
+body:has(#weights:checked) pre > * {{ outline: 1px solid #8885; }}
+body:has(#weights:checked) pre > ::after {{ content: attr(data-weights); font-size: 9px; vertical-align: super; }}
+td, th {{ padding-right: 2em; text-align: left; }}
+rect {{ fill: #27a; }} text {{ font-size: 11px; fill: currentColor; }}
 </style></head><body><h1>{title}</h1>
 <table>{facts}</table>
-<h2>Tokens of a sample</h2>{histogram}
-<h2>Samples</h2><p><mark>Trained</mark> is what a model is asked to predict.</p>{samples}
+{histograms}
+<h2>Samples</h2><p><mark>Trained</mark> is what a model is asked to predict, <mark class="other">with a weight other
+than 1</mark> such. Point at a token to see its id and weight.
+<label><input type="checkbox" id="weights"> show the weight of each token</label></p>{samples}
 </body></html>
 """
+Decode = Callable[[Sequence[int]], str]
 
 
-class Sample(NamedTuple):
-    """tokens: ids. weights: as many. source: file:line, or the sample's number."""
+class Options(NamedTuple):
+    """What is inspect's own on the command line. n: None is all."""
 
-    tokens: list[int]
-    weights: list[float]
-    source: str
+    n: int | None = 5
+    html: Path | None = None
+    json: Path | None = None
 
 
 class View(NamedTuple):
-    """A data set: its title, the first samples, the lengths of all, how many tokens are trained, and how full rows are.
-
-    rows: how full they are, in words.
-    """
+    """What a run trains on. samples: (set, sample), read when they are taken. facts: of each set."""
 
     title: str
-    samples: list[Sample]
-    lengths: list[int]
-    trained: int | None
-    rows: str
+    samples: Iterator[tuple[str, Seen]]
+    facts: dict[str, Facts]
+    decode: Decode
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of `python -m bridge.inspect`; returns the exit code."""
     sys.path.append(os.getcwd())  # where a user's own modules lie, as for train.py
-    return guarded(_command)
+    return guarded(lambda: _command(sys.argv[1:] if arguments is None else arguments), only_prints=True)
 
 
-def _command() -> int:
-    given = {}
-    for argument in sys.argv[1:]:
-        name, equals, value = argument.partition("=")
-        if equals and name in OURS:
-            given[name] = value
-            sys.argv.remove(argument)
-    if not given.get("n", "5").isdecimal():
-        raise ConfigError(f"n: {given['n']!r} is not a number of samples; set e.g. n=5")
-    for name in ("html", "json"):
-        if name in given and not Path(given[name]).absolute().parent.is_dir():
-            raise ConfigError(f"{name}: the folder of {given[name]} does not exist; make it first")
-    if not any(argument.startswith(("init.", "+init.", "recipe=", "+recipe=")) for argument in sys.argv[1:]):
-        sys.argv.append("init.random=true")  # what is looked at does not depend on the weights
+def _command(arguments: Sequence[str]) -> int:
+    if {"--help", "-h"} & set(arguments):
+        print(HELP)
+        return DONE
+    options, sys.argv[1:] = _own(arguments)
     jobs = compose.jobs("train")
     if len(jobs) != 1:
         raise ConfigError(f"bridge.inspect: shows one run, and -m gives {len(jobs)}; leave -m out")
-    view, decode = _read(driver.config_of(jobs[0]), int(given.get("n", 5)))
-    _print(view, decode, colours=sys.stdout.isatty())
-    if "html" in given:
-        Path(given["html"]).write_text(page(view, decode))
-    if "json" in given:
-        Path(given["json"]).write_text("".join(line(sample, decode) for sample in view.samples))
+    config = driver.config_of(jobs[0])
+    inputs.check_data(config)
+    try:
+        _show(_read(config, options.n), options)
+    except RunError as error:
+        print(error, file=sys.stderr, flush=True)
+        return FAILED
+    except KeyboardInterrupt:
+        print("SIGINT: stopped", file=sys.stderr, flush=True)
+        return INTERRUPTED
     return DONE
 
 
-def _read(config: Any, n: int) -> tuple[View, Callable[[Sequence[int]], str]]:
-    inputs.check(config, in_queue=True)
+def _own(arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """inspect's own options, and the overrides of train.py."""
+    given: dict[str, Any] = {}
+    others = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals or name not in Options._fields:
+            others.append(argument)
+        elif name == "n":
+            if value != "all" and not (value.isdecimal() and int(value)):
+                raise ConfigError(f"n: {value!r} is not a number of samples; set e.g. n=5, or n=all")
+            given[name] = None if value == "all" else int(value)
+        else:
+            given[name] = Path(value)
+            _check_file(name, value)
+    return Options(**given), others
+
+
+def _check_file(name: str, value: str) -> None:
+    path = Path(value).absolute()
+    if not value or path.is_dir():
+        raise ConfigError(f"{name}: {value!r} is no file to write; set {name}=FILE")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{name}: the folder of {value} does not exist; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{name}: {value} cannot be written; set a file in a folder of yours")
+
+
+def _read(config: RunConfig, n: int | None) -> View:
     platform.prepare()  # before megatron-core is imported
-    module: Any = modules.load("data.source", config.data["source"], "data")
-    options = sections.build(module.Config, config.data, "data")
-    prepared = module.prepare(options, cache=source.cache_root(options.cache_dir), seed=config.train.seed)
-    decode = _decoder(prepared.tokenizer)
-    title = f"data={config.data['source']}"
-    train = module.build(options, prepared, seed=config.train.seed).train
-    if hasattr(module, "stores"):
-        stores = module.stores(options, prepared)
-        stored = (store[number] for store in stores for number in range(len(store)))
-        first = [
-            Sample(each.tokens.tolist(), each.weights.tolist(), f"{each.file}:{each.line}")
-            for each, _ in zip(stored, range(n), strict=False)
-        ]
-        lengths = [int(length) for store in stores for length in store.lengths]
-        trained = sum(int((store[number].weights[1:] > 0).sum()) for store in stores for number in range(len(store)))
-        return View(title, first, lengths, trained, _rows(train, lengths, options.sequence_length)), decode
-    first = [_of_item(train[number], number) for number in range(min(n, len(train)))]
-    lengths = [options.sequence_length + 1] * len(train)
-    return View(title, first, lengths, None, _rows(train, lengths, options.sequence_length)), decode
+    from bridge.training.setup import read_data
+
+    data = read_data(config)
+    sets = seen.sets(data.build(seed=config.train.seed))
+    length = data.options.sequence_length
+    facts = {name: seen.facts(dataset, sequence_length=length) for name, dataset in sets.items()}
+    name_of = lambda name: f"{config.data['source']} {name}"  # noqa: E731
+    samples = ((name, one) for name, dataset in sets.items() for one in seen.samples(dataset, name=name_of(name)))
+    decode = _numbers if data.prepared.tokenizer is None else _decoder(data.prepared.tokenizer)
+    return View(f"data={config.data['source']}", islice(samples, n), facts, decode)
 
 
-def _decoder(tokenizer: Path | None) -> Callable[[Sequence[int]], str]:
-    """From token ids to their text; without a tokenizer, to their numbers."""
-    if tokenizer is None:
-        return lambda ids: " ".join(map(str, ids))
+def _numbers(ids: Sequence[int]) -> str:
+    """The text of tokens that no tokenizer made."""
+    return "".join(f"{number} " for number in ids)
+
+
+def _decoder(directory: Path) -> Decode:
     from transformers import AutoTokenizer
 
-    loaded: Any = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    return lambda ids: str(loaded.decode(ids))
+    decode = AutoTokenizer.from_pretrained(directory, local_files_only=True).decode
+    return lambda ids: str(decode(ids, clean_up_tokenization_spaces=False))
 
 
-def _rows(train: Any, lengths: Sequence[int], sequence_length: int) -> str:
-    """How full the rows to train on are."""
-    parts = getattr(train, "datasets", [train])
-    if all(hasattr(part, "fill") for part in parts):  # samples share them
-        rows = sum(len(part) for part in parts)
-        full = sum(part.num_tokens for part in parts) / max(1, rows * sequence_length)
-        return f"{full:.1%} full, packed into {rows:,} rows of {sequence_length} tokens"
-    full = sum(min(length - 1, sequence_length) for length in lengths) / max(1, len(lengths) * sequence_length)
-    return f"{full:.1%} full, one sample in each of {sequence_length} tokens"
+def _show(view: View, options: Options) -> None:
+    """Print the samples, or write them where files are named."""
+    if options.html is None and options.json is None:
+        _print(view, colours=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    kept = list(view.samples) if options.html else view.samples
+    if options.json:
+        _write("json", options.json, (line(name, sample, view.decode) for name, sample in kept))
+    if options.html:
+        _write("html", options.html, [page(view._replace(samples=iter(kept)))])
+    for name, facts in view.facts.items():
+        print(f"{name}: {', '.join(_words(facts).values())}")
+    for path in (options.html, options.json):
+        if path:
+            print(f"written to {path}")
 
 
-def _of_item(item: Any, number: int) -> Sample:
-    tokens = [*item["tokens"].tolist(), int(item["labels"][-1])]
-    return Sample(tokens, [0.0, *item["loss_mask"].tolist()], f"sample {number}")
+def _write(name: str, path: Path, parts: Iterable[str]) -> None:
+    """By rename: what is there is whole. One part is in memory at a time."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
+        unfinished.replace(path)
+    except OSError as error:
+        raise RunError(f"{name}: {path} cannot be written ({error.strerror})") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
-def runs(sample: Sample, decode: Callable[[Sequence[int]], str]) -> list[tuple[float, str]]:
-    """(weight, text) of the stretches of tokens with one weight."""
-    pairs = zip(sample.weights, sample.tokens, strict=True)
-    return [(weight, decode([token for _, token in group])) for weight, group in groupby(pairs, key=lambda p: p[0])]
+def line(name: str, sample: Seen, decode: Decode) -> str:
+    """One line of json=FILE, of a sample of the set `name`."""
+    return json.dumps({**sample._asdict(), "text": decode(sample.tokens), "set": name}, ensure_ascii=False) + "\n"
 
 
-def line(sample: Sample, decode: Callable[[Sequence[int]], str]) -> str:
-    """One line of json=FILE."""
-    return json.dumps({**sample._asdict(), "text": decode(sample.tokens)}, ensure_ascii=False) + "\n"
+def pieces(tokens: Sequence[int], decode: Decode) -> Iterator[tuple[int, str]]:
+    """(number of tokens, their text) one after the other: one token, or those that a character is divided over.
+
+    The texts together are `decode(tokens)`. A token's text is what it adds to the tokens before it, since a decoder may
+    write one differently at the beginning.
+    """
+    known = begin = 0  # texts of the tokens before `begin` are told; `known`: where what is decoded with them begins
+    for end in range(1, len(tokens) + 1):
+        before, text = decode(tokens[known:begin]), decode(tokens[known:end])
+        is_cut = text.endswith("\N{REPLACEMENT CHARACTER}") and end - begin < MOST_TOGETHER
+        if end == len(tokens) or not is_cut:
+            yield end - begin, text[len(before) :]
+            known, begin = begin, end
 
 
-def _facts(view: View) -> dict[str, str]:
-    total = sum(view.lengths)
-    facts = {"samples": f"{len(view.lengths):,}", "tokens": f"{total:,}"}
-    if view.trained is not None:
-        facts["trained"] = f"{view.trained / max(1, total):.1%} of the tokens"
-    facts["rows"] = view.rows
-    return facts
+def _visible(text: str) -> str:
+    """`text` whose control characters are written as Python does: a terminal would obey them."""
+    return "".join(c if c.isprintable() or c in "\n\t" or ord(c) > 159 else repr(c)[1:-1] for c in text)
 
 
-def _print(view: View, decode: Callable[[Sequence[int]], str], *, colours: bool) -> None:
-    before, after = ("\x1b[32m", "\x1b[0m") if colours else ("⟦", "⟧")
-    for sample in view.samples:
-        print(f"--- {sample.source}: {len(sample.tokens)} tokens, {sum(w > 0 for w in sample.weights)} trained")
-        for weight, text in runs(sample, decode):
+class Piece(NamedTuple):
+    """Text of one or several tokens, with their ids and weights."""
+
+    text: str
+    tokens: list[int]
+    weights: list[float]
+
+    @property
+    def weight(self) -> float:
+        return max(self.weights)
+
+
+def _pieces(sample: Seen, decode: Decode) -> Iterator[Piece]:
+    begin = 0
+    for number, text in pieces(sample.tokens, decode):
+        end = begin + number
+        yield Piece(_visible(text), sample.tokens[begin:end], sample.weights[begin:end])
+        begin = end
+
+
+def _heading(name: str, sample: Seen) -> str:
+    trained = sum(weight > 0 for weight in sample.weights)
+    return f"{sample.source} ({name}): {len(sample.tokens):,} tokens, {trained:,} trained"
+
+
+def _print(view: View, *, colours: bool) -> None:
+    before, after = ("\x1b[32m", "\x1b[0m") if colours else ("\u27e6", "\u27e7")
+    for name, sample in view.samples:
+        print(f"--- {_heading(name, sample)}")
+        for weight, group in groupby(_pieces(sample, view.decode), key=lambda piece: piece.weight):
+            text = "".join(piece.text for piece in group)
             note = f"(x {weight:g})" if weight not in (0, 1) else ""
             print(f"{before}{text}{after}{note}" if weight else text, end="")
         print()
-    print(", ".join(f"{name}: {fact}" for name, fact in _facts(view).items()), flush=True)
 
 
-def page(view: View, decode: Callable[[Sequence[int]], str]) -> str:
+def _words(facts: Facts) -> dict[str, str]:
+    about = "" if facts.exact else "about "
+    if not facts.samples:
+        return {"samples": "0 samples"}
+    shortest, median, longest = numpy.percentile(facts.lengths, [0, 50, 100])
+    return {
+        "samples": f"{facts.samples:,} samples",
+        "tokens": f"{facts.tokens:,} tokens",
+        "lengths": f"{shortest:.0f} to {longest:.0f} each, half of them up to {median:.0f}",
+        "trained": f"{about}{facts.trained:.1%} trained",
+        "fill": f"rows {about}{facts.fill:.1%} full",
+    }
+
+
+def page(view: View) -> str:
     """The page of html=FILE. It needs nothing but itself, and no text of the data runs in it."""
-    facts = "".join(f"<tr><td>{name}</td><td>{html.escape(fact)}</td></tr>" for name, fact in _facts(view).items())
-    shown = []
-    for sample in view.samples:
-        text = "".join(
-            f'<mark title="weight {weight:g}">{html.escape(piece)}</mark>' if weight else html.escape(piece)
-            for weight, piece in runs(sample, decode)
-        )
-        shown.append(f"<h3>{html.escape(sample.source)}: {len(sample.tokens)} tokens</h3><pre>{text}</pre>")
-    return PAGE.format(
-        title=html.escape(view.title), facts=facts, histogram=histogram(view.lengths), samples="".join(shown)
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{word}</td>' for word in _words(facts).values())}</tr>"
+        for name, facts in view.facts.items()
     )
+    histograms = "".join(
+        f"<h2>Tokens of a sample: {html.escape(name)}</h2>{histogram(facts.lengths)}"
+        for name, facts in view.facts.items()
+    )
+    samples = ""
+    for name, sample in view.samples:
+        text = "".join(map(_marked, _pieces(sample, view.decode)))
+        samples += f"<h3>{html.escape(_heading(name, sample))}</h3><pre>{text}</pre>"
+    return PAGE.format(title=html.escape(view.title), facts=rows, histograms=histograms, samples=samples)
 
 
-def histogram(lengths: Sequence[int]) -> str:
-    """Bars: how many samples have how many tokens."""
-    longest = max(lengths, default=1)
-    width = max(1, -(-(longest + 1) // BARS))
-    counts = [0] * (longest // width + 1)
-    for length in lengths:
-        counts[length // width] += 1
+def _marked(piece: Piece) -> str:
+    weights = ", ".join(f"{weight:g}" for weight in piece.weights)
+    title = f"token {', '.join(map(str, piece.tokens))}: weight {weights}"
+    tag = "mark" if piece.weight else "span"
+    kind = ' class="other"' if piece.weight not in (0, 1) else ""
+    return f'<{tag}{kind} title="{title}" data-weights="{weights}">{html.escape(piece.text)}</{tag}>'
+
+
+def histogram(lengths: Any) -> str:
+    """Bars: how many samples have how many tokens. lengths: int64."""
+    longest = int(lengths.max(initial=0))
+    width = -(-(longest + 1) // BARS)
+    counts = numpy.bincount(lengths // width, minlength=1).tolist()
     bars = ""
     for at, count in enumerate(counts):
-        tall = 140 * count / max(counts)
+        tall = 140 * count / max(1, *counts)
         about = f"<title>{width * at} to {width * (at + 1) - 1} tokens: {count}</title>"
         bars += f'<rect x="{24 * at}" y="{150 - tall:.1f}" width="22" height="{tall:.1f}">{about}</rect>'
     labels = f'<text x="0" y="166">0</text><text x="{24 * len(counts)}" y="166" text-anchor="end">{longest}</text>'

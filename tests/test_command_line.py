@@ -16,6 +16,7 @@ from tests.test_status import run_dir
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = {
     "bridge.generate": "bridge.generate.__main__",
+    "bridge.inspect": "bridge.inspect",
     "bridge.checkpoint": "bridge.checkpoint.__main__",
     "bridge.status": "bridge.status",
     "bridge.sweep_report": "bridge.sweep_report",

@@ -46,8 +46,3 @@ def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
 def build(config: Config, prepared: Prepared, *, seed: int) -> Datasets:
     """Training and validation samples."""
     return tuning.build(config, prepared, seed=seed)
-
-
-def stores(config: Config, prepared: Prepared) -> list[Any]:
-    """Where the samples to train on lie, for bridge.inspect."""
-    return tuning.stores(config, prepared)

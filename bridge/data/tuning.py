@@ -302,11 +302,3 @@ def held_out(rows: Any, split: str) -> tuple[Any, Any]:
     others = (shares[1] + shares[2]) / total
     not_training = numpy.floor((rows + 1) * others + 1e-9) > numpy.floor(rows * others + 1e-9)
     return ~(validation | not_training), validation
-
-
-def stores(config: Options, prepared: Prepared) -> list[Any]:
-    """The Store of each set to train on."""
-    from bridge.data.samples.store import Store
-
-    assert prepared.directory is not None
-    return [Store(prepared.directory / place.folder) for place in places(config) if place.key == "data.path"]

@@ -21,15 +21,20 @@ def check(config: RunConfig, *, in_queue: bool = False) -> None:
     """
     _check_weights(config)
     if config.launch.check_paths:
-        if config.init.path is not None and (config.eval_only or latest_step(config.run_dir) is None):
-            locate.check_model(config.init.path, key="init.path")
-        _check_source(config)
+        check_data(config)
         if not in_queue:
             _check_cache(config.data.get("cache_dir"))
     _check_packages(config)
     if not in_queue and not platform.may_have_gpu():
         routed = config.routed
         platform.check(routed.transformer | routed.ddp | routed.optimizer, routed.origin)
+
+
+def check_data(config: RunConfig) -> None:
+    """Raise ConfigError for the first path that is no model or no data."""
+    if config.init.path is not None and (config.eval_only or latest_step(config.run_dir) is None):
+        locate.check_model(config.init.path, key="init.path")
+    _check_source(config)
 
 
 def _check_weights(config: RunConfig) -> None:

@@ -76,11 +76,17 @@ class Job:
 
 def prepare_data(config: RunConfig) -> Data:
     """Tokenised data on this node's disk. Runs before process groups exist: no rank times out while another works."""
+    data = read_data(config)
+    _check_vocabulary(data.prepared.vocab_size, config)
+    return data
+
+
+def read_data(config: RunConfig) -> Data:
+    """The same, whatever the model."""
     module = modules.load("data.source", config.data["source"], "data")
     options = sections.build(module.Config, config.data, "data")
     cache = source.cache_root(options.cache_dir)
     prepared = module.prepare(options, cache=cache, seed=config.train.seed)
-    _check_vocabulary(prepared.vocab_size, config)
     return Data(module, options, prepared)
 
 

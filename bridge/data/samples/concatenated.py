@@ -226,6 +226,12 @@ class Samples:
         item: dict[str, Any] = self._dataset[index]
         return item
 
+    def source_of(self, index: int) -> str:
+        """PREFIX:NUMBER of the document that a sample begins in, from 1."""
+        made = self._dataset
+        place, _ = made.sample_index[made.shuffle_index[index]]
+        return f"{self._recipe.prefix}:{made.document_index[place] + 1}"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _made_again, (self._part, self._recipe)
 

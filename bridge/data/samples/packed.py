@@ -38,6 +38,11 @@ class Packed:
         """The share of all positions that are no padding."""
         return self.num_tokens / max(1, len(self) * self.sequence_length)
 
+    @property
+    def ids(self) -> NDArray[numpy.int64]:
+        """The numbers of all its samples, in the store's order."""
+        return numpy.sort(self.samples)
+
     def of_row(self, index: int) -> NDArray[numpy.int64]:
         """Numbers in the store of the samples in a row, in their order there."""
         return self.samples[self.ends[index - 1] if index else 0 : self.ends[index]]
