@@ -157,19 +157,20 @@ def _numbers(ids: Sequence[int]) -> str:
 def _decoder(directory: Path) -> Decode:
     from transformers import AutoTokenizer
 
-    decode = AutoTokenizer.from_pretrained(directory, local_files_only=True).decode
-    return lambda ids: str(decode(ids, clean_up_tokenization_spaces=False))
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def _show(view: View, options: Options) -> None:
-    """Print the samples, or write them where files are named."""
-    if options.html is None and options.json is None:
-        _print(view, colours=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-    kept = list(view.samples) if options.html else view.samples
-    if options.json:
-        _write("json", options.json, (line(name, sample, view.decode) for name, sample in kept))
+    """Print the samples, and write them where files are named."""
+    samples: Iterable[tuple[str, Seen]] = _printed(view, colours=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     if options.html:
-        _write("html", options.html, [page(view._replace(samples=iter(kept)))])
+        samples = list(samples)
+        _write("html", options.html, [page(view._replace(samples=iter(samples)))])
+    if options.json:
+        _write("json", options.json, (line(name, sample, view.decode) for name, sample in samples))
+    for _ in samples:  # those that no file took
+        pass
     for name, facts in view.facts.items():
         print(f"{name}: {', '.join(_words(facts).values())}")
     for path in (options.html, options.json):
@@ -240,7 +241,8 @@ def _heading(name: str, sample: Seen) -> str:
     return f"{sample.source} ({name}): {len(sample.tokens):,} tokens, {trained:,} trained"
 
 
-def _print(view: View, *, colours: bool) -> None:
+def _printed(view: View, *, colours: bool) -> Iterator[tuple[str, Seen]]:
+    """The samples, each printed first."""
     before, after = ("\x1b[32m", "\x1b[0m") if colours else ("\u27e6", "\u27e7")
     for name, sample in view.samples:
         print(f"--- {_heading(name, sample)}")
@@ -249,6 +251,7 @@ def _print(view: View, *, colours: bool) -> None:
             note = f"(x {weight:g})" if weight not in (0, 1) else ""
             print(f"{before}{text}{after}{note}" if weight else text, end="")
         print()
+        yield name, sample
 
 
 def _words(facts: Facts) -> dict[str, str]:

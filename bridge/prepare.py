@@ -1,10 +1,8 @@
-"""`python -m bridge.prepare data=... [more overrides of train.py]`: make a run's data ahead, where no GPU is needed.
-
-The run with the same overrides finds it. Exit codes: 0 done, 1 failed, 2 wrong input, 130 Ctrl-C. What is done is kept.
-"""
+"""`python -m bridge.prepare data=... [more overrides of train.py]`: make a run's data ahead, where no GPU is needed."""
 
 import os
 import sys
+from collections.abc import Sequence
 
 from bridge import platform
 from bridge.command_line import DONE, FAILED, guarded
@@ -12,15 +10,28 @@ from bridge.errors import RunError
 from bridge.launch import compose, driver, inputs
 
 INTERRUPTED = 130
+HELP = """\
+usage: python -m bridge.prepare [group=option ...] [section.key=value ...]
+  python -m bridge.prepare init.path=models/mine data=text data.path=texts
+
+Makes the data of the run with these overrides of train.py, which then finds it; no GPU is needed. What is done is kept,
+and the same command goes on from there. With -m the data of every job of a sweep.
+
+Exit codes: 0 done, 1 failed, 2 wrong input, 130 Ctrl-C."""
 
 
-def main() -> int:
-    """Entry of `python -m bridge.prepare`; returns the exit code. With -m the data of every job is made."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of `python -m bridge.prepare`; returns the exit code. arguments: in place of those of the process."""
+    if arguments is not None:
+        sys.argv[1:] = arguments
     sys.path.append(os.getcwd())  # where a user's own modules lie, as for train.py
     return guarded(_command)
 
 
 def _command() -> int:
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(HELP)
+        return DONE
     configs = [driver.config_of(job) for job in compose.jobs("train")]
     for config in configs:
         inputs.check(config, in_queue=True)  # what the run needs besides is elsewhere

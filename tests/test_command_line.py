@@ -17,12 +17,20 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOLS = {
     "bridge.generate": "bridge.generate.__main__",
     "bridge.inspect": "bridge.inspect",
+    "bridge.prepare": "bridge.prepare",
     "bridge.checkpoint": "bridge.checkpoint.__main__",
     "bridge.status": "bridge.status",
     "bridge.sweep_report": "bridge.sweep_report",
 }
 # Started by the product itself, with arguments that nobody types.
-INTERNAL = {"bridge.launch.worker", "bridge.launch.elastic", "bridge.launch.notebook", "bridge.training.hf_exports"}
+INTERNAL = {
+    "bridge.data.encode.engine",
+    "bridge.data.encode.tokenizer_process",
+    "bridge.launch.worker",
+    "bridge.launch.elastic",
+    "bridge.launch.notebook",
+    "bridge.training.hf_exports",
+}
 
 
 def main_of(tool: str) -> Callable[[list[str]], int]:
