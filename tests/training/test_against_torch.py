@@ -149,3 +149,30 @@ def test_real_model(tmp_path: Path, real_model: Callable[[str], Path], name: str
     own = {"path": str(fetch_file("wiki.txt"))} if source == "text" else {}
     data = {"source": source, "tokenizer": str(directory), "sequence_length": 64, "cache_dir": str(tmp_path), **own}
     compare(directory, tmp_path, data=data, peak=1e-4)
+
+
+ALPACA = {"source": "instruct", "too_long": "drop"}
+TOOL_CALLS = {"source": "chat", "too_long": "truncate", "invalid": "drop", "packing": True}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("file", "options", "layouts"),
+    [
+        ("alpaca_en.json", ALPACA, {"one": {}, "dp2": {}}),
+        (
+            "glaive_toolcall_en.json",
+            TOOL_CALLS,
+            {"one": {}, "tp2": {"tensor_model_parallel_size": 2}, "cp2": {"context_parallel_size": 2}},
+        ),
+    ],
+    ids=["alpaca", "packed_tool_calls"],
+)
+def test_fine_tuning_of_a_real_model_on_real_rows(
+    tmp_path: Path, real_model: Callable[[str], Path], file: str, options: dict[str, Any], layouts: dict[str, Any]
+) -> None:
+    from tests.real.fetch import fetch_file
+
+    directory = real_model("minimind2")
+    files = {"path": str(fetch_file(file)), "tokenizer": str(directory), "cache_dir": str(tmp_path)}
+    compare(directory, tmp_path, data={**options, **files, "sequence_length": 128}, peak=1e-4, layouts=layouts)
