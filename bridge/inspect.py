@@ -50,13 +50,13 @@ mark {{ background: #2a95; color: inherit; border-radius: 3px; }}
 mark.other {{ background: #c806; }}
 body:has(#weights:checked) pre > * {{ outline: 1px solid #8885; }}
 body:has(#weights:checked) pre > ::after {{ content: attr(data-weights); font-size: 9px; vertical-align: super; }}
-td, th {{ padding-right: 2em; text-align: left; }}
+td, th {{ padding-right: 1.5em; text-align: left; white-space: nowrap; }}
 rect {{ fill: #27a; }} text {{ font-size: 11px; fill: currentColor; }}
 </style></head><body><h1>{title}</h1>
 <table>{facts}</table>
 {histograms}
-<h2>Samples</h2><p><mark>Trained</mark> is what a model is asked to predict, <mark class="other">with a weight other
-than 1</mark> such. Point at a token to see its id and weight.
+<h2>Samples</h2><p><mark>Marked</mark>: what a model is asked to predict; <mark class="other">so</mark> with a weight
+other than 1. Point at a token to see its id and weight.
 <label><input type="checkbox" id="weights"> show the weight of each token</label></p>{samples}
 </body></html>
 """
@@ -143,15 +143,15 @@ def _read(config: RunConfig, n: int | None) -> View:
     sets = seen.sets(data.build(seed=config.train.seed))
     length = data.options.sequence_length
     facts = {name: seen.facts(dataset, sequence_length=length) for name, dataset in sets.items()}
-    name_of = lambda name: f"{config.data['source']} {name}"  # noqa: E731
-    samples = ((name, one) for name, dataset in sets.items() for one in seen.samples(dataset, name=name_of(name)))
+    kind = config.data["source"]
+    samples = ((name, one) for name, dataset in sets.items() for one in seen.samples(dataset, name=f"{kind} {name}"))
     decode = _numbers if data.prepared.tokenizer is None else _decoder(data.prepared.tokenizer)
-    return View(f"data={config.data['source']}", islice(samples, n), facts, decode)
+    return View(f"data={kind}", islice(samples, n), facts, decode)
 
 
 def _numbers(ids: Sequence[int]) -> str:
     """The text of tokens that no tokenizer made."""
-    return "".join(f"{number} " for number in ids)
+    return " ".join(map(str, ids))
 
 
 def _decoder(directory: Path) -> Decode:
@@ -256,15 +256,16 @@ def _printed(view: View, *, colours: bool) -> Iterator[tuple[str, Seen]]:
 
 def _words(facts: Facts) -> dict[str, str]:
     about = "" if facts.exact else "about "
+    about_lengths = "" if len(facts.lengths) == facts.samples else "about "
     if not facts.samples:
         return {"samples": "0 samples"}
     shortest, median, longest = numpy.percentile(facts.lengths, [0, 50, 100])
     return {
         "samples": f"{facts.samples:,} samples",
-        "tokens": f"{facts.tokens:,} tokens",
-        "lengths": f"{shortest:.0f} to {longest:.0f} each, half of them up to {median:.0f}",
+        "tokens": f"{about_lengths}{facts.tokens:,} tokens",
+        "lengths": f"{about_lengths}{shortest:.0f} to {longest:.0f} each, half of them up to {median:.0f}",
         "trained": f"{about}{facts.trained:.1%} trained",
-        "fill": f"rows {about}{facts.fill:.1%} full",
+        "fill": f"rows {about_lengths}{facts.fill:.1%} full",
     }
 
 
