@@ -27,6 +27,15 @@ MARKING = (
     + "{% endif %}{% endfor %}"
     + PROMPT
 )
+# Marks the generation prompt and the end of the line, too
+MARKING_MORE = MARKING.replace(
+    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}",
+    "{% if m.role == 'assistant' %}{% generation %}<|im_start|>{{ m.role }}\n",
+).replace("{% endgeneration %}\n{% else %}", "\n{% endgeneration %}{% else %}<|im_start|>{{ m.role }}\n")
+# Mistral's way: the system message is part of the last question, if that is the last message
+MOVING = "{% set system = messages[0].content %}" + PLAIN.replace(
+    "{{ m.content }}", "{% if m.role == 'user' and loop.last %}{{ system }}{% endif %}{{ m.content }}"
+).replace("messages %}<", "messages[1:] %}<")
 
 
 def save(directory: Path, template: str | None = PLAIN) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 from bridge.data import chat as source
 from bridge.data import instruct, tuning
@@ -47,9 +48,28 @@ def test_the_end_of_the_text_is_no_end_of_a_turn(tmp_path: Path):
     assert _trained(tmp_path, TALK, template=chat_tokenizer.ENDING) == expected
 
 
-def test_a_template_that_marks_is_believed(tmp_path: Path):
-    expected = [[("Paris.<|im_end|>", 1), ("France.<|im_end|>", 1)]]
-    assert _trained(tmp_path, TALK, template=chat_tokenizer.MARKING) == expected
+@pytest.mark.parametrize("template", [chat_tokenizer.MARKING, chat_tokenizer.MARKING_MORE])
+def test_a_template_that_marks_is_believed_between_prompt_and_end(tmp_path: Path, template: str):
+    assert _trained(tmp_path, TALK, template=template) == [[("Paris.<|im_end|>", 1), ("France.<|im_end|>", 1)]]
+
+
+def test_an_answer_comes_after_what_it_was_asked_with(tmp_path: Path):
+    """A template that moves the system message to the last question does not show it before an answer."""
+    talk = [{"role": "system", "content": "Hello, "}, *TALK]
+    expected = [[("Paris.<|im_end|>", 1)], [("France.<|im_end|>", 1)]]
+    assert _trained(tmp_path, talk, template=chat_tokenizer.MOVING) == expected
+
+
+def test_white_space_before_an_answer_belongs_to_the_prompt(tmp_path: Path):
+    """A post-processor may say that a token of white space begins where it ends, which is where the answer begins."""
+    loaded = templates.load(chat_tokenizer.save(tmp_path), file=None, arguments={})
+    trimming = tokenizers.processors.ByteLevel(trim_offsets=True)
+    loaded.tokenizer.backend_tokenizer.post_processor = trimming
+    trimmed = loaded.tokens("a\n Paris").starts
+    again = templates.Template(loaded.tokenizer).tokens("a\n Paris")
+    assert trimmed != again.starts
+    texts = [loaded.tokenizer.decode(token) for token in again.ids]
+    assert again.starts == [sum(map(len, texts[:number])) for number in range(len(texts))]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from bridge.data.encode.conversation import Conversation, Message
 from bridge.data.encode.templates import InvalidRow, Template
 
 BORDER = "\ue000"  # of Unicode's private use: stands where two parts of a content meet
+_ALIKE = 8  # characters before an answer that are the same in two texts with it
 
 
 class Span(NamedTuple):
@@ -137,17 +138,22 @@ class _View:
         message = self.talk.messages[number]
         if message.value["role"] != "assistant":
             spans = [Span(self._content_start(number, text), self._end(number, text), weight)]
-        elif self.marks:
-            spans = [Span(start, end, weight) for start, end in self._generated(number)]
         else:
             try:
                 prompt = self.render(number, prompt=True)
             except InvalidRow:
                 if number:
                     raise
+                prompt = ""
+            if not prompt and not self.marks:
                 counts.unasked += 1
                 return None
-            spans = [Span(self._answer_start(number, prompt, text), self._end(number, text), weight)]
+            if self.marks:
+                spans = self._generated(number, text, prompt, weight)
+            else:
+                rest = len(text) - self._end(number, text)
+                text = self._asked_by(number, prompt, text)
+                spans = [Span(len(prompt), len(text) - rest, weight)]
         for call in message.value.get("tool_calls", []):
             if not any(call["function"]["name"] in text[span.start : span.end] for span in spans):
                 raise InvalidRow(f"the template leaves out the tool call of message {number + 1}; set data.template")
@@ -155,9 +161,18 @@ class _View:
             spans = self._by_part(number, text, spans)
         return Turn(number, text, spans) if spans else None
 
-    def _answer_start(self, number: int, prompt: str, text: str) -> int:
+    def _asked_by(self, number: int, prompt: str, text: str) -> str:
+        """`text`, which ends in an answer, as it goes on from `prompt`.
+
+        A template may show what comes before otherwise once it is answered, as Mistral's, whose system message goes to
+        the last question. The answer as it is then comes after the prompt.
+        """
         if text.startswith(prompt):
-            return len(prompt)
+            return text
+        before, start = self.render(number), self._content(number, text)
+        asks = prompt[len(before) :] if prompt.startswith(before) else ""
+        if start is not None and text[:start].endswith(asks or prompt[-_ALIKE:]):
+            return prompt + text[start:]
         at = next(at for at, (a, b) in enumerate(zip(prompt, text + "\0", strict=False)) if a != b)
         raise InvalidRow(
             f"the template begins an answer with {prompt[at - 20 if at > 20 else 0 :]!r}, but writes message "
@@ -165,14 +180,20 @@ class _View:
             "{enable_thinking: false}) or data.template to one that keeps the answer whole"
         )
 
-    def _generated(self, number: int) -> list[tuple[int, int]]:
-        """What the template marks in this message: the marks that are not there without it."""
+    def _generated(self, number: int, text: str, prompt: str, weight: float) -> list[Span]:
+        """What the template marks in this message: the marks that are not there without it.
+
+        The generation prompt is left out, and so is what comes after the end-of-turn token, if it is marked or not.
+        """
         tools, arguments = self.talk.tools, self.talk.arguments
         before, found = (
             self.template.generated(self.messages[:count], tools=tools, arguments=arguments) if count else []
             for count in (number, number + 1)
         )
-        return [(start, end) for start, end in found[len(before) :] if end > start]
+        first, last = len(prompt) if text.startswith(prompt) else 0, self._end(number, text)
+        marks = [(max(start, first), min(end, last)) for start, end in found[len(before) :]]
+        marks = [(start, end) for start, end in marks if end > start]
+        return [Span(start, end, weight) for start, end in marks]
 
     def _end(self, number: int, text: str) -> int:
         """The end of the turn at the end of `text`: after its end-of-turn token, without what follows that."""
@@ -187,14 +208,20 @@ class _View:
 
     def _content_start(self, number: int, text: str) -> int:
         """Where the content of a message that no prompt precedes begins; else where the message does."""
-        content = self.messages[number].get("content")
-        if isinstance(content, str) and content:
-            changed = {**self.messages[number], "content": BORDER + content}
-            tried = self.render(0, messages=[*self.messages[:number], changed])
-            if tried.replace(BORDER, "") == text and BORDER in tried:
-                return tried.index(BORDER)
+        start = self._content(number, text)
+        if start is not None:
+            return start
         before = self.render(number) if number else ""
         return len(before) if text.startswith(before) else 0
+
+    def _content(self, number: int, text: str) -> int | None:
+        """Where the content of the last message of `text` begins; None where the template changes it."""
+        content = self.messages[number].get("content")
+        if not isinstance(content, str) or not content:
+            return None
+        changed = {**self.messages[number], "content": BORDER + content}
+        tried = self.render(0, messages=[*self.messages[:number], changed])
+        return tried.index(BORDER) if BORDER in tried and tried.replace(BORDER, "") == text else None
 
     def _by_part(self, number: int, text: str, spans: list[Span]) -> list[Span]:
         """`spans`, cut where the parts of the content end. A part's weight is multiplied by that of a trained message.

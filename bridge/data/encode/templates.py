@@ -42,6 +42,7 @@ class Template:
         stops: Sequence[int] = (),
     ) -> None:
         self.tokenizer, self.text, self.arguments = tokenizer, text, dict(arguments or {})
+        _keep_white_space(tokenizer.backend_tokenizer)
         added = tokenizer.added_tokens_decoder
         stop_ids = {*stops, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
         special = {token.content for number, token in added.items() if token.special or number in stop_ids}
@@ -139,24 +140,35 @@ class Template:
     @functools.cached_property
     def takes_no_content(self) -> bool:
         """Whether a message that calls a tool may be without content; else it is empty."""
-        return any(self._shows(_calling(arguments)) for arguments in _ARGUMENTS)
+        return any(self._shows(_calling(arguments), tools=_TOOLS) for arguments in _ARGUMENTS)
 
     @functools.cached_property
     def takes_objects(self) -> bool:
         """Whether the arguments of a tool call may be an object, as most templates want; else they are JSON text."""
         content = {} if self.takes_no_content else {"content": ""}
-        an_object, a_text = (self._shows(_calling(arguments, **content)) for arguments in _ARGUMENTS)
+        an_object, a_text = (self._shows(_calling(arguments, **content), tools=_TOOLS) for arguments in _ARGUMENTS)
         return an_object or not a_text
 
-    def _shows(self, messages: list[dict[str, Any]]) -> bool:
+    def _shows(self, messages: list[dict[str, Any]], *, tools: Any = None) -> bool:
         try:
-            text = self.render(messages)
+            text = self.render(messages, tools=tools)
         except InvalidRow:
             return False
         return _PROBE in text and f"'{_PROBE}'" not in text  # with its quotes: Python's notation of a list or a dict
 
 
 _ARGUMENTS = ({_PROBE: 1}, json.dumps({_PROBE: 1}))
+_PARAMETERS = {"type": "object", "properties": {"a": {"type": "number", "description": "x"}}, "required": ["a"]}
+_TOOLS = [{"type": "function", "function": {"name": "look", "description": "x", "parameters": _PARAMETERS}}]
+
+
+def _keep_white_space(tokenizer: Any) -> None:
+    """Have a token begin where its text does, white space included, which a post-processor may leave out."""
+    processor = tokenizer.post_processor
+    state = b"" if processor is None else processor.__getstate__()
+    if b'"trim_offsets":true' in state:
+        processor.__setstate__(state.replace(b'"trim_offsets":true', b'"trim_offsets":false'))
+        tokenizer.post_processor = processor
 
 
 def _calling(arguments: Any, **content: str) -> list[dict[str, Any]]:
