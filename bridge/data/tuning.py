@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from bridge.data import blend
-from bridge.data.encode.conversation import Names
+from bridge.data.encode.conversation import ROLES, Names
 from bridge.data.encode.encoded import Encoded
 from bridge.data.encode.masks import Counts, Rules
 from bridge.data.encode.templates import InvalidRow, Template
@@ -92,6 +92,10 @@ def check(config: Options, talk_of: Callable[[Any], object], known: list[str]) -
     for name in config.columns:
         if name not in known:
             raise ConfigError(f"data.columns: {name} is no column of data={config.source}; known: {', '.join(known)}")
+    roles = {*ROLES.values(), *config.roles.values()}
+    for role in config.roles_to_train:
+        if role not in roles:
+            raise ConfigError(f"data.roles_to_train: {role} is no role of the rows; known: {', '.join(sorted(roles))}")
     if config.template is not None and not Path(config.template).expanduser().is_file():
         raise ConfigError(f"data.template: {config.template} is no file; set one that holds a Jinja chat template")
     if config.tokenizer is None:

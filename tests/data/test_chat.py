@@ -118,6 +118,7 @@ def test_parts_have_weights_of_their_own(tmp_path: Path):
     [
         {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Paris."}]},
         {"messages": json.dumps([Q, A])},
+        {"messages": [Q, A], "tools": "", "template_arguments": ""},
     ],
 )
 def test_other_names(tmp_path: Path, record: Any):
@@ -188,6 +189,8 @@ def test_over_long(prepared: Any, capsys: Any, policy: str, samples: int | None)
             r"rows.jsonl:2: it has no messages or conversations.*; did you mean|rows.jsonl:2: it has no",
         ),
         ({"messages": [{"role": "user"}]}, r"rows.jsonl:2: message 1 has no content"),
+        ({"messages": [{**Q, "role": "usr"}, A]}, r"rows.jsonl:2: message 1 has the role usr; did you mean 'user'"),
+        ({"messages": [Q, {**A, "content": ""}]}, r"rows.jsonl:2: message 2 is an empty answer"),
         ({"messages": [Q, {**A, "weight": -1}]}, r"rows.jsonl:2: message 2 has the weight -1"),
         ({"messages": [Q, {**A, "content": "Paris " * 99}]}, r"data.too_long: .*rows.jsonl:2 has \d+ tokens"),
     ],
@@ -195,6 +198,16 @@ def test_over_long(prepared: Any, capsys: Any, policy: str, samples: int | None)
 def test_a_row_that_is_wrong_is_named(prepared: Any, record: Any, fault: str):
     with pytest.raises(ConfigError, match=fault):
         prepared([{"messages": TALK}, record])
+
+
+def test_a_role_of_one_s_own_is_declared(prepared: Any):
+    talk = [{**Q, "role": "Kunde"}, {**A, "role": "Bot"}]
+    declared, _ = prepared([{"messages": talk}], roles={"Kunde": "user", "Bot": "assistant"})
+    usual, _ = prepared([{"messages": [Q, A]}])
+    ours, theirs = (Store(made.directory / "train-0")[0] for made in (declared, usual))
+    assert ours.tokens.tolist() == theirs.tokens.tolist() and ours.weights.tolist() == theirs.weights.tolist()
+    with pytest.raises(ConfigError, match="data.roles_to_train: asistant is no role"):
+        prepared([{"messages": [Q, A]}], roles_to_train=["asistant"])
 
 
 def test_wrong_rows_can_be_dropped(prepared: Any, capsys: Any):

@@ -20,6 +20,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "weight": ("weight",),
 }
 ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     "human": "user",
     "gpt": "assistant",
     "model": "assistant",
@@ -27,6 +28,7 @@ ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
+SAID_ELSEWHERE = {"tool_calls", "reasoning_content", "reasoning", "thinking"}  # beside an empty content
 CALL = "function_call"  # a role of ShareGPT whose text is the call of a tool
 
 
@@ -85,7 +87,7 @@ def conversation(record: Any, *, names: Names) -> Conversation:
 def tools_of(record: Mapping[str, Any], names: Names) -> list[Any] | None:
     """The tools of a record, each as OpenAI writes it; None without any."""
     tools = parsed(names.find(record, "tools"))
-    if tools is None or tools == []:
+    if tools is None or tools in ([], ""):  # a table without tools in this row
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise InvalidRow(f"its tools are {shown(tools)[:60]}; they should be a list of objects")
@@ -95,7 +97,7 @@ def tools_of(record: Mapping[str, Any], names: Names) -> list[Any] | None:
 def arguments_of(record: Mapping[str, Any], names: Names) -> dict[str, Any]:
     """The template's arguments for this record alone."""
     arguments = parsed(names.find(record, "template_arguments"))
-    if arguments is None:
+    if arguments in (None, ""):
         return {}
     if not isinstance(arguments, Mapping):
         raise InvalidRow(f"its template_arguments are {shown(arguments)[:60]}, no object")
@@ -109,7 +111,10 @@ def message(record: Any, number: int, *, names: Names) -> Message:
     said = names.find(record, "role")
     if not isinstance(said, str) or not said:
         raise InvalidRow(f"message {number} has no {' or '.join(names.known('role'))}")
-    role = names.roles.get(said, ROLES.get(said, said))
+    role = names.roles.get(said, ROLES.get(said))
+    if role is None:  # templates leave out a message whose role they do not know
+        hint = did_you_mean(said, ROLES) or f"; set data.roles={{{said}: user}}, or what else it is to the template"
+        raise InvalidRow(f"message {number} has the role {shown(said)}{hint}")
     ours = {each for name in ("role", "content", "train", "weight") for each in names.known(name)}
     value = {key: item for key, item in record.items() if key not in ours and item is not None}
     content = names.find(record, "content")
@@ -122,6 +127,8 @@ def message(record: Any, number: int, *, names: Names) -> Message:
     elif content is None:
         raise InvalidRow(f"message {number} has no {' or '.join(names.known('content'))}")
     weight = _weight(record, names, f"message {number}")
+    if role == "assistant" and content == "" and weight != 0 and not value.keys() & SAID_ELSEWHERE:
+        raise InvalidRow(f"message {number} is an empty answer")
     if isinstance(content, str) or content is None or said == CALL:
         return Message(value, weight)
     if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
