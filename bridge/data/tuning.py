@@ -24,7 +24,7 @@ from bridge.data.source import Datasets, Prepared, at_least, completed, digest
 from bridge.data.split import check_split
 from bridge.errors import ConfigError, shown
 
-FORMAT = 1  # part of the cache key: raise it when the stored samples change their meaning
+FORMAT = 2  # part of the cache key: raise it when the stored samples change their meaning
 MANIFEST = "manifest.json"
 INTERVAL = 10.0  # seconds between two lines on how far it is
 
