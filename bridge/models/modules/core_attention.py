@@ -133,7 +133,7 @@ class CoreAttention(MegatronModule):
         if size == 1:
             parts = (one.split(lengths, dim=2) if lengths else (one,) for one in (query, key, value))
             found = [self._causal(q, k, v, first=k.size(2) - q.size(2)) for q, k, v in zip(*parts, strict=True)]
-            return torch.cat(found, dim=2)
+            return _joined(found)
         # A rank has two pieces of every sample, and the keys of all ranks come rank by rank.
         own = [length // size for length in lengths] if lengths else [query.size(2)]
         by_rank = (one.unflatten(2, (size, -1)).split(own, dim=3) for one in (key, value))
@@ -174,7 +174,7 @@ class CoreAttention(MegatronModule):
             if self.window is not None:
                 allowed &= distance <= self.window
             found.append(self._masked(q, key[:, :, seen], value[:, :, seen], allowed, options))
-        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+        return _joined(found)
 
     def _masked(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, options: dict[str, Any]) -> Tensor:
         """Attention of pairs that are `allowed`, bool [queries, keys]."""
@@ -219,6 +219,11 @@ def capped_attention(
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
     return F.dropout(scores.softmax(dim=-1).to(value.dtype), dropout_p) @ value
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Along the queries. One is not copied: attention keeps it for its backward pass, and the next layer the same."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _left_window(window_size: tuple[int, int]) -> int | None:
