@@ -1,6 +1,7 @@
 """Environment, markers and fixtures for every test. Set before torch is imported: its thread count is read once."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +49,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if platform.num_devices() == 0:
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def no_models_left() -> Iterator[None]:
+    """Ends the threads of models that are used no more."""
+    yield
+    if "torch" in sys.modules:
+        from tests.pristine import release_models
+
+        release_models()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed import run_distributed
 from tests.forks.sitecustomize import num_threads
-from tests.training.runs import config, train
+from tests.training.runs import EXPERTS, MODEL, config, train
 
 
 def left_by(*runs: Any) -> list[tuple[int, int]]:
@@ -23,9 +23,10 @@ def left_by(*runs: Any) -> list[tuple[int, int]]:
     return left
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_a_run_leaves_no_model_and_no_thread(tmp_path: Path, sharded: bool) -> None:
+@pytest.mark.parametrize(("sharded", "model"), [(False, MODEL), (True, MODEL), (True, EXPERTS)])
+def test_a_run_leaves_no_model_and_no_thread(tmp_path: Path, sharded: bool, model: dict[str, Any]) -> None:
     options: dict[str, Any] = {
+        "whole_model": model,
         "parallelism": {"use_distributed_optimizer": sharded},
         "train": {"steps": 4, "eval_interval": None},
         "checkpoint": {"save": False},
