@@ -1,4 +1,4 @@
-"""Child processes that do not outlive their parent.
+"""Child processes: they find the package, and do not outlive their parent.
 
 The child binds itself, as the first thing it does: what a parent that has threads runs between fork and exec
 (`preexec_fn`) can hang in a lock that another of its threads held.
@@ -8,8 +8,12 @@ import ctypes
 import gc
 import os
 import signal
+import site
 import sys
 from collections.abc import Mapping
+from pathlib import Path
+
+import bridge
 
 PARENT = "BRIDGE_PARENT"  # environment: the process id of the parent that a child is not to outlive
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -41,3 +45,17 @@ def skip_last_collection() -> None:
     """
     if "torch._inductor" not in sys.modules:
         gc.freeze()
+
+
+def python_path() -> str:
+    """PYTHONPATH with which other processes find the package, too: `python DIR/train.py` finds it beside the script."""
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    checkout = str(Path(bridge.__file__).parents[1])
+    if checkout not in (*paths, *site.getsitepackages()):
+        paths.insert(0, checkout)
+    return os.pathsep.join(paths)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,9 +8,8 @@ import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import context, forkserver, resource_tracker
-from pathlib import Path
 
-import bridge
+from bridge.processes import python_path
 
 # For the trainer to act on, and to be left to it where every process of a job gets them.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -34,10 +33,9 @@ def start() -> Context:
     it with the thread that called this first."""
     loader_context = Context()
     loader_context.set_forkserver_preload(["bridge.data.loader_imports"])
-    checkout, beside = str(Path(bridge.__file__).parents[1]), os.environ.get("PYTHONPATH")
     warnings = os.environ.get("PYTHONWARNINGS")
     variables = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [checkout, beside])),
+        "PYTHONPATH": python_path(),
         "OMP_NUM_THREADS": "1",  # else OpenBLAS starts threads when numpy is imported
         "OPENBLAS_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",

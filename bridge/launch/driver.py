@@ -27,9 +27,9 @@ from bridge.launch import (
     torchrun,
     world,
 )
-from bridge.launch.environment import python_path
 from bridge.launch.ranks import RunToStart
 from bridge.launch.worker import leave
+from bridge.processes import python_path
 from bridge.runs import run_files
 from bridge.runs.claim import check_resumable, claimed, finished
 from bridge.runs.result import EXIT_CODES, Result, read_result

@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from bridge.launch.environment import num_cores, worker_environment
-from bridge.processes import of_child
+from bridge.launch.environment import worker_environment
+from bridge.processes import num_cores, of_child
 
 if TYPE_CHECKING:
     from bridge.runs.claim import Claim

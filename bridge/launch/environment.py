@@ -1,12 +1,10 @@
 """The environment of worker processes."""
 
 import os
-import site
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import bridge
+from bridge.processes import num_cores, python_path
 
 
 def worker_environment(*, num_devices: int, fields: Mapping[str, Any]) -> dict[str, str]:
@@ -18,17 +16,3 @@ def worker_environment(*, num_devices: int, fields: Mapping[str, Any]) -> dict[s
         defaults["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     environment = defaults | dict(os.environ)
     return environment | {"PYTHONPATH": python_path()}
-
-
-def python_path() -> str:
-    """PYTHONPATH with which other processes find the package, too: `python DIR/train.py` finds it beside the script."""
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    checkout = str(Path(bridge.__file__).parents[1])
-    if checkout not in (*paths, *site.getsitepackages()):
-        paths.insert(0, checkout)
-    return os.pathsep.join(paths)
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

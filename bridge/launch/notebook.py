@@ -18,8 +18,7 @@ from typing import Any
 from bridge.config.run_config import RunConfig
 from bridge.errors import BridgeError, ConfigError, RunError
 from bridge.launch import early
-from bridge.launch.environment import python_path
-from bridge.processes import die_with_parent, of_child
+from bridge.processes import die_with_parent, of_child, python_path
 from bridge.runs import run_files
 from bridge.training.environment import COMMAND
 

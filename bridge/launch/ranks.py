@@ -17,8 +17,9 @@ from bridge.command_line import guarded
 from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.launch import evaluation, torchrun
-from bridge.launch.environment import num_cores, worker_environment
+from bridge.launch.environment import worker_environment
 from bridge.launch.worker import execute, kept_output
+from bridge.processes import num_cores
 from bridge.runs import run_files
 from bridge.runs.claim import Claim, claimed, latest_step
 from bridge.runs.result import Result, print_error

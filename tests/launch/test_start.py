@@ -10,9 +10,9 @@ import pytest
 
 from bridge.command_line import guarded
 from bridge.launch import early
-from bridge.launch.environment import num_cores, worker_environment
+from bridge.launch.environment import worker_environment
 from bridge.launch.worker import leave
-from bridge.processes import skip_last_collection
+from bridge.processes import num_cores, skip_last_collection
 from bridge.runs.claim import Claim
 from tests.launch.commands import TINY, train
 

@@ -12,6 +12,7 @@ from bridge.data.encode.tokenizer_process import Job, write_shard
 from bridge.data.samples import bin_idx
 from bridge.data.source import completed, digest
 from bridge.errors import ConfigError
+from bridge.processes import num_cores
 
 FORMAT = 2  # part of the cache keys: raise it when the stored files change their meaning
 PREFIX = "tokens"  # tokens.bin and tokens.idx in the entry of a corpus
@@ -112,7 +113,7 @@ class _Fill:
     def _by_processes(self, shards: Path) -> list[str]:
         corpus = self.corpus
         found = sharding.chunks(corpus.texts(), size=corpus.size, share_read=corpus.share_read)
-        number = min(self.options.num_processes or sharding.num_cores(), sharding.num_chunks(corpus.size))
+        number = min(self.options.num_processes or num_cores(), sharding.num_chunks(corpus.size))
         if number > 1:
             return sharding.write(shards, found, job=self.job, num_processes=number)
         return list(self._here(shards, found))

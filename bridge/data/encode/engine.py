@@ -21,10 +21,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import bridge
 from bridge.command_line import guarded
 from bridge.errors import ConfigError, RunError, shown
-from bridge.processes import of_child
+from bridge.processes import of_child, python_path
 
 KEY = "data.engine"
 EXECUTORS = ("local", "slurm")
@@ -65,10 +64,9 @@ def check(engine: Mapping[str, Any] | None) -> None:
 
 def write(work: Work) -> list[str]:
     """The prefixes of the shards, in the order of the texts. Raises RunError when a task failed."""
-    packages = [str(Path(bridge.__file__).parents[1]), os.environ.get("PYTHONPATH")]
     programs = [str(Path(sys.executable).parent), os.environ.get("PATH")]  # a Slurm job calls one of datatrove's
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, packages)),
+        "PYTHONPATH": python_path(),
         "PATH": os.pathsep.join(filter(None, programs)),
         "TOKENIZERS_PARALLELISM": "false",  # a process each, rather than threads
     }

@@ -11,23 +11,17 @@ from multiprocessing import Pipe, connection
 from pathlib import Path
 from typing import NamedTuple
 
-import bridge
 from bridge.config import durations
 from bridge.data.encode.tokenizer_process import Job
 from bridge.data.samples import bin_idx
 from bridge.errors import RunError
-from bridge.processes import of_child
+from bridge.processes import of_child, python_path
 
 SHARDS = 64  # of a corpus, unless they were too small or too large for that
 SMALLEST, LARGEST = 1 << 18, 1 << 24  # characters of a shard
 INTERVAL = 10.0  # seconds between two lines on how far it is; on a terminal it is one line
 LIVE_INTERVAL = 0.5
 MODULE = "bridge.data.encode.tokenizer_process"
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_chunks(size: int) -> int:
@@ -87,9 +81,8 @@ class _Process:
     def __init__(self, job: Job) -> None:
         self.chunk: Chunk | None = None
         self.pipe, theirs = Pipe()
-        paths = [str(Path(bridge.__file__).parents[1]), os.environ.get("PYTHONPATH")]
         settings = {
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONPATH": python_path(),
             "TOKENIZERS_PARALLELISM": "false",  # a process each, rather than threads
             "OMP_NUM_THREADS": "1",
         }
