@@ -27,6 +27,22 @@ def evaluated(path: Path | Mapping[str, Path] | None) -> dict[str, Path]:
     return {str(name): named for name, named in path.items()} if isinstance(path, Mapping) else {"": path}
 
 
+def eval_key(name: str) -> str:
+    """The key of the set `name` of `evaluated`."""
+    return f"data.eval.{name}" if name else "data.eval"
+
+
+def valid(sets: Mapping[str, Any]) -> Any:
+    """`Datasets.valid` of the data sets of `evaluated`: one that has no name is no mapping."""
+    return sets[""] if list(sets) == [""] else sets
+
+
+def title(path: Path) -> str:
+    """For people: the first of the paths, and how many more there are."""
+    paths = [path] if isinstance(path, str) else path
+    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+
+
 class Blend:
     """A data set of some others: in one epoch each of them has its share, and none is left unread.
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bridge.data import blend
-from bridge.data.samples import bin_idx
-from bridge.data.source import Datasets, Prepared, SourceConfig, completed, digest
+from bridge.data.samples import bin_idx, texts
+from bridge.data.source import Prepared, SourceConfig, completed, digest
 from bridge.data.split import check_split
 from bridge.errors import ConfigError
 
@@ -39,11 +39,8 @@ def check(config: Config) -> None:
         bin_idx.read_index(prefix)
     for name, prefixes in _evaluation(config).items():
         for prefix in prefixes:
-            bin_idx.read_index(prefix, key=f"data.eval{'.' if name else ''}{name}")
-    if config.tokenizer is not None:
-        from bridge.data.encode import tokenizer
-
-        tokenizer.file_of(Path(config.tokenizer).expanduser())
+            bin_idx.read_index(prefix, key=blend.eval_key(name))
+    texts.check_tokenizer(config.tokenizer)
 
 
 def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
@@ -68,11 +65,7 @@ def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
     )
 
 
-def build(config: Config, prepared: Prepared, *, seed: int) -> Datasets:
-    """Training and validation samples of the corpora."""
-    from bridge.data.samples import concatenated
-
-    return concatenated.build(prepared, sequence_length=config.sequence_length, seed=seed)
+build = texts.build
 
 
 def _training(config: Config) -> dict[str, float | None]:
@@ -90,7 +83,7 @@ def _training(config: Config) -> dict[str, float | None]:
 
 def _evaluation(config: Config) -> dict[str, list[str]]:
     sets = blend.evaluated(config.eval)
-    return {name: _prefixes(path, key=f"data.eval{'.' if name else ''}{name}") for name, path in sets.items()}
+    return {name: _prefixes(path, key=blend.eval_key(name)) for name, path in sets.items()}
 
 
 def _prefixes(path: blend.Path, *, key: str) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from bridge.data import tuning
 from bridge.data.encode import conversation, instruct
-from bridge.data.source import Datasets, Prepared
+from bridge.data.source import Prepared
 
 FINE_TUNES = True
 
@@ -47,6 +47,4 @@ def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
     return tuning.prepare(config, encode=encode(config), cache=cache, needs_template=needs, extra=config.prompt)
 
 
-def build(config: Config, prepared: Prepared, *, seed: int) -> Datasets:
-    """Training and validation samples."""
-    return tuning.build(config, prepared, seed=seed)
+build = tuning.build

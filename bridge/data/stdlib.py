@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from bridge.data.source import Datasets, Prepared, SourceConfig, at_least, digest
+from bridge.data.samples import texts
+from bridge.data.source import Prepared, SourceConfig, at_least, digest
 from bridge.data.split import check_split
 from bridge.errors import ConfigError
 
@@ -71,10 +72,7 @@ def _hash_of_name(document: Document) -> str:
 
 def check(config: Config) -> None:
     """Raises ConfigError when data.tokenizer names no tokenizer."""
-    if config.tokenizer is not None:
-        from bridge.data.encode import tokenizer
-
-        tokenizer.file_of(Path(config.tokenizer).expanduser())
+    texts.check_tokenizer(config.tokenizer)
 
 
 def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
@@ -85,16 +83,16 @@ def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
     files = documents()
     if not files:
         raise ConfigError("data.source: this Python has no library sources on disk; set another data source")
-    texts = [document.text for document in files]
-    size = sum(map(len, texts))
-    training = concatenated.num_train_documents(len(texts), split=config.split)
+    sources = [document.text for document in files]
+    size = sum(map(len, sources))
+    training = concatenated.num_train_documents(len(sources), split=config.split)
     library = corpus.Corpus(
         name="stdlib",
         title=f"Python standard library: {len(files)} files, {size / 1e6:.1f} M characters",
-        identity=digest(training, texts),
+        identity=digest(training, sources),
         size=size,
-        texts=lambda: texts,
-        to_learn_from=lambda: texts[:training],
+        texts=lambda: sources,
+        to_learn_from=lambda: sources[:training],
     )
     tokens = corpus.tokenise([library], corpus.Options.of(config), cache=cache)
     mixture = concatenated.Mixture(dict.fromkeys(tokens.prefixes, 1.0), {}, config.split, tokens.vocab_size)
@@ -108,8 +106,4 @@ def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
     )
 
 
-def build(config: Config, prepared: Prepared, *, seed: int) -> Datasets:
-    """Training and validation samples of the prepared text."""
-    from bridge.data.samples import concatenated
-
-    return concatenated.build(prepared, sequence_length=config.sequence_length, seed=seed)
+build = texts.build

@@ -9,7 +9,8 @@ from bridge.data import blend
 from bridge.data.encode import corpus, engine
 from bridge.data.encode.text import documents, text_of
 from bridge.data.readers import files, reader
-from bridge.data.source import Datasets, Prepared, SourceConfig, at_least
+from bridge.data.samples import texts
+from bridge.data.source import Prepared, SourceConfig, at_least
 from bridge.data.split import check_split
 from bridge.errors import ConfigError
 
@@ -51,7 +52,7 @@ def check(config: Config) -> None:
 def _paths(config: Config) -> Iterable[tuple[str, blend.Path]]:
     assert config.path is not None
     yield from (("data.path", path) for path, _ in blend.weighted(config.path))
-    yield from ((f"data.eval{'.' if name else ''}{name}", path) for name, path in blend.evaluated(config.eval).items())
+    yield from ((blend.eval_key(name), path) for name, path in blend.evaluated(config.eval).items())
 
 
 def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
@@ -80,11 +81,7 @@ def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
     )
 
 
-def build(config: Config, prepared: Prepared, *, seed: int) -> Datasets:
-    """Training and validation samples of the prepared text."""
-    from bridge.data.samples import concatenated
-
-    return concatenated.build(prepared, sequence_length=config.sequence_length, seed=seed)
+build = texts.build
 
 
 @dataclass(frozen=True)
@@ -109,11 +106,9 @@ def corpus_of(path: blend.Path, *, key: str, field: str) -> corpus.Corpus:
         meter.read = 0
         return texts(meter=meter)
 
-    paths = [path] if isinstance(path, str) else path
-    title = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
     return corpus.Corpus(
         name="corpus",
-        title=f"{title}, {size / 1e6:.1f} MB",
+        title=f"{blend.title(path)}, {size / 1e6:.1f} MB",
         identity=f"{files.identity(path, key=key)} {field}",
         size=size,
         texts=all_texts,

@@ -23,6 +23,7 @@ from bridge.data.samples.shared import SamplesConfig
 from bridge.data.source import Datasets, Prepared, at_least, completed, digest
 from bridge.data.split import check_split
 from bridge.errors import ConfigError, shown
+from bridge.weights.hf_assets import CHAT_TEMPLATE, GENERATION, copy_tokenizer
 
 FORMAT = 2  # part of the cache key: raise it when the stored samples change their meaning
 MANIFEST = "manifest.json"
@@ -84,7 +85,7 @@ def places(config: Options) -> list[Place]:
     assert config.path is not None
     train = [Place("data.path", path, f"train-{n}") for n, (path, _) in enumerate(blend.weighted(config.path))]
     evals = enumerate(blend.evaluated(config.eval).items())
-    return train + [Place(f"data.eval{'.' if name else ''}{name}", path, f"eval-{n}") for n, (name, path) in evals]
+    return train + [Place(blend.eval_key(name), path, f"eval-{n}") for n, (name, path) in evals]
 
 
 def check(config: Options, talk_of: Callable[[Any], object], known: list[str]) -> None:
@@ -105,14 +106,14 @@ def check(config: Options, talk_of: Callable[[Any], object], known: list[str]) -
     for place in places(config):
         row = reader.check(place.path, key=place.key)
         if config.invalid == "error":
-            _told(row, place.key, lambda row=row: talk_of(row.value))  # type: ignore[misc]
+            try:
+                talk_of(row.value)
+            except InvalidRow as error:
+                raise _refusal(row, place.key, error) from error
 
 
-def _told(row: Row, key: str, of: Callable[[], Any]) -> Any:
-    try:
-        return of()
-    except InvalidRow as error:
-        raise ConfigError(f"{key}: {row.where}: {error}; mend or remove it, or set data.invalid=drop") from error
+def _refusal(row: Row, key: str, error: InvalidRow) -> ConfigError:
+    return ConfigError(f"{key}: {row.where}: {error}; mend or remove it, or set data.invalid=drop")
 
 
 def prepare(config: Options, *, encode: Encode, cache: Path, needs_template: bool, extra: Any = None) -> Prepared:
@@ -123,7 +124,6 @@ def prepare(config: Options, *, encode: Encode, cache: Path, needs_template: boo
 
     def fill(unfinished: Path) -> None:
         from bridge.data.encode import templates
-        from bridge.weights.hf_assets import copy_tokenizer
 
         template = templates.load(
             directory, file=config.template, arguments=config.template_arguments, needed=needs_template
@@ -131,7 +131,7 @@ def prepare(config: Options, *, encode: Encode, cache: Path, needs_template: boo
         (unfinished / "tokenizer").mkdir()
         copy_tokenizer(directory, unfinished / "tokenizer")
         if template.text is not None:
-            (unfinished / "tokenizer" / "chat_template.jinja").write_text(template.text)
+            (unfinished / "tokenizer" / CHAT_TEMPLATE).write_text(template.text)
         found = [_store(place, config, encode, template, unfinished) for place in places(config)]
         size = max(template.tokenizer.get_vocab().values()) + 1
         manifest = {"vocab_size": size, "lines": [statistics.line for statistics in found]}
@@ -150,7 +150,7 @@ def _key(config: Options, directory: Path, extra: Any) -> str:
     ]
     template = None if config.template is None else Path(config.template).expanduser().read_text()
     sets = [(place.folder, files.identity(place.path, key=place.key)) for place in places(config)]
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+    names = ("tokenizer.json", "tokenizer_config.json", CHAT_TEMPLATE, GENERATION)
     tokenizer = [file.read_text() if (file := directory / name).is_file() else None for name in names]
     return digest(FORMAT, settings, template, sets, tokenizer)
 
@@ -199,8 +199,7 @@ def _store(place: Place, config: Options, encode: Encode, template: Template, en
 
     folder = entry / place.folder
     folder.mkdir()
-    paths = [place.path] if isinstance(place.path, str) else place.path
-    title = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    title = blend.title(place.path)
     statistics = Statistics(title if place.key == "data.path" else f"{place.key} {title}", config.too_long)
     store.write(folder, samples(place, config, encode, template, statistics))
     if not statistics.samples:
@@ -223,9 +222,7 @@ def samples(
                 chat.check(sample, everything=config.train_on == "all")
         except InvalidRow as error:
             if config.invalid == "error":
-                raise ConfigError(
-                    f"{place.key}: {row.where}: {error}; mend or remove it, or set data.invalid=drop"
-                ) from error
+                raise _refusal(row, place.key, error) from error
             statistics.dropped += 1
             statistics.first_dropped = statistics.first_dropped or f"{row.where}: {error}"
             continue
@@ -275,8 +272,7 @@ def build(config: Options, prepared: Prepared, *, seed: int) -> Datasets:
     names = blend.evaluated(config.eval)
     if names:
         parts = [rows(stored) for stored in stores]
-        valid: Any = {name: rows(Store(entry / f"eval-{number}")) for number, name in enumerate(names)}
-        valid = valid[""] if list(valid) == [""] else valid
+        valid = blend.valid({name: rows(Store(entry / f"eval-{number}")) for number, name in enumerate(names)})
     else:
         split = config.split or "95,5"
         parts, held = [], []

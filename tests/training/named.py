@@ -1,8 +1,8 @@
 """A data source for tests: training samples of `masked`, and two sets held out that have names and different sizes."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
+from bridge.data import mock
 from bridge.data.source import Datasets, Prepared
 from tests.training import masked
 
@@ -16,8 +16,7 @@ class Config(masked.Config):
     source: str = "tests.training.named"
 
 
-def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
-    return masked.prepare(config, cache=cache, seed=seed)
+prepare = mock.prepare
 
 
 def build(config: Config, prepared: Prepared, *, seed: int) -> Datasets:

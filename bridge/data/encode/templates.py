@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge.errors import ConfigError
+from bridge.weights.hf_assets import GENERATION
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DATE = re.compile(r"strftime_now\(\s*[\"']([^\"']+)[\"']\s*\)")
@@ -195,7 +196,7 @@ def load(directory: Path, *, file: str | None, arguments: Mapping[str, Any], nee
             f"data.template: is not set, and the tokenizer in {directory} has no chat template; set data.template=FILE "
             "to one"
         )
-    settings = directory / "generation_config.json"
+    settings = directory / GENERATION
     stops = json.loads(settings.read_text()).get("eos_token_id") if settings.is_file() else None
     stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
     return Template(tokenizer, text=text, arguments=arguments, stops=stops)

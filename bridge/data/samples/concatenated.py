@@ -16,7 +16,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from bridge.data.blend import Blend
+from bridge.data import blend
 from bridge.data.samples import bin_idx
 from bridge.data.source import Datasets, Prepared, completed, digest
 from bridge.errors import ConfigError
@@ -174,22 +174,22 @@ def _build(mixture: Mixture, sequence_length: int, seed: int, directory: Path) -
     sets = {name: _joined(samples(prefix, "valid", "0,1,0") for prefix in of) for name, of in mixture.valid.items()}
     for name, found in sets.items():
         if found is None:
-            key = f"data.eval{'.' if name else ''}{name}"
+            key = blend.eval_key(name)
             raise ConfigError(f"{key}: has fewer tokens than data.sequence_length={sequence_length}; set a smaller one")
-    return Datasets(_blended(present, mixture.train), sets[""] if list(sets) == [""] else sets)
+    return Datasets(_blended(present, mixture.train), blend.valid(sets))
 
 
 def _blended(datasets: Mapping[str, Any], weights: Mapping[str, float | None]) -> Any:
     if len(datasets) == 1:
         return next(iter(datasets.values()))
-    return Blend(list(datasets.values()), [weights[prefix] or len(found) for prefix, found in datasets.items()])
+    return blend.Blend(list(datasets.values()), [weights[prefix] or len(found) for prefix, found in datasets.items()])
 
 
 def _joined(datasets: Iterable[Any]) -> Any:
     found = [dataset for dataset in datasets if dataset is not None]
     if len(found) < 2:
         return found[0] if found else None
-    return Blend(found, [len(dataset) for dataset in found])
+    return blend.Blend(found, [len(dataset) for dataset in found])
 
 
 def _at_least_one(dataset: Any, prefix: str, mixture: Mixture, sequence_length: int) -> Any:
