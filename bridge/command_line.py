@@ -8,16 +8,17 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from bridge.errors import BridgeError, ConfigError, did_you_mean
+from bridge.errors import BridgeError, ConfigError, RunError, did_you_mean
 from bridge.processes import skip_last_collection
 
 DONE, FAILED, INVALID = 0, 1, 2
+INTERRUPTED = 130  # what shells report after SIGINT
 FULL_ERROR = "HYDRA_FULL_ERROR"  # variable with which Hydra's users ask for tracebacks of their own mistakes: 1
 UNRECOGNIZED = "unrecognized arguments: "  # argparse's own words
 
 
 def guarded(command: Callable[[], int], *, only_prints: bool = False) -> int:
-    """Run a command line; its exit code. One line on stderr and 2 for the user's mistake.
+    """Run a command line; its exit code. One line on stderr, and 2 for the user's mistake, 1 for the machine's failure.
 
     When who read stdout left (`| head`): 1 and a line that says so; 0 and not a word for a command that `only_prints`.
     """
@@ -32,6 +33,9 @@ def guarded(command: Callable[[], int], *, only_prints: bool = False) -> int:
             traceback.print_exception(error)
         print(" ".join(str(error).splitlines()), file=sys.stderr, flush=True)
         return INVALID
+    except RunError as error:
+        print(error, file=sys.stderr, flush=True)
+        return FAILED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
         if only_prints:

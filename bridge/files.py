@@ -1,7 +1,8 @@
-"""Small text files: written by rename, so that a reader sees the old one or the whole new one; YAML, or why not."""
+"""Text files: written by rename, so that a reader sees the old one or the whole new one; YAML, or why not."""
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,18 @@ from bridge.errors import ConfigError
 
 def write_text(text: str, path: Path) -> None:
     """Write `path` atomically. Raises OSError."""
+    write_parts([text], path)
+
+
+def write_parts(parts: Iterable[str], path: Path) -> None:
+    """Write `path` atomically, one part after the other: no more is in memory. Raises OSError."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(content: object, path: Path) -> None:

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import numpy
 
 from bridge import platform
-from bridge.command_line import DONE, FAILED, guarded
+from bridge.command_line import DONE, INTERRUPTED, guarded
 from bridge.config.run_config import RunConfig
 from bridge.data import seen
 from bridge.data.seen import Facts, Seen
 from bridge.errors import ConfigError, RunError
+from bridge.files import write_parts
 from bridge.launch import compose, driver, inputs
 
-INTERRUPTED = 130
 BARS = 24  # of the histogram
 MOST_TOGETHER = 16  # tokens that are waited for until they make whole characters
 HELP = """\
@@ -98,9 +98,6 @@ def _command(arguments: Sequence[str]) -> int:
     inputs.check_data(config)
     try:
         _show(_read(config, options.n), options)
-    except RunError as error:
-        print(error, file=sys.stderr, flush=True)
-        return FAILED
     except KeyboardInterrupt:
         print("SIGINT: stopped", file=sys.stderr, flush=True)
         return INTERRUPTED
@@ -179,16 +176,10 @@ def _show(view: View, options: Options) -> None:
 
 
 def _write(name: str, path: Path, parts: Iterable[str]) -> None:
-    """By rename: what is there is whole. One part is in memory at a time."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.writelines(parts)
-        unfinished.replace(path)
+        write_parts(parts, path)
     except OSError as error:
         raise RunError(f"{name}: {path} cannot be written ({error.strerror})") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def line(name: str, sample: Seen, decode: Decode) -> str:

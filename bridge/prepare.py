@@ -5,11 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from bridge import platform
-from bridge.command_line import DONE, FAILED, guarded
-from bridge.errors import RunError
+from bridge.command_line import DONE, INTERRUPTED, guarded
 from bridge.launch import compose, driver, inputs
 
-INTERRUPTED = 130
 HELP = """\
 usage: python -m bridge.prepare [group=option ...] [section.key=value ...]
   python -m bridge.prepare init.path=models/mine data=text data.path=texts
@@ -42,9 +40,6 @@ def _command() -> int:
         for config in configs:
             prepared = prepare_data(config).prepared
             print(f"data: ready in {prepared.directory}" if prepared.directory else "data: nothing to make", flush=True)
-    except RunError as error:
-        print(error, file=sys.stderr, flush=True)
-        return FAILED
     except KeyboardInterrupt:
         print("SIGINT: stopped; what is tokenised is kept", file=sys.stderr, flush=True)
         return INTERRUPTED

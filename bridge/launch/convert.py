@@ -3,11 +3,10 @@
 import sys
 
 from bridge import convert as conversion
-from bridge.command_line import guarded
+from bridge.command_line import INTERRUPTED, guarded
 from bridge.config import run_config
 from bridge.launch import compose
 
-INTERRUPTED = 130  # what shells report after SIGINT
 PATH_KEYS = frozenset({"hf", "megatron", "reference", "report"})
 FILE_OPTION = "from_file"
 

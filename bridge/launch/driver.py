@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge import platform
-from bridge.command_line import guarded
+from bridge.command_line import INTERRUPTED, guarded
 from bridge.config import run_config
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
@@ -35,7 +35,6 @@ from bridge.runs.claim import check_resumable, claimed, finished
 from bridge.runs.result import EXIT_CODES, Result, read_result
 from bridge.training.environment import COMMAND
 
-INTERRUPTED = 130  # what shells report after SIGINT
 PATH_KEYS = frozenset({"runs_dir", "path", "paths", "eval", "tokenizer", "eval_output"})
 
 

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bridge.command_line import INTERRUPTED
 from bridge.config.run_config import RunConfig
 from bridge.errors import BridgeError, ConfigError, RunError
 from bridge.launch import early
 from bridge.processes import die_with_parent, of_child, python_path
 from bridge.runs import run_files
 from bridge.training.environment import COMMAND
-
-INTERRUPTED = 130  # what shells report after SIGINT
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bridge.command_line import guarded
+from bridge.command_line import INTERRUPTED, guarded
 from bridge.errors import ConfigError, RunError, shown
 from bridge.processes import of_child, python_path
 
 KEY = "data.engine"
 EXECUTORS = ("local", "slurm")
 OURS = frozenset({"executor", "pipeline", "logging_dir", "skip_completed", "depends"})
-INTERRUPTED = 130
 INTERVAL = 5.0  # seconds between two looks at a Slurm job
 BATCH = 256  # documents encoded at once
 
