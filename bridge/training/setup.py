@@ -1,7 +1,6 @@
 """From a configuration to everything a step needs: model -> weights -> DDP -> optimizer -> data -> resume."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,25 +47,21 @@ class Data:
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is ready to take its next step. config: with train.steps, also of train.epochs. progress: where it
-    stands, 0 or the checkpoint's."""
+    """A run that is ready to take its next step. config: with train.steps, also of train.epochs. valid: the sets held
+    out, by name (bridge.training.evaluate.sets). progress: where it stands, 0 or the checkpoint's."""
 
     config: RunConfig
     objective: Objective
     state: Trainable
     data: Data
     datasets: Datasets
+    valid: dict[str, Any]
     progress: Position
     length: Length
 
     @property
     def checkpoints(self) -> Path:
         return self.config.run_dir / run_files.CHECKPOINTS
-
-    @cached_property
-    def valid(self) -> dict[str, Any]:
-        """The sets held out, by name (bridge.training.evaluate.sets)."""
-        return sets(self.datasets.valid)
 
     @property
     def transformer(self) -> TransformerConfig:
@@ -138,11 +133,13 @@ def build(config: RunConfig, data: Data) -> Job:
     model = ddp.wrap(chunks, DistributedDataParallelConfig(**routed.ddp))
     optimizer = optimizers.build(routed, model=model)
     datasets = data.build(seed=config.train.seed)
+    valid = sets(datasets.valid)
     if row_length_may_vary(routed):
-        for dataset in (datasets.train, *sets(datasets.valid).values()):
+        for dataset in (datasets.train, *valid.values()):
             if isinstance(collate := getattr(dataset, "collate", None), Pad):
                 collate.longest = True
-    config, length = _with_steps(config, datasets, checkpoint.stands_at(root))
+    standing = checkpoint.stands_at(root) if config.train.epochs is not None else Position()
+    config, length = _with_steps(config, datasets, standing)
     scheduler = schedule.build(
         config.scheduler, optimizer=optimizer, fields=routed.optimizer, steps=config.train.num_steps
     )
@@ -170,8 +167,8 @@ def build(config: RunConfig, data: Data) -> Job:
         print(length.described(config.train.epochs), flush=True)
     objective = objectives.build(config.objective)
     metrics.check_names(objective, get_model_config(model[0]))
-    best.check(config, metrics_of(objective, sets(datasets.valid)) if datasets.valid is not None else ())
-    return Job(config, objective, state=state, data=data, datasets=datasets, progress=progress, length=length)
+    best.check(config, metrics_of(objective, valid) if datasets.valid is not None else ())
+    return Job(config, objective, state, data, datasets, valid=valid, progress=progress, length=length)
 
 
 def _with_steps(config: RunConfig, datasets: Datasets, progress: Position) -> tuple[RunConfig, Length]:
