@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
+from bridge.data.source import digest
 from bridge.errors import ConfigError, shown
 
 Path = str | list[str]
@@ -61,6 +62,8 @@ class Blend:
             self.collate = datasets[0].collate
         if hasattr(datasets[0], "rows"):
             self.rows = datasets[0].rows
+        if hasattr(datasets[0], "identity"):
+            self.identity = digest(self.counts, [dataset.identity for dataset in datasets])
 
     def __len__(self) -> int:
         return self.ends[-1]

@@ -11,7 +11,9 @@ With data.num_workers > 0 the training dataset is pickled for other processes.
 An item is a dict of tensors of shape [sequence_length]: tokens, labels, position_ids (int64) and loss_mask (float32),
 and whatever else the objective names (bridge.data.batch, which stacks them). A dataset with items of other shapes has
 an attribute `collate`, a function from the items of a micro-batch to its Batch, which loader processes get too. One
-that knows where an item is from has `source_of(index)`, FILE:LINE or the like, which bridge.inspect shows.
+that knows where an item is from has `source_of(index)`, FILE:LINE or the like, which bridge.inspect shows. One whose
+items depend on more than what `prepare` left, as the layout, has `identity`, a text that changes with them: no run goes
+on with others.
 """
 
 import fcntl

@@ -148,17 +148,19 @@ def build(config: RunConfig, data: Data) -> Job:
     state = Trainable(model, optimizer, scheduler)
     if datasets.valid is None and parallel.is_main():
         print("evaluation: none, as the data holds nothing out (data.split)", flush=True)
-    progress = Position(data=data.prepared.identity)
+    identity = "-".join(filter(None, [data.prepared.identity, getattr(datasets.train, "identity", "")]))
+    progress = Position(data=identity)
     if resuming:
 
         def reseed(step: int) -> None:
             parallel.seed_generators(routed.transformer, seed=config.train.seed + step, keep_tracker=True)
 
         latest, progress = checkpoint.resume(root, state, config.checkpoint, reseed=reseed)
-    if progress.data != data.prepared.identity:
+    if progress.data != identity:
         raise ConfigError(
-            f"data.source: the prepared data is {data.prepared.identity}, but this run has read {progress.data} so "
-            "far (its text or tokenizer changed); set another name="
+            f"data.source: the prepared data is {identity}, but this run has read {progress.data} so far (its text, "
+            "tokenizer, split or packing changed; packed rows are others with another context_parallel_size); set "
+            "another name="
         )
     if resuming and parallel.is_main():
         print(f"resumed from {latest.directory} at step {progress.step}", flush=True)

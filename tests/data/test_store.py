@@ -3,7 +3,12 @@
 import pickle
 from pathlib import Path
 
+import numpy
+
+from bridge.data.blend import Blend
 from bridge.data.encode.encoded import Encoded
+from bridge.data.samples.packed import Packed
+from bridge.data.samples.rows import Rows, Unpadded
 from bridge.data.samples.store import Store, write
 
 SAMPLES = [
@@ -23,3 +28,18 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_nothing_is_written_and_read(tmp_path: Path) -> None:
     write(tmp_path, [])
     assert len(Store(tmp_path)) == 0
+
+
+def test_rows_have_another_identity_with_other_samples_or_packed(tmp_path: Path) -> None:
+    write(tmp_path, [Encoded([1, 2, 3], [0.0, 1.0, 1.0], "a.jsonl", line) for line in range(4)])
+    store, some, all_of_them = Store(tmp_path), numpy.arange(3), numpy.arange(4)
+    same = Rows(store, some, sequence_length=4).identity
+    assert same == Rows(store, some, sequence_length=4).identity == Unpadded(store, some, sequence_length=4).identity
+    others = {
+        Rows(store, all_of_them, sequence_length=4).identity,
+        Packed(store, some, sequence_length=4, seed=1).identity,
+        Packed(store, all_of_them, sequence_length=4, seed=1).identity,
+        Blend([Rows(store, some, sequence_length=4)] * 2, [1.0, 1.0]).identity,
+        Blend([Rows(store, some, sequence_length=4)] * 2, [1.0, 3.0]).identity,
+    }
+    assert len(others - {same}) == 5

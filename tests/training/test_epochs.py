@@ -192,19 +192,23 @@ def train_and_look(run: Any) -> Any:
 
 
 def test_every_sample_once_where_samples_share_rows(tmp_path: Path) -> None:
-    """Stopped on one rank inside an epoch, ended on two. Samples of L tokens have L - 1 that predict."""
+    """Stopped on one rank inside an epoch, ended on two. Samples of L tokens have L - 1 that predict. Context-parallel
+    ranks would have other rows."""
 
-    def run(**limits: Any) -> Any:
+    def run(parallelism: dict[str, Any] | None = None, **limits: Any) -> Any:
         data = {"source": "tests.training.packed_source", "sequence_length": 16, "vocab_size": 100}
         return config(
             tmp_path,
             data=data | {"cache_dir": str(tmp_path / "cache")},
+            parallelism=parallelism or {},
             train={"steps": None, "epochs": EPOCHS, "global_batch_size": BATCH, "eval_interval": None, **limits},
             scheduler=CONSTANT,
             log={"sample_ids": True},
         )
 
     run_distributed(train, 1, run(exit_interval=4))
+    with pytest.raises(AssertionError, match="data.source: the prepared data is .*, but this run has read .* so far"):
+        run_distributed(train, 2, run(micro_batch_size=2, parallelism={"context_parallel_size": 2}))
     (ended, said), samples = run_distributed(train_and_look, 2, run(micro_batch_size=2))[0]
     num_rows = len(samples)
     steps, left = divmod(EPOCHS * num_rows, BATCH)

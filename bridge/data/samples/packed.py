@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from bridge.data.samples import packing
-from bridge.data.samples.rows import item_of, join, positions, whole_pieces
+from bridge.data.samples.rows import fingerprint, item_of, join, positions, whole_pieces
 from bridge.data.samples.store import Store
 
 
@@ -32,6 +32,11 @@ class Packed:
         self.samples = ids[numpy.concatenate([numpy.array(one) for one in packed])] if packed else ids
         self.ends = numpy.cumsum([len(one) for one in packed], dtype=numpy.int64)
         self.num_tokens = int(real.sum())
+
+    @property
+    def identity(self) -> str:
+        """Changes with which samples share which row: in another layout they are padded to another multiple."""
+        return fingerprint(self.samples, self.ends)
 
     @property
     def fill(self) -> float:

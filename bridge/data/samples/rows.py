@@ -1,5 +1,6 @@
 """Samples in rows: each in one of its own, the rest of which is padding; or without padding, one behind the other."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,11 @@ def whole_pieces() -> tuple[int, int]:
     return sample, sample * tp
 
 
+def fingerprint(*arrays: NDArray[numpy.int64]) -> str:
+    """16 hexadecimal digits that change with the numbers."""
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
+
+
 class Rows:
     """A map-style dataset of the samples numbered `ids` in `store`, one in a row.
 
@@ -66,6 +72,11 @@ class Rows:
     def __init__(self, store: Store, ids: NDArray[numpy.int64], *, sequence_length: int) -> None:
         self.store, self.ids, self.sequence_length = store, ids, sequence_length
         self.collate = Pad(sequence_length, multiple=whole_pieces()[1])
+
+    @property
+    def identity(self) -> str:
+        """Changes with what is held out, data.split."""
+        return fingerprint(self.ids)
 
     def __len__(self) -> int:
         return len(self.ids)
