@@ -32,5 +32,5 @@ def test_a_run_leaves_no_model_and_no_thread(tmp_path: Path, sharded: bool, mode
         "checkpoint": {"save": False},
     }
     runs = [config(tmp_path, name=f"run_{number}", **options) for number in range(3)]
-    (first, second, third) = run_distributed(left_by, 1, *runs)[0]
+    (first, second, third) = run_distributed(left_by, 1, *runs, fresh=True)[0]
     assert first[0] == 0 and first == second == third
