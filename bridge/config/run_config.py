@@ -12,7 +12,7 @@ import yaml
 
 from bridge.config import effect, modules, routing, sections
 from bridge.config.routing import Routed
-from bridge.config.schema import STEPS, Checkpoint, ConvertConfig, Init, Launch, Log, Rerun, Scheduler, Train
+from bridge.config.schema import RATES, STEPS, Checkpoint, ConvertConfig, Init, Launch, Log, Rerun, Scheduler, Train
 from bridge.errors import ConfigError, shown
 from bridge.files import read_yaml
 
@@ -87,7 +87,7 @@ def from_dict(config: Mapping[str, Any]) -> RunConfig:
     _check_named(config, "peft", "method", package="peft")
     if "objective" in config:  # not in the config.yaml of a run that an earlier version started
         _check_named(config, "objective", "name", package="objectives")
-    run = _with_length(sections.build(RunConfig, config, ""))
+    run = _with_rate(_with_length(sections.build(RunConfig, config, "")))
     _check_name(run.name)
     _check_precision(run.routed)
     _check_rates(run)
@@ -195,6 +195,14 @@ def _with_length(run: RunConfig) -> RunConfig:
     return run
 
 
+def _with_rate(run: RunConfig) -> RunConfig:
+    """`run` with optimizer.lr set: unless it is, to that of RATES."""
+    rates = RATES.get(run.optimizer.get("optimizer") or "adam")
+    if run.optimizer.get("lr") is not None or rates is None:
+        return run
+    return dataclasses.replace(run, optimizer={**run.optimizer, "lr": rates[run.init.path is not None]})
+
+
 def check_schedule(run: RunConfig) -> None:
     """Raise ConfigError for a schedule that does not fit into the steps of `run`, which are known."""
     scheduler, steps = run.scheduler, run.train.num_steps
@@ -208,8 +216,6 @@ def check_schedule(run: RunConfig) -> None:
 
 def _check_rates(run: RunConfig) -> None:
     scheduler, optimizer = run.scheduler, run.routed.optimizer
-    if optimizer.get("lr") is None:
-        raise ConfigError("optimizer.lr: is missing; set the learning rate")
     if (optimizer.get("min_lr") or 0.0) > optimizer["lr"]:
         raise ConfigError(
             f"optimizer.min_lr: {optimizer['min_lr']} is above optimizer.lr ({optimizer['lr']}); set it to that or less"

@@ -21,6 +21,8 @@ def _duration(default: str | None = None) -> Any:
 
 Interval = int | Literal["epoch"] | None  # N steps; epoch: whenever one ends
 STEPS = 300  # of a run that says nothing about its length
+# Optimizer -> learning rate where none is set: of random weights, and of those that init.path brings.
+RATES = {"adam": (1e-3, 1e-5), "sgd": (0.1, 1e-3)}
 
 
 @dataclass(frozen=True)
