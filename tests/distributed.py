@@ -1,11 +1,10 @@
 """Runs a function on several ranks over gloo: worlds of processes that stay, and are sent one case after another.
 
-The processes fork from a server that has imported megatron (multiprocessing's "forkserver", started at first use,
-preloading tests/preload.py; not all of bridge, of which something starts threads: what forks in turn then hangs). It
-only ever imports, so it has no OpenMP pool and no autograd threads for a fork to lose; the pytest process may do with
-torch whatever it likes. A fork costs 0.03 s, the first training in a process 0.3 s more than the next: so a world
-stays, per number of ranks. What a case changes is put back (tests/pristine.py); one that fails, or leaves a thread
-behind, ends its world, the next case has a new one.
+The processes fork from a server that has imported megatron and bridge's training (multiprocessing's "forkserver",
+started at first use, preloading tests/preload.py). It only ever imports, so it has no threads for a fork to lose; the
+pytest process may do with torch whatever it likes. A process costs 0.1 s, the first training in one 0.3 s more than the
+next: so a world stays, per number of ranks. What a case changes is put back (tests/pristine.py); one that fails, or
+leaves a thread behind, ends its world, the next case has a new one.
 """
 
 import atexit

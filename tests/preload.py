@@ -4,6 +4,8 @@ Imports only: a tensor operation here could start threads, which a fork does not
 """
 
 # ruff: noqa: E402, F401
+import gc
+
 import pytest
 import torch
 
@@ -15,3 +17,8 @@ import megatron.core.dist_checkpointing
 import megatron.core.models.gpt.gpt_model
 import megatron.core.optimizer
 import megatron.core.pipeline_parallel
+
+import bridge.training.run
+
+gc.collect()
+gc.freeze()  # or every worker's collections would walk through all of it, and copy its pages: 0.5 s each

@@ -129,19 +129,19 @@ def test_what_a_case_changes_is_put_back():
 
 
 def _replace_in_what_it_imports() -> bool:
-    there = "bridge.checkpoint.files" in sys.modules
-    from bridge.checkpoint import files
+    there = "bridge.data.mock" in sys.modules
+    from bridge.data import mock
 
-    files.publish = _pid  # type: ignore[assignment]
+    mock.RandomTokens = _pid  # type: ignore[assignment, misc]
     return there
 
 
-def _home_of_publish() -> str:
-    from bridge.checkpoint import files
+def _home_of_what_was_replaced() -> str:
+    from bridge.data import mock
 
-    return files.publish.__module__
+    return mock.RandomTokens.__module__
 
 
 def test_what_a_case_changes_in_a_module_that_it_imports_first_is_put_back():
     assert run_distributed(_replace_in_what_it_imports, 3) == [False] * 3, "a new world"
-    assert run_distributed(_home_of_publish, 3) == ["bridge.checkpoint.files"] * 3
+    assert run_distributed(_home_of_what_was_replaced, 3) == ["bridge.data.mock"] * 3

@@ -50,11 +50,8 @@ def train_all(
     """Each model in turn, for so many steps; gradients may be off by `tolerance` of a tensor's norm."""
     from bridge.config import layout
     from bridge.errors import ConfigError
-    from bridge.models.hf import config
     from bridge.training import setup
 
-    hf_config: Any = config
-    hf_config.tell_unread = lambda *_, **__: None  # it reads the source of transformers' classes: 5 s in every process
     seen = {}
     for number, (name, task) in enumerate(tasks.items()):
         print(f"--- {name}", flush=True)

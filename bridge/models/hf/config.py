@@ -104,8 +104,10 @@ def _shown(fields: Mapping[str, Any]) -> str:
 def unread(hf: Mapping[str, Any], *, family: str | None = None) -> list[str]:
     """What to tell of the fields of a config that `to_mcore` accepts because nothing in transformers reads them."""
     facts = by_name(family or name_of_hf_config(hf))
+    if not (unlisted := _unlisted(hf, facts)):
+        return []
     reads = hf_reads.of_model_type(facts.class_of or facts.model_type)
-    names = [name for name in _unlisted(hf, facts) if reads and name not in reads]
+    names = [name for name in unlisted if reads and name not in reads]
     lines = []
     if names:
         kept = f"transformers never reads {', '.join(names)}: without effect here, kept for an export"

@@ -2,7 +2,7 @@
 it: a field it never reads cannot change the logits.
 
 What is counted errs towards "read": every field of a config class, whatever touches an object that may be a config,
-and in files that pick fields by computed names every string that could be one. Parsing takes about 0.2 s, and only a
+and in files that pick fields by computed names every string that could be one. Parsing takes seconds, and only a
 config with a field that no family lists comes here.
 """
 
