@@ -13,7 +13,7 @@ from torch import Tensor
 from bridge.config.routing import Routed, route
 from bridge.errors import ConfigError
 from bridge.models import family
-from bridge.sources.load import model_section
+from bridge.sources.same import model_section
 from bridge.weights import names, shards
 from bridge.weights.ledger import Move, plan
 from bridge.weights.progress import Progress

@@ -191,6 +191,7 @@ def _checked(job: compose.Composed) -> tuple[RunConfig, int]:
     """A job's configuration, found legal, and its processes per machine."""
     config = config_of(job)
     num_devices = _processes_per_node(config, job)
+    inputs.check_init(config)
     if not config.plan:
         world.check_layout(config, world_size=num_devices * config.train.num_nodes)
     return config, num_devices

@@ -9,7 +9,9 @@ from bridge import platform
 from bridge.config import modules, sections
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError, shown
+from bridge.models.hf import config as hf_config
 from bridge.runs.claim import latest_step
+from bridge.sources.same import check_same_model
 from bridge.weights import locate
 
 
@@ -19,9 +21,9 @@ def check(config: RunConfig, *, in_queue: bool = False) -> None:
     in_queue: a Slurm job trains, elsewhere: its node may have GPUs, and a cache of its own. What it reads must be here
     as there, as the run directory is, unless launch.check_paths is false.
     """
-    _check_weights(config)
+    check_init(config)
     if config.launch.check_paths:
-        check_data(config)
+        _check_source(config)
         if not in_queue:
             _check_cache(config.data.get("cache_dir"))
     _check_packages(config)
@@ -30,14 +32,24 @@ def check(config: RunConfig, *, in_queue: bool = False) -> None:
         platform.check(routed.transformer | routed.ddp | routed.optimizer, routed.origin)
 
 
+def check_init(config: RunConfig) -> None:
+    """Raise ConfigError for weights that are not there, are those of another model, or should not be random.
+
+    Comes before what is said of sizes: those of the model that is chosen by mistake are none of the user's.
+    """
+    if not (config.dry_run or config.plan or config.eval_only):
+        _check_random(config)
+    if config.launch.check_paths:
+        _check_model(config)
+
+
 def check_data(config: RunConfig) -> None:
     """Raise ConfigError for the first path that is no model or no data."""
-    if config.init.path is not None and (config.eval_only or latest_step(config.run_dir) is None):
-        locate.check_model(config.init.path, key="init.path")
+    _check_model(config)
     _check_source(config)
 
 
-def _check_weights(config: RunConfig) -> None:
+def _check_random(config: RunConfig) -> None:
     """Data that is made for fine-tuning says so by FINE_TUNES = True: random weights learn little from it."""
     if config.init.path is not None or config.init.random or latest_step(config.run_dir) is not None:
         return
@@ -47,6 +59,21 @@ def _check_weights(config: RunConfig) -> None:
             f"init.path: is not set, and data.source={name} is for fine-tuning; set init.path=DIR to the model to "
             "start from, or init.random=true to train random weights"
         )
+
+
+def _check_model(config: RunConfig) -> None:
+    if config.init.path is None or not (config.eval_only or latest_step(config.run_dir) is None):
+        return
+    locate.check_model(config.init.path, key="init.path")
+    path = Path(config.init.path)
+    if not locate.is_megatron(path):
+        family = config.routed.family if "." in config.routed.family else None  # a dotted module is the user's own
+        section = hf_config.to_mcore(hf_config.read(path), family=family)
+    elif (locate.locate(path).root / locate.MODEL_YAML).is_file():
+        section = locate.read_model_section(locate.locate(path).root)
+    else:
+        return  # its tensors tell, to the workers
+    check_same_model(section, config.routed, path=path)
 
 
 def _check_source(config: RunConfig) -> None:

@@ -1,7 +1,7 @@
 """With init.path no model= is needed: the model is the one in that directory, and model.KEY= says what is different.
 
 The model that conf/train.yaml chooses for a start without weights gives way while Hydra composes, so that --cfg job, a
-dry run, a plan and the jobs of a sweep are about the same model. Reading a Hugging Face directory imports torch.
+dry run, a plan and the jobs of a sweep are about the same model.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Weights for a live model from a Hugging Face directory or a Megatron checkpoint, straight into the shards."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,10 @@ import torch
 
 from bridge import parallel
 from bridge.config.routing import Routed
-from bridge.errors import ConfigError, shown
 from bridge.models import family
 from bridge.models.hf import config as hf_config
 from bridge.sources.described import check, model_of
-from bridge.sources.same import differences
+from bridge.sources.same import check_same_model, model_section
 from bridge.weights import into_model, locate
 from bridge.weights.dist_files import open_dist
 from bridge.weights.hf_files import main_dtype
@@ -69,26 +68,6 @@ def read_section(path: Path, *, key: str) -> dict[str, Any]:
     section = hf_config.to_mcore(config)
     hf_config.tell_unread(config)
     return section
-
-
-def check_same_model(section: Mapping[str, Any], routed: Routed, *, path: Path) -> None:
-    """Raise ConfigError naming every `model` key in which a run (`routed`) and the checkpoint's `section` differ."""
-    different = [
-        f"{routed.key(name)} is {shown(ours)} (there {shown(theirs)})"
-        for name, theirs, ours in differences(section, model_section(routed))
-    ]
-    if different:
-        raise ConfigError(
-            f"{', '.join(different)}: not the model in {path}; use that directory's values (python convert.py "
-            "mode=yaml hf=DIR prints them)"
-        )
-
-
-def model_section(routed: Routed) -> dict[str, Any]:
-    """The `model` section that `routed` came from, without the keys that were left at megatron-core's default."""
-    values = routed.transformer | routed.gpt
-    names = [name for name, key in routed.origin.items() if key.startswith("model.") and name in values]
-    return {"family": routed.family, **{name: values[name] for name in names}}
 
 
 def stored_dtype(path: Path) -> torch.dtype:

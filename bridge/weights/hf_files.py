@@ -1,28 +1,23 @@
-"""Hugging Face model directories as streams of tensors: safetensors headers, lazy reads, sharded writes.
-
-A safetensors file is a little-endian u64 header length, a JSON header `{name: {dtype, shape, data_offsets}}` and the
-raw bytes (https://github.com/huggingface/safetensors#format).
-"""
+"""Hugging Face model directories as streams of tensors: where each lies, lazy reads, sharded writes."""
 
 import json
 import re
 import struct
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bridge.errors import ConversionError
 from bridge.weights import names, pages
+from bridge.weights.hf_headers import INDEX, SINGLE, chosen, read_header
 from bridge.weights.spec import TensorSpec
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -38,7 +33,6 @@ DTYPES = {
     "F64": torch.float64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses larger headers
 
 
 class HfTensor(NamedTuple):
@@ -90,10 +84,10 @@ def open_hf(directory: str | Path) -> HfFiles:
     Raises ConversionError, naming file and tensor, when files are missing, truncated, corrupt or not as the index says.
     """
     directory = Path(directory)
-    files, listed = _chosen(directory)
+    files, listed = chosen(directory)
     tensors: dict[str, HfTensor] = {}
     for file in files:
-        for name, stored in _read_header(file).items():
+        for name, stored in _places(file).items():
             if name in tensors:
                 raise ConversionError(f"{file}: tensor {name} is also in {tensors[name].file.name}; keep one of them")
             tensors[name] = stored
@@ -202,76 +196,8 @@ def _plan_shards(tensors: Mapping[str, TensorSpec], max_shard_size: int) -> list
     return shards
 
 
-def tensor_names(directory: Path) -> Collection[str]:
-    """The names that a directory's index or only file says it holds. Raises ConversionError when there is neither."""
-    files, listed = _chosen(directory)
-    return listed or _read_header(files[0])
-
-
-def _chosen(directory: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files that transformers would load, model.safetensors before the index, and what the index says of them.
-
-    Raises ConversionError when other files beside them may be the ones that are meant.
-    """
-    single, index = directory / SINGLE, directory / INDEX
-    if not index.is_file():
-        if not single.is_file():
-            raise ConversionError(f"{directory}: {_why_none(directory)}")
-        return [single], {}
-    listed = _read_index(index)
-    files = [directory / name for name in sorted(set(listed.values()))]
-    others = [file.name for file in files if file != single and file.is_file()]
-    if single.is_file() and others:
-        raise ConversionError(
-            f"{directory}: holds two models, {SINGLE}, which transformers loads, and {INDEX} with {others[0]}; "
-            "remove the one you do not want"
-        )
-    return ([single], {}) if single.is_file() else (files, listed)
-
-
-def _why_none(directory: Path) -> str:
-    """What to say of a directory in which transformers finds no safetensors files under their usual names."""
-    files = sorted(file.name for file in directory.glob("*.safetensors"))
-    if len(files) == 1:
-        return f"no {SINGLE}, which is what transformers loads; if {files[0]} is the model, give it that name"
-    if files:
-        return f"{len(files)} safetensors files ({files[0]}, ...) and no {INDEX}; add the index"
-    others = sorted(path.name for pattern in ("*.bin", "*.gguf", "*.pth") for path in directory.glob(pattern))
-    return "no safetensors file" + (f" (found {others[0]}; save the model as safetensors first)" if others else "")
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        listed = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{index}: not a safetensors index ({type(error).__name__}: {error})") from error
-    outside = [file for file in listed.values() if Path(file).name != file]
-    if outside:
-        raise ConversionError(f"{index}: names {outside[0]!r}, which is not a file beside it")
-    return listed
-
-
-def _read_header(file: Path) -> dict[str, HfTensor]:
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as handle:
-            start = handle.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER + 1
-            if length > min(MAX_HEADER, size - 8):
-                raise ConversionError(f"{file}: not a whole safetensors file ({size} bytes); fetch it again")
-            header = json.loads(handle.read(length))
-    except OSError as error:
-        raise ConversionError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ConversionError(f"{file}: corrupt safetensors header ({error}); fetch the file again") from error
-    if not isinstance(header, dict):
-        raise ConversionError(f"{file}: corrupt safetensors header; fetch the file again")
-    header.pop("__metadata__", None)
-    return _places(file, header, first=8 + length, size=size)
-
-
-def _places(file: Path, header: Mapping[str, Any], *, first: int, size: int) -> dict[str, HfTensor]:
+def _places(file: Path) -> dict[str, HfTensor]:
+    header, first, size = read_header(file)
     tensors: dict[str, HfTensor] = {}
     for name, entry in header.items():
         try:

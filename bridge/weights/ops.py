@@ -3,15 +3,17 @@
 An op is a pair: `merge(parts) -> fused` and `split(fused) -> parts`, with `split(merge(parts)) == parts` bit for bit.
 It works along dim 0 and keeps the trailing dims (Transposed and Flat apart), so a weight `[out, in]` and its bias
 `[out]` use the same op. It always sees whole tensors: ranks and shards are none of its business. Meta tensors tell
-shapes.
+shapes. torch is imported with the first tensor: a family's table is read before a run has started.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Op(Protocol):
@@ -47,11 +49,11 @@ class Stack:
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
         assert len(parts) == self.num_parts
-        return torch.cat(tuple(parts))
+        return _cat(parts)
 
     def split(self, fused: Tensor) -> tuple[Tensor, ...]:
         assert fused.shape[0] % self.num_parts == 0
-        return torch.tensor_split(fused, self.num_parts)
+        return fused.tensor_split(self.num_parts)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Qkv:
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
         groups = [part.unflatten(0, (self.num_query_groups, -1)) for part in parts]
-        return torch.cat(groups, dim=1).flatten(0, 1)
+        return _cat(groups, dim=1).flatten(0, 1)
 
     def split(self, fused: Tensor) -> tuple[Tensor, ...]:
         query = self.num_attention_heads // self.num_query_groups * self.kv_channels
@@ -93,7 +95,7 @@ class Joined:
         return self.op.merge(joined.split(self.sizes))
 
     def split(self, fused: Tensor) -> tuple[Tensor, ...]:
-        return (torch.cat(self.op.split(fused)),)
+        return (_cat(self.op.split(fused)),)
 
 
 @dataclass(frozen=True)
@@ -143,3 +145,9 @@ class Transposed:
 
 def _transposed(tensor: Tensor) -> Tensor:
     return tensor.t().contiguous() if tensor.dim() == 2 else tensor
+
+
+def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    import torch
+
+    return torch.cat(tuple(parts), dim=dim)

@@ -18,29 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bridge.errors import ConversionError, shown
+from bridge.errors import ConversionError
 from bridge.weights import names
 from bridge.weights.hf_files import HfFiles, HfTensor, open_hf
+from bridge.weights.quantization import MXFP4, check_config
 from bridge.weights.spec import TensorSpec
 
-FP8, MXFP4 = "fp8", "mxfp4"
 SCALE, BLOCKS, SCALES = "_scale_inv", "_blocks", "_scales"
-# What a configuration may say: which modules were quantised is told by the tensors; None: any value.
-KNOWN: dict[str, dict[str, tuple[Any, ...] | None]] = {
-    FP8: {
-        "quant_method": None,
-        "weight_block_size": None,
-        "activation_scheme": ("dynamic",),
-        "fmt": ("e4m3", None),
-        "scale_fmt": ("float", "ue8m0", None),
-        "expert_dtype": ("fp8", None),
-        "modules_to_not_convert": None,
-        "modules_to_convert": None,
-        "ignored_layers": None,
-        "dequantize": None,
-    },
-    MXFP4: {"quant_method": None, "modules_to_not_convert": None, "dequantize": None},
-}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # sign, two bits of exponent, one of mantissa
 E8M0_BIAS, E8M0_NAN = 127, 255
 ROWS = 2048  # of a matrix dequantised together: float32 needs four times the memory of fp8
@@ -95,29 +79,6 @@ def open_source(directory: str | Path, *, dtype: torch.dtype | None = None) -> H
     _refuse_quantized(raw, method=method, known={name for pair in scaled.values() for name in pair})
     dtype = dtype or torch.bfloat16
     return Dequantized(raw.directory, _plain(raw, scaled, dtype, block), raw, scaled, dtype, block)
-
-
-def check_config(config: object) -> str | None:
-    """The `quant_method` of a quantization_config that is understood, None without one. Else ConversionError."""
-    if config is None:
-        return None
-    key = "config.json: quantization_config"
-    method = config.get("quant_method") if isinstance(config, Mapping) else config
-    if not isinstance(config, Mapping) or method not in KNOWN:
-        raise ConversionError(
-            f"{key}: quant_method {shown(method)} is not supported, only fp8 (block-scaled) and mxfp4 are; "
-            "convert the unquantised model"
-        )
-    for name, value in config.items():
-        allowed = KNOWN[method].get(name, ())
-        if allowed is not None and value not in allowed:
-            raise ConversionError(f"{key}.{name}: {shown(value)} of quant_method {method} is not supported")
-    size = config.get("weight_block_size")
-    if method == FP8 and not (isinstance(size, list | tuple) and len(size) == 2 and all(map(_positive, size))):
-        raise ConversionError(
-            f"{key}.weight_block_size: {shown(size)} is not two block sizes; other fp8 is not supported"
-        )
-    return str(method)
 
 
 def from_fp8(numbers: Tensor, scales: Tensor, *, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -220,7 +181,3 @@ def _refuse_quantized(raw: HfFiles, *, method: str | None = None, known: Collect
         four = name.endswith((BLOCKS, SCALES)) and stored.spec.dtype == torch.uint8
         if name not in known and (eight or four or name.endswith(SCALE)):
             raise ConversionError(f"{stored.file}: {name} ({stored.spec.dtype}) looks quantised, but: {why}")
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int) and value > 0

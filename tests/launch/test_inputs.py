@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -104,17 +105,27 @@ def test_a_setting_for_other_machines(tmp_path: Path, monkeypatch: pytest.Monkey
     inputs.check(config)  # whether that GPU will do is for the workers to say
 
 
-def test_refusals_import_no_torch(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["init.path=qwen3", "data=chat", "data.path=none.jsonl", "data.sequence_length=32"],
+            "data.path: {0}/none.jsonl does not exist",
+        ),
+        (["init.path=qwen3", "model=tiny", "data.sequence_length=4096"], "model.num_layers is 6 (there "),
+        (["data=chat", "data.path=none.jsonl"], "init.path: is not set, and data.source=chat is for fine-tuning; "),
+    ],
+)
+def test_refusals_import_no_torch(tmp_path: Path, tiny_hf: Callable[..., Path], words: list[str], message: str):
+    """Weights come before sizes, which are not the user's where the model is none of theirs."""
+    tiny_hf("qwen3").rename(tmp_path / "qwen3")
     command = (
         "import atexit, sys; from bridge.launch.driver import main; "
         "atexit.register(lambda: print('heavy:', {'torch', 'transformers'} & set(sys.modules))); main()"
     )
-    arguments = ["name=a", "data.tokenizer=nowhere", "model.cpu_offloading=false"]
-    done = subprocess.run([sys.executable, "-c", command, *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.splitlines()) == (
-        2,
-        [f"data.tokenizer: {tmp_path}/nowhere does not exist; name a Hugging Face tokenizer directory"],
-    )
+    done = subprocess.run([sys.executable, "-c", command, *words], cwd=tmp_path, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and message.format(tmp_path) in line
     assert "heavy: set()" in done.stdout
     assert not (tmp_path / "runs").exists()
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bridge.errors import ConversionError
-from bridge.weights import hf_files
+from bridge.weights import hf_headers
 from bridge.weights.hf_files import HfWriter, open_hf, parse_size
 from bridge.weights.spec import TensorSpec
 from tests import hf_models
@@ -62,7 +62,7 @@ def test_shards_and_index_are_transformers_own(tmp_path, tiny_hf):
     hf = open_hf(theirs)
     ours = tmp_path / "ours"
     total = write(ours, {name: hf.read(name) for name in hf.tensors}, max_shard_size=50_000)
-    mine, their_index = (json.loads((path / hf_files.INDEX).read_text()) for path in (ours, theirs))
+    mine, their_index = (json.loads((path / hf_headers.INDEX).read_text()) for path in (ours, theirs))
     assert set(mine["weight_map"]) == set(their_index["weight_map"])
     assert mine["metadata"]["total_size"] == their_index["metadata"]["total_size"] == total
     files = sorted(path.name for path in ours.glob("*.safetensors"))
@@ -132,16 +132,18 @@ def test_overlapping_tensors_are_refused(tmp_path):
 
 def test_index_and_files_must_agree(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "one.safetensors")
-    (tmp_path / hf_files.INDEX).write_text(json.dumps({"weight_map": {"x": "one.safetensors", "y": "one.safetensors"}}))
+    (tmp_path / hf_headers.INDEX).write_text(
+        json.dumps({"weight_map": {"x": "one.safetensors", "y": "one.safetensors"}})
+    )
     with pytest.raises(ConversionError, match="one.safetensors: tensor y is not in it"):
         open_hf(tmp_path)
-    (tmp_path / hf_files.INDEX).write_text(json.dumps({"weight_map": {"x": "two.safetensors"}}))
+    (tmp_path / hf_headers.INDEX).write_text(json.dumps({"weight_map": {"x": "two.safetensors"}}))
     with pytest.raises(ConversionError, match="two.safetensors: cannot be read"):
         open_hf(tmp_path)
-    (tmp_path / hf_files.INDEX).write_text(json.dumps({"weight_map": {"x": "../one.safetensors"}}))
+    (tmp_path / hf_headers.INDEX).write_text(json.dumps({"weight_map": {"x": "../one.safetensors"}}))
     with pytest.raises(ConversionError, match="not a file beside it"):
         open_hf(tmp_path)
-    (tmp_path / hf_files.INDEX).write_text("{")
+    (tmp_path / hf_headers.INDEX).write_text("{")
     with pytest.raises(ConversionError, match="not a safetensors index"):
         open_hf(tmp_path)
 
@@ -196,5 +198,5 @@ def test_the_file_that_transformers_loads_is_read(tiny_hf, tmp_path):
         (tmp_path / shard.name).rename(shard)
     other = AutoModelForCausalLM.from_pretrained(old).model.norm.weight
     assert torch.equal(open_hf(old).read("model.norm.weight"), other) and not torch.equal(other, theirs)
-    index = json.loads((old / hf_files.INDEX).read_text())["weight_map"]
-    assert set(hf_files.tensor_names(old)) == set(index) == set(open_hf(old).tensors)
+    index = json.loads((old / hf_headers.INDEX).read_text())["weight_map"]
+    assert set(hf_headers.tensor_names(old)) == set(index) == set(open_hf(old).tensors)

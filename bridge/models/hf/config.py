@@ -15,8 +15,8 @@ from bridge.models.family import Family, by_name, known_names, name_of_hf_config
 from bridge.models.hf import reads as hf_reads
 from bridge.models.hf import sizes as hf_sizes
 from bridge.models.hf.fields import Part
-from bridge.weights import quantized
-from bridge.weights.hf_files import tensor_names
+from bridge.weights import quantization
+from bridge.weights.hf_headers import tensor_names
 
 # Fields that transformers reads and that cannot change the logits of a decoder: bookkeeping, tokens, what forward()
 # returns, heads of other tasks.
@@ -149,7 +149,7 @@ def _unlisted(hf: Mapping[str, Any], facts: Family) -> list[str]:
 
 def _account_for(hf: Mapping[str, Any], facts: Family) -> None:
     if QUANTIZATION in hf:
-        quantized.check_config(hf[QUANTIZATION])
+        quantization.check_config(hf[QUANTIZATION])
     if unlisted := _unlisted(hf, facts):
         _check_no_effect({name: hf[name] for name in unlisted}, facts)
     names = hf.get("architectures") or [facts.architecture]
