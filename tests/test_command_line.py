@@ -25,7 +25,7 @@ TOOLS = {
 # Started by the product itself, with arguments that nobody types.
 INTERNAL = {
     "bridge.data.encode.engine",
-    "bridge.data.encode.tokenizer_process",
+    "bridge.data.encode.process",
     "bridge.launch.worker",
     "bridge.launch.elastic",
     "bridge.launch.notebook",

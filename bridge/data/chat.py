@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bridge.data import tuning
-from bridge.data.encode import conversation
+from bridge.data.encode import chat, conversation
+from bridge.data.encode.encoded import Encoded
+from bridge.data.encode.masks import Counts
+from bridge.data.encode.templates import Template
+from bridge.data.readers.reader import Row
 from bridge.data.source import Prepared
 
 FINE_TUNES = True
@@ -27,20 +30,15 @@ def check(config: Config) -> None:
     )
 
 
-def encode(config: Config) -> tuning.Encode:
-    """From a row to its samples."""
-    from bridge.data.encode import chat
-
-    def encoded(row: Any, template: Any, counts: Any) -> Any:
-        talk = conversation.conversation(row.value, names=config.names)
-        return chat.encode(talk, template, row=row, rules=config.rules, counts=counts)
-
-    return encoded
+def encode(config: Config, row: Row, template: Template, counts: Counts) -> list[Encoded]:
+    """From a row to its samples. Raises InvalidRow."""
+    talk = conversation.conversation(row.value, names=config.names)
+    return chat.encode(talk, template, row=row, rules=config.rules, counts=counts)
 
 
 def prepare(config: Config, *, cache: Path, seed: int) -> Prepared:
     """The encoded conversations below `cache`, made at first use."""
-    return tuning.prepare(config, encode=encode(config), cache=cache, needs_template=True)
+    return tuning.prepare(config, encode=encode, cache=cache, needs_template=True)
 
 
 build = tuning.build

@@ -109,7 +109,7 @@ def completed(entry: Path, *, fill: Callable[[Path], object], resumable: bool = 
 
     One process per node fills it while the others wait for the lock. `fill(directory)` writes into a temporary sibling
     that is renamed when complete, so an entry that exists is a whole one even after a kill. resumable: the sibling of
-    one that was not completed is kept, and the next `fill` gets it.
+    one that was not completed is kept, and the next `fill` gets it; but not where the user has to change something.
     """
     if entry.is_dir():
         return entry
@@ -124,9 +124,10 @@ def completed(entry: Path, *, fill: Callable[[Path], object], resumable: bool = 
                 try:
                     fill(unfinished)
                     unfinished.rename(entry)
-                finally:
-                    if not resumable:
+                except BaseException as error:
+                    if not resumable or isinstance(error, ConfigError):
                         shutil.rmtree(unfinished, ignore_errors=True)
+                    raise
     except OSError as error:
         raise ConfigError(
             f"data.cache_dir: cannot write {entry.parent} ({error.strerror}); set a directory you can write to"

@@ -100,7 +100,7 @@ class _Texts:
 def corpus_of(path: blend.Path, *, key: str, field: str) -> corpus.Corpus:
     """What there is to tokenise at `path`; `key` is named in errors."""
     meter, texts = files.Meter(), _Texts(path, key, field)
-    size = sum(file.size for named in files.resolved(path, key=key) for file in named.files)
+    size = files.size(path, key=key)
 
     def all_texts() -> Iterable[str]:
         meter.read = 0
@@ -113,6 +113,6 @@ def corpus_of(path: blend.Path, *, key: str, field: str) -> corpus.Corpus:
         size=size,
         texts=all_texts,
         to_learn_from=lambda: corpus.first_characters(texts(), most=LEARNED_FROM),
-        share_read=lambda: min(1.0, meter.read / max(1, size)),
+        share_read=lambda: meter.share(size),
         part=texts,
     )

@@ -5,19 +5,19 @@ on and eval-0, ... of those to evaluate on, each a Store.
 """
 
 import json
-import time
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from bridge.data import blend
+from bridge.data.encode import rows, sharding
 from bridge.data.encode.conversation import ROLES, Names
-from bridge.data.encode.encoded import Encoded
-from bridge.data.encode.masks import Counts, Rules
+from bridge.data.encode.masks import Rules
 from bridge.data.encode.templates import InvalidRow, Template
 from bridge.data.readers import files, reader
-from bridge.data.readers.reader import Row
 from bridge.data.samples import shared
 from bridge.data.samples.shared import SamplesConfig
 from bridge.data.source import Datasets, Prepared, at_least, completed, digest
@@ -27,7 +27,7 @@ from bridge.weights.hf_assets import CHAT_TEMPLATE, GENERATION, copy_tokenizer
 
 FORMAT = 2  # part of the cache key: raise it when the stored samples change their meaning
 MANIFEST = "manifest.json"
-INTERVAL = 10.0  # seconds between two lines on how far it is
+WORTH = 1 << 22  # bytes of rows that a process of their own is worth: its start costs as much as encoding two thirds
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Options(SamplesConfig):
     rewritten_history: Literal["split", "last", "error"] = "split"
     too_long: Literal["error", "truncate", "drop", "split"] = "error"
     invalid: Literal["error", "drop"] = "error"
+    num_processes: int | None = at_least(1, None)  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,9 +76,6 @@ class Place(NamedTuple):
     key: str
     path: blend.Path
     folder: str
-
-
-Encode = Callable[[Row, Template, Counts], list[Encoded]]
 
 
 def places(config: Options) -> list[Place]:
@@ -109,41 +107,28 @@ def check(config: Options, talk_of: Callable[[Any], object], known: list[str]) -
             try:
                 talk_of(row.value)
             except InvalidRow as error:
-                raise _refusal(row, place.key, error) from error
+                raise rows.refusal(row, place.key, error) from error
 
 
-def _refusal(row: Row, key: str, error: InvalidRow) -> ConfigError:
-    return ConfigError(f"{key}: {row.where}: {error}; mend or remove it, or set data.invalid=drop")
+def prepare(config: Options, *, encode: rows.Encode, cache: Path, needs_template: bool, extra: Any = None) -> Prepared:
+    """The encoded samples below `cache`, made at first use; prints the line of statistics.
 
-
-def prepare(config: Options, *, encode: Encode, cache: Path, needs_template: bool, extra: Any = None) -> Prepared:
-    """The encoded samples below `cache`, made at first use; prints the line of statistics."""
-    assert config.tokenizer is not None
-    directory = Path(config.tokenizer).expanduser().absolute()
-    entry = cache / f"{config.source.rpartition('.')[2]}-{_key(config, directory, extra)}"
-
-    def fill(unfinished: Path) -> None:
-        from bridge.data.encode import templates
-
-        template = templates.load(
-            directory, file=config.template, arguments=config.template_arguments, needed=needs_template
-        )
-        (unfinished / "tokenizer").mkdir()
-        copy_tokenizer(directory, unfinished / "tokenizer")
-        if template.text is not None:
-            (unfinished / "tokenizer" / CHAT_TEMPLATE).write_text(template.text)
-        found = [_store(place, config, encode, template, unfinished) for place in places(config)]
-        size = max(template.tokenizer.get_vocab().values()) + 1
-        manifest = {"vocab_size": size, "lines": [statistics.line for statistics in found]}
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-
-    completed(entry, fill=fill)
+    encode: what a module has at its top, as other processes get it.
+    """
+    entry = cache / f"{config.source.rpartition('.')[2]}-{_key(config, extra)}"
+    completed(entry, fill=_Sets(config, encode, needs_template), resumable=True)
     manifest = json.loads((entry / MANIFEST).read_text())
     print(f"data: {'; '.join(manifest['lines'])}", flush=True)
     return Prepared(entry, manifest["vocab_size"], entry / "tokenizer")
 
 
-def _key(config: Options, directory: Path, extra: Any) -> str:
+def _tokenizer(config: Options) -> Path:
+    assert config.tokenizer is not None
+    return Path(config.tokenizer).expanduser().absolute()
+
+
+def _key(config: Options, extra: Any) -> str:
+    directory = _tokenizer(config)
     settings = [
         *(config.columns, config.roles, config.train_on, config.roles_to_train, config.rewritten_history),
         *(config.too_long, config.invalid, config.sequence_length, config.template_arguments, extra),
@@ -155,103 +140,54 @@ def _key(config: Options, directory: Path, extra: Any) -> str:
     return digest(FORMAT, settings, template, sets, tokenizer)
 
 
-@dataclass
-class Statistics:
-    """What the line before the first step says of one set."""
+@dataclass(frozen=True)
+class _Sets:
+    """Encodes the sets into an entry of the cache: shards of each, which survive a kill, and then a store of them."""
 
-    title: str
-    too_long: str
-    counts: Counts = field(default_factory=Counts)
-    rows: int = 0
-    samples: int = 0
-    tokens: int = 0
-    trained: int = 0
-    over_long: int = 0
-    lost: int = 0
-    dropped: int = 0
-    first_dropped: str = ""
+    config: Options
+    encode: rows.Encode
+    needs_template: bool
 
-    @property
-    def line(self) -> str:
-        share = f"{self.trained / max(1, self.tokens):.1%}"
-        said = [
-            f"{self.title}: {self.samples:,} samples of {self.rows:,} rows, {self.tokens:,} tokens, {share} trained",
-        ]
-        if self.over_long:
-            lost = f", {self.lost:,} of them left out" if self.lost else ""
-            said.append(f"{self.over_long:,} over-long ({self.too_long}{lost})")
-        if self.dropped:
-            said.append(f"{self.dropped:,} invalid rows dropped (first {self.first_dropped})")
-        if self.counts.rewritten:
-            said.append(f"the template rewrites the history of {self.counts.rewritten:,} rows")
-        if self.counts.unasked:
-            said.append(f"{self.counts.unasked:,} opening answers not trained, as no prompt asks for them")
-        if self.counts.endless:
-            said.append(f"{self.counts.endless:,} answers without an end-of-turn token")
-        if self.counts.dates:
-            dates = " and ".join(sorted(self.counts.dates))
-            said.append(f"the template put in the date of that day, {dates} (data.template_arguments can fix it)")
-        return ", ".join(said)
+    def __call__(self, entry: Path) -> None:
+        """Write the entry. Raises ConfigError."""
+        config = self.config
+        template = self._job("data.path").template()
+        (entry / "tokenizer").mkdir(exist_ok=True)
+        copy_tokenizer(_tokenizer(config), entry / "tokenizer")
+        if template.text is not None:
+            (entry / "tokenizer" / CHAT_TEMPLATE).write_text(template.text)
+        lines = [self._set(place, template, entry) for place in places(config)]
+        size = max(template.tokenizer.get_vocab().values()) + 1
+        (entry / MANIFEST).write_text(json.dumps({"vocab_size": size, "lines": lines}, indent=2) + "\n")
+        for place in places(config):
+            shutil.rmtree(entry / f"{place.folder}-shards")
 
+    def _job(self, key: str) -> rows.EncodeRows:
+        return rows.EncodeRows(self.config, self.encode, key, self.needs_template)
 
-def _store(place: Place, config: Options, encode: Encode, template: Template, entry: Path) -> Statistics:
-    from bridge.data.samples import store
-
-    folder = entry / place.folder
-    folder.mkdir()
-    title = blend.title(place.path)
-    statistics = Statistics(title if place.key == "data.path" else f"{place.key} {title}", config.too_long)
-    store.write(folder, samples(place, config, encode, template, statistics))
-    if not statistics.samples:
-        raise ConfigError(f"{place.key}: {title} gives no sample ({statistics.line}); set files that have some")
-    return statistics
-
-
-def samples(
-    place: Place, config: Options, encode: Encode, template: Template, statistics: Statistics
-) -> Iterator[Encoded]:
-    """The samples of one set, as long as they may be; counts them. Raises ConfigError with file and line."""
-    from bridge.data.encode import chat
-
-    told = time.monotonic()
-    for row in reader.rows(place.path, key=place.key):
-        statistics.rows += 1
-        try:
-            found = encode(row, template, statistics.counts)
-            for sample in found:
-                chat.check(sample, everything=config.train_on == "all")
-        except InvalidRow as error:
-            if config.invalid == "error":
-                raise _refusal(row, place.key, error) from error
-            statistics.dropped += 1
-            statistics.first_dropped = statistics.first_dropped or f"{row.where}: {error}"
-            continue
-        for sample in found:
-            yield from _counted(sample, config, statistics)
-        if time.monotonic() - told >= INTERVAL:
-            told = time.monotonic()
-            print(f"data: encoded {statistics.rows:,} rows, {statistics.tokens:,} tokens", flush=True)
-
-
-def _counted(sample: Encoded, config: Options, statistics: Statistics) -> Iterator[Encoded]:
-    from bridge.data.encode import chat
-
-    positions = len(sample.tokens) - 1
-    if positions > config.sequence_length:
-        statistics.over_long += 1
-        if config.too_long == "error":
-            raise ConfigError(
-                f"data.too_long: {sample.file}:{sample.line} has {positions + 1:,} tokens, more than "
-                f"data.sequence_length={config.sequence_length} and one; set data.sequence_length={positions} or more, "
-                "or data.too_long=truncate, drop or split"
-            )
-    pieces = list(chat.fitted(sample, sequence_length=config.sequence_length, policy=config.too_long))
-    statistics.lost += not pieces
-    for piece in pieces:
-        statistics.samples += 1
-        statistics.tokens += len(piece.tokens)
-        statistics.trained += sum(weight > 0 for weight in piece.weights[1:])
-        yield piece
+    def _set(self, place: Place, template: Template, entry: Path) -> str:
+        """Its store; its line of statistics."""
+        job, meter = self._job(place.key), files.Meter()
+        shards, folder = entry / f"{place.folder}-shards", entry / place.folder
+        shards.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        size = files.size(place.path, key=place.key)
+        found = sharding.chunks(
+            reader.rows(place.path, key=place.key, meter=meter),
+            size=size,
+            share_read=lambda: meter.share(size),
+            characters=rows.characters,
+        )
+        number = sharding.num_processes(self.config.num_processes, size, worth=WORTH)
+        here = partial(rows.write_shard, job=job, template=template)
+        statistics = rows.merge(sharding.write(shards, found, job=job, here=here, num_processes=number), folder)
+        title = blend.title(place.path)
+        line = statistics.line(
+            title if place.key == "data.path" else f"{place.key} {title}", too_long=self.config.too_long
+        )
+        if not statistics.samples:
+            raise ConfigError(f"{place.key}: {title} gives no sample ({line}); set files that have some")
+        return line
 
 
 def build(config: Options, prepared: Prepared, *, seed: int) -> Datasets:
@@ -263,7 +199,7 @@ def build(config: Options, prepared: Prepared, *, seed: int) -> Datasets:
     assert prepared.directory is not None and config.path is not None
     entry = prepared.directory
 
-    def rows(stored: Store, chosen: Any = None) -> Any:
+    def in_rows(stored: Store, chosen: Any = None) -> Any:
         ids = numpy.arange(len(stored)) if chosen is None else numpy.flatnonzero(chosen)
         return shared.dataset(config, stored, ids, seed=seed)
 
@@ -271,15 +207,15 @@ def build(config: Options, prepared: Prepared, *, seed: int) -> Datasets:
     stores = [Store(entry / f"train-{number}") for number in range(len(weighted))]
     names = blend.evaluated(config.eval)
     if names:
-        parts = [rows(stored) for stored in stores]
-        valid = blend.valid({name: rows(Store(entry / f"eval-{number}")) for number, name in enumerate(names)})
+        parts = [in_rows(stored) for stored in stores]
+        valid = blend.valid({name: in_rows(Store(entry / f"eval-{number}")) for number, name in enumerate(names)})
     else:
         split = config.split or "95,5"
         parts, held = [], []
         for stored in stores:
             training, validation = held_out(stored.rows, split)
-            parts.append(rows(stored, training))
-            held += [rows(stored, validation)] if validation.any() else []
+            parts.append(in_rows(stored, training))
+            held += [in_rows(stored, validation)] if validation.any() else []
         valid = None if not held else held[0] if len(held) == 1 else blend.Blend(held, [len(part) for part in held])
     if any(len(part) == 0 for part in parts):
         raise ConfigError(f"data.split: {shown(config.split)} leaves no row to train on; set e.g. '95,5'")

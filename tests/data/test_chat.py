@@ -1,6 +1,9 @@
 """Which tokens of a conversation are trained, by hand; the sources that read them, and what they say."""
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,9 @@ import tokenizers
 
 from bridge.data import chat as source
 from bridge.data import instruct, tuning
-from bridge.data.encode import chat, conversation, templates
+from bridge.data.encode import chat, conversation, sharding, templates
 from bridge.data.encode.masks import Counts, Rules
+from bridge.data.readers import files
 from bridge.data.readers.reader import Row
 from bridge.data.samples.store import Store
 from bridge.errors import ConfigError
@@ -266,3 +270,75 @@ def test_shares_of_rows():
 
     training, validation = tuning.held_out(numpy.arange(100), "90,5,5")
     assert (training.sum(), validation.sum(), (training & validation).sum()) == (90, 5, 0)
+
+
+def _many(folder: Path) -> str:
+    """300 rows in two files: one in 50 is invalid, one in 40 over-long."""
+    talks = [[Q, {**A, "content": f"Paris {n}. " * (40 if n % 40 == 17 else 1)}, *TALK] for n in range(300)]
+    talks[9::50] = [[Q]] * len(talks[9::50])
+    found = [{"messages": talk} for talk in talks]
+    folder.mkdir()
+    for name, part in (("a", found[:175]), ("b", found[175:])):
+        _write(folder / f"{name}.jsonl", part)
+    return str(folder)
+
+
+def _keys(folder: Path, path: str, num_processes: int) -> dict[str, Any]:
+    tokenizer = str(folder / "tokenizer")
+    more = {"too_long": "split", "invalid": "drop", "split": "100,0", "num_processes": num_processes}
+    return {"path": path, "tokenizer": tokenizer, "sequence_length": 96, **more}
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from bridge.data import chat
+from bridge.data.encode import sharding
+from tests.data.test_chat import _keys
+
+sharding.SMALLEST = 1000
+chat.prepare(chat.Config(**_keys(Path(sys.argv[1]), sys.argv[2], 2)), cache=Path(sys.argv[3]), seed=1)
+"""
+
+
+@pytest.mark.usefixtures("warm_processes")
+def test_two_processes_and_a_kill_leave_what_one_leaves(tmp_path: Path, monkeypatch: Any, capsys: Any):
+    chat_tokenizer.save(tmp_path / "tokenizer")
+    path = _many(tmp_path / "rows")
+    straight = source.prepare(source.Config(**_keys(tmp_path, path, 1)), cache=tmp_path / "straight", seed=1).directory
+    line = capsys.readouterr().out
+    assert "of 300 rows" in line and "6 invalid rows dropped (first " in line and " over-long (split)" in line
+    assert f"{path}/a.jsonl:10: nothing in it is trained" in line
+    stored = Store(straight / "train-0")
+    where = [(Path(stored[n].file).name, stored[n].line) for n in range(len(stored))]
+    assert where == sorted(where) and len({*where}) == 294 < len(where)
+
+    command = [sys.executable, "-c", KILLED, str(tmp_path), path, str(tmp_path / "killed")]
+    first = subprocess.Popen(command)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("killed/.chat-*/train-0-shards/??????"))) < 3:
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.002)
+    first.kill()
+    first.wait()
+    monkeypatch.setattr(sharding, "SMALLEST", 1000)
+    monkeypatch.setattr(sharding, "INTERVAL", 0.0)
+    monkeypatch.setattr(files, "READ", 256)
+    config = source.Config(**_keys(tmp_path, path, 2))
+    resumed = source.prepare(config, cache=tmp_path / "killed", seed=1).directory
+    out = capsys.readouterr().out
+    assert " finished shards of an earlier start were kept" in out and out.endswith(line)
+    assert "samples/s" in out and "tokens/s" in out and " left" in out
+
+    def content(entry: Path) -> dict[str, bytes]:
+        return {str(file.relative_to(entry)): file.read_bytes() for file in entry.rglob("*") if file.is_file()}
+
+    assert content(resumed) == content(straight) and resumed.name == straight.name
+    for number in (
+        1,
+        2,
+    ):  # the second process meets an over-long row before the first has come to that which is invalid
+        strict = source.Config(**_keys(tmp_path, path, number) | {"invalid": "error", "too_long": "error"})
+        with pytest.raises(ConfigError, match=rf"^data.path: {path}/a.jsonl:10: nothing in it is trained; mend"):
+            source.prepare(strict, cache=tmp_path, seed=1)
+    assert not [*tmp_path.glob(".chat-*")]

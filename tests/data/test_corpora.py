@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from bridge.data.readers import files
 from bridge.data.samples import bin_idx
 from bridge.data.source import Datasets
 from bridge.errors import ConfigError, RunError
+from tests.data import shard_job
 
 DOCUMENTS = [f"def f{n}(x):\n    return x + {n}  # naïve ünïcode {n * 7919}\n" * (1 + n % 5) for n in range(90)]
 SAMPLES = Path(__file__).parent / "samples"
@@ -80,7 +82,7 @@ def test_tokens_are_those_of_a_plain_loop(
     assert stored(prefix) == plain_ids(learned, DOCUMENTS)
     assert sorted(path.name for path in Path(prefix).parent.iterdir()) == ["tokens.bin", "tokens.idx"]
     out = capsys.readouterr().out
-    assert ("docs/s" in out and "tokens/s" in out and " left" in out) == (num_processes > 1)
+    assert "docs/s" in out and "tokens/s" in out and " left" in out
     text.prepare(config, cache=tmp_path / "cache", seed=1)
     assert capsys.readouterr().out == ""
     os.utime(tmp_path / "a.jsonl", (1, 1))  # written again: made anew
@@ -270,6 +272,31 @@ def test_a_tokenising_process_that_dies_is_one_line(
     config = text.Config(path=path, tokenizer=str(learned), num_processes=2)
     with pytest.raises(RunError, match="data: a tokenising process was killed by SIGKILL; the machine may be out of"):
         text.prepare(config, cache=tmp_path, seed=1)
+
+
+FAULTS: list[tuple[list[list[str]], type[Exception], str]] = [
+    ([["late", "refuse 0"], ["refuse 1"]], ConfigError, "data.path: refuse 0"),
+    ([["late", "full"], ["refuse 1"]], OSError, "No space left"),
+    ([["late", "refuse 0"], ["unreadable"]], ConfigError, "data.path: refuse 0"),
+    ([["a"], ["unreadable"], ["refuse 2"]], ConfigError, "data.path: cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("items", "kind", "message"), FAULTS)
+@pytest.mark.parametrize("number", [1, 2])
+def test_of_several_faults_the_first_is_told_however_many_processes_there_are(
+    number: int, items: list[list[str]], kind: type[Exception], message: str, tmp_path: Path
+) -> None:
+    """Though the second process meets its own long before the first one, and the reader before both."""
+
+    def found() -> Iterator[sharding.Chunk]:
+        for n, chunk in enumerate(items):
+            if chunk == ["unreadable"]:
+                raise ConfigError("data.path: cannot be read")
+            yield sharding.Chunk(n, chunk, 0.5)
+
+    with pytest.raises(kind, match=message):
+        sharding.write(tmp_path, found(), job=shard_job.Do(), here=shard_job.do, num_processes=number)
 
 
 KILLED = """

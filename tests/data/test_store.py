@@ -1,5 +1,6 @@
 """Encoded samples, written and read again."""
 
+import os
 import pickle
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from bridge.data.blend import Blend
 from bridge.data.encode.encoded import Encoded
 from bridge.data.samples.packed import Packed
 from bridge.data.samples.rows import Rows, Unpadded
-from bridge.data.samples.store import Store, write
+from bridge.data.samples.store import Store, is_whole, merge, write
 
 SAMPLES = [
     Encoded([5, 6, 7], [0.0, 1.0, 0.5], "a.jsonl", 1),
@@ -43,3 +44,18 @@ def test_rows_have_another_identity_with_other_samples_or_packed(tmp_path: Path)
         Blend([Rows(store, some, sequence_length=4)] * 2, [1.0, 3.0]).identity,
     }
     assert len(others - {same}) == 5
+
+
+def test_parts_become_what_is_written_at_once(tmp_path: Path) -> None:
+    parts = {"a": SAMPLES[:1], "b": [], "c": SAMPLES[1:], "d": [*reversed(SAMPLES)]}
+    for name, part in {**parts, "whole": [*SAMPLES, *reversed(SAMPLES)], "merged": []}.items():
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, part)
+    assert all(is_whole(tmp_path / name) for name in parts)
+    merge([tmp_path / name for name in parts], tmp_path / "merged")
+    for file in (tmp_path / "whole").iterdir():
+        merged = tmp_path / "merged" / file.name
+        assert merged.read_bytes() == file.read_bytes()
+        os.truncate(merged, file.stat().st_size - 4)  # as a crash of the machine may leave it
+        assert not is_whole(tmp_path / "merged")
+        merged.write_bytes(file.read_bytes())

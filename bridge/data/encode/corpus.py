@@ -3,16 +3,16 @@
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge.data.encode import engine, sharding
 from bridge.data.encode import tokenizer as bpe
-from bridge.data.encode.tokenizer_process import Job, write_shard
+from bridge.data.encode.tokens import Tokenise, write_shard
 from bridge.data.samples import bin_idx
 from bridge.data.source import completed, digest
 from bridge.errors import ConfigError
-from bridge.processes import num_cores
 
 FORMAT = 2  # part of the cache keys: raise it when the stored files change their meaning
 PREFIX = "tokens"  # tokens.bin and tokens.idx in the entry of a corpus
@@ -67,7 +67,7 @@ def tokenise(corpora: Sequence[Corpus], options: Options, *, cache: Path) -> Tok
     prefixes = []
     for corpus in corpora:
         entry = cache / f"{corpus.name}-{digest(*facts, corpus.identity)}"
-        fill = _Fill(corpus, tokenizer, Job(directory, options.end_of_document), options)
+        fill = _Fill(corpus, tokenizer, Tokenise(directory, options.end_of_document), options)
         completed(entry, fill=fill, resumable=True)
         prefixes.append(str(entry / PREFIX))
     return Tokenised(prefixes, directory, tokenizer.vocab_size)
@@ -90,7 +90,7 @@ class _Fill:
 
     corpus: Corpus
     tokenizer: bpe.TextTokenizer
-    job: Job
+    job: Tokenise
     options: Options
 
     def __call__(self, directory: Path) -> None:
@@ -113,17 +113,9 @@ class _Fill:
     def _by_processes(self, shards: Path) -> list[str]:
         corpus = self.corpus
         found = sharding.chunks(corpus.texts(), size=corpus.size, share_read=corpus.share_read)
-        number = min(self.options.num_processes or num_cores(), sharding.num_chunks(corpus.size))
-        if number > 1:
-            return sharding.write(shards, found, job=self.job, num_processes=number)
-        return list(self._here(shards, found))
-
-    def _here(self, shards: Path, found: Iterable[sharding.Chunk]) -> Iterator[str]:
-        for chunk in found:
-            prefix = str(shards / f"{chunk.number:06d}")
-            if not bin_idx.is_whole(prefix):
-                write_shard(prefix, chunk.texts, self.tokenizer)
-            yield prefix
+        number = sharding.num_processes(self.options.num_processes, corpus.size)
+        here = partial(write_shard, tokenizer=self.tokenizer)
+        return sharding.write(shards, found, job=self.job, here=here, num_processes=number)
 
 
 def first_characters(texts: Iterable[str], *, most: int) -> Iterator[str]:

@@ -85,6 +85,11 @@ def identity(path: str | Sequence[str], *, key: str) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
+def size(path: str | Sequence[str], *, key: str) -> int:
+    """Bytes of all files of `path`, as they are stored."""
+    return sum(file.size for named in resolved(path, key=key) for file in named.files)
+
+
 def _named(path: str, *, key: str) -> Named:
     name, limit = path, None
     rows = re.fullmatch(r"(.+):(\d+)", path)
@@ -182,6 +187,10 @@ class Meter:
 
     def __init__(self) -> None:
         self.read = 0
+
+    def share(self, size: int) -> float:
+        """How much of `size` bytes that is, at most 1."""
+        return min(1.0, self.read / max(1, size))
 
 
 class _Counted(io.RawIOBase):

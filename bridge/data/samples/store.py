@@ -7,6 +7,7 @@ files.json     the files' paths
 """
 
 import json
+import shutil
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,8 @@ import numpy
 from numpy.typing import NDArray
 
 from bridge.data.encode.encoded import Encoded
+
+TOKENS, WEIGHTS, INDEX, FILES = "tokens.bin", "weights.bin", "samples.npy", "files.json"
 
 
 class Sample(NamedTuple):
@@ -30,15 +33,50 @@ class Sample(NamedTuple):
 def write(directory: Path, samples: Iterable[Encoded]) -> None:
     """Write `samples` into an existing `directory`, in their order."""
     ends, total, files = array("q"), 0, dict[str, int]()
-    with (directory / "tokens.bin").open("wb") as tokens, (directory / "weights.bin").open("wb") as weights:
+    with (directory / TOKENS).open("wb") as tokens, (directory / WEIGHTS).open("wb") as weights:
         for sample in samples:
             assert len(sample.tokens) == len(sample.weights)
             total += len(sample.tokens)
             numpy.asarray(sample.tokens, dtype=numpy.int32).tofile(tokens)
             numpy.asarray(sample.weights, dtype=numpy.float32).tofile(weights)
             ends.extend((total, files.setdefault(sample.file, len(files)), sample.line))
-    numpy.save(directory / "samples.npy", numpy.frombuffer(ends, dtype=numpy.int64).reshape(-1, 3))
-    (directory / "files.json").write_text(json.dumps([*files]))
+    _write_index(directory, numpy.frombuffer(ends, dtype=numpy.int64).reshape(-1, 3), files)
+
+
+def merge(directories: Iterable[Path], into: Path) -> None:
+    """Write into an existing directory what `write` of the samples of all `directories`, in their order, would."""
+    indices, total, files = [numpy.empty((0, 3), dtype=numpy.int64)], 0, dict[str, int]()
+    with (into / TOKENS).open("wb") as tokens, (into / WEIGHTS).open("wb") as weights:
+        for directory in directories:
+            index, names = _read_index(directory)
+            numbers = [files.setdefault(name, len(files)) for name in names]
+            index[:, 0] += total
+            index[:, 1] = numpy.array(numbers, dtype=numpy.int64)[index[:, 1]]
+            total = int(index[-1, 0]) if len(index) else total
+            indices.append(index)
+            for name, whole in ((TOKENS, tokens), (WEIGHTS, weights)):
+                with (directory / name).open("rb") as part:
+                    shutil.copyfileobj(part, whole, 1 << 22)
+    _write_index(into, numpy.concatenate(indices), files)
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether `directory` has all that `write` wrote; one that a crash of the machine cut off has not."""
+    try:
+        index, _ = _read_index(directory)
+        sizes = {(directory / name).stat().st_size for name in (TOKENS, WEIGHTS)}
+    except (OSError, ValueError, EOFError):
+        return False
+    return sizes == {4 * int(index[-1, 0]) if len(index) else 0}
+
+
+def _write_index(directory: Path, index: NDArray[numpy.int64], files: Iterable[str]) -> None:
+    numpy.save(directory / INDEX, index)
+    (directory / FILES).write_text(json.dumps([*files]))
+
+
+def _read_index(directory: Path) -> tuple[NDArray[numpy.int64], list[str]]:
+    return numpy.load(directory / INDEX), json.loads((directory / FILES).read_text())
 
 
 class Store:
@@ -46,10 +84,10 @@ class Store:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._index = numpy.load(directory / "samples.npy", mmap_mode="r")
-        self._files = json.loads((directory / "files.json").read_text())
-        self._tokens = _mapped(directory / "tokens.bin", numpy.int32)
-        self._weights = _mapped(directory / "weights.bin", numpy.float32)
+        self._index = numpy.load(directory / INDEX, mmap_mode="r")
+        self._files = json.loads((directory / FILES).read_text())
+        self._tokens = _mapped(directory / TOKENS, numpy.int32)
+        self._weights = _mapped(directory / WEIGHTS, numpy.float32)
 
     def __len__(self) -> int:
         return len(self._index)
