@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 from collections.abc import Mapping
@@ -19,10 +20,15 @@ DECLARED = ("class Config", "OBJECTIVE", "FAMILY")  # how the line begins that m
 _BRIDGE = Path(__file__).resolve().parent.parent
 
 
-def known(package: str) -> list[str]:
+@functools.cache
+def known(package: str) -> tuple[str, ...]:
     """The modules in bridge/<package> that declare one of DECLARED at top level (read as text, not imported)."""
     files = sorted((_BRIDGE / package).glob("*.py"))
-    return [file.stem for file in files if any(line.startswith(DECLARED) for line in file.open(encoding="utf-8"))]
+    return tuple(file.stem for file in files if any(map(_declares, file.read_text(encoding="utf-8").splitlines())))
+
+
+def _declares(line: str) -> bool:
+    return line.startswith(DECLARED)
 
 
 def require(key: str, name: Any, package: str) -> None:

@@ -29,6 +29,7 @@ from bridge.command_line import FULL_ERROR
 from bridge.errors import BridgeError, ConfigError
 from bridge.launch import (
     arguments,
+    compose_once,
     group_options,
     hydra_keys,
     model_of_init,
@@ -259,6 +260,7 @@ def _absolute(path: str) -> str:
 
 def _prepare_hydra() -> None:
     _declare_open_sections()
+    compose_once.from_now_on()
     group_options.share_repository()
     option_files.check_all()
     model_of_init.take_from_now_on(Path(_conf_directory()))

@@ -5,6 +5,7 @@ import textwrap
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from omegaconf import OmegaConf
@@ -39,6 +40,11 @@ def listing() -> str:
     """`group: option, option` for every group but Hydra's own, those of --config-dir included, in lines of WIDTH."""
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
+    return _listing(hydra)
+
+
+@functools.lru_cache(maxsize=1)  # every job of a sweep asks again
+def _listing(hydra: Hydra) -> str:
     groups = sorted(group for group in hydra.list_all_config_groups() if group.split("/")[0] != "hydra")
     lines = [f"{group}: {', '.join(sorted(hydra.config_loader.get_group_options(group)))}" for group in groups]
     return "\n".join(textwrap.fill(line, width=WIDTH, subsequent_indent="    ") for line in lines)

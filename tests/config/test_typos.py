@@ -1,6 +1,5 @@
 """One wrong letter in any key of any section or group file is refused, with the full key and the value."""
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,13 @@ def keys(values: dict[str, Any], *path: str) -> Iterator[tuple[str, ...]]:
 
 
 def misspelt(config: dict[str, Any], path: tuple[str, ...], *, keep: bool) -> tuple[dict[str, Any], str, Any]:
-    """A copy with the last letter of one key doubled; `keep`: beside the right key, as `+section.typo=` does."""
-    config = copy.deepcopy(config)
-    section = config
+    """`config` with the last letter of one key doubled; `keep`: beside the right key, as `+section.typo=` does.
+
+    Only the sections on the way to the key are copies.
+    """
+    config = section = dict(config)
     for name in path[:-1]:
-        section = section[name]
+        section[name] = section = dict(section[name])
     value = section[path[-1]] if keep else section.pop(path[-1])
     wrong = path[-1] + path[-1][-1]
     section[wrong] = value
