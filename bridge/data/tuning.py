@@ -25,7 +25,7 @@ from bridge.data.split import check_split
 from bridge.errors import ConfigError, shown
 from bridge.weights.hf_assets import CHAT_TEMPLATE, GENERATION, copy_tokenizer
 
-FORMAT = 2  # part of the cache key: raise it when the stored samples change their meaning
+FORMAT = 3  # part of the cache key: raise it when the stored samples change their meaning
 MANIFEST = "manifest.json"
 WORTH = 1 << 22  # bytes of rows that a process of their own is worth: its start costs as much as encoding two thirds
 

@@ -107,8 +107,19 @@ def test_what_is_trained_can_be_chosen(tmp_path: Path, messages: Any, rules: Any
     assert _trained(tmp_path, messages, **rules) == [expected]
 
 
+@pytest.mark.parametrize("template", ["PLAIN", "ENDING", "MARKING_MORE", "MOVING"])
+def test_everything_but_the_generation_prompts(tmp_path: Path, template: str):
+    talk = [{"role": "system", "content": "and "}, *TALK] if template == "MOVING" else TALK
+    before = "<|im_start|>user\nHello<|im_end|>\n"
+    between = "Paris.<|im_end|>\n<|im_start|>user\nand then?<|im_end|>\n"
+    end = "<|endoftext|>" if template == "ENDING" else ""
+    expected = [(before, 1), (between, 1), (f"France.<|im_end|>\n{end}", 1)]
+    assert _trained(tmp_path, talk, template=getattr(chat_tokenizer, template), train_on="all") == [expected]
+
+
 def test_everything_but_one_message(tmp_path: Path):
-    ((*_, last),) = _trained(tmp_path, [Q, {**A, "train": False}, TALK[2]], train_on="all")
+    ((first, last),) = _trained(tmp_path, [Q, {**A, "train": False}, TALK[2]], train_on="all")
+    assert first == ("<|im_start|>user\nHello<|im_end|>\n", 1)
     assert last == ("\n<|im_start|>user\nand then?<|im_end|>\n", 1)
 
 

@@ -48,11 +48,13 @@ def _talk(draw: random.Random, *, tools: bool) -> dict[str, Any]:
     return {"messages": messages, **({"tools": TOOLS} if tools else {})}
 
 
-def _encoded(record: dict[str, Any], template: templates.Template) -> tuple[list[Any], Counts]:
+def _encoded(
+    record: dict[str, Any], template: templates.Template, *, train_on: str = "assistant"
+) -> tuple[list[Any], Counts]:
     counts = Counts()
     talk = conversation.conversation(record, names=conversation.Names())
     row = Row(record, "talk.jsonl", 1)
-    return chat.encode(talk, template, row=row, rules=Rules(), counts=counts), counts
+    return chat.encode(talk, template, row=row, rules=Rules(train_on), counts=counts), counts
 
 
 def _ids(template: templates.Template, messages: list[Any], **options: Any) -> list[int]:
@@ -84,6 +86,22 @@ def _check(record: dict[str, Any], template: templates.Template) -> None:
             assert not rest.strip(), "what follows the end of a turn in its own text is white space"
 
 
+def _check_everything(record: dict[str, Any], template: templates.Template) -> None:
+    """With train_on=all every token of the one text counts but those that transformers adds to ask for an answer."""
+    messages, tools = record["messages"], record.get("tools")
+    ((sample,), _) = _encoded(record, template, train_on="all")
+    whole = _ids(template, messages, tools=tools)
+    assert list(sample.tokens) == whole
+    asking: set[int] = set()
+    for number in (number for number, each in enumerate(messages) if each["role"] == "assistant"):
+        before = _ids(template, messages[:number], tools=tools)
+        asked = _ids(template, messages[:number], tools=tools, add_generation_prompt=True)
+        assert asked[: len(before)] == before
+        pairs = enumerate(zip(asked, [*whole, None], strict=False))
+        asking |= {*range(len(before), next((at for at, (one, other) in pairs if one != other), len(asked)))}
+    assert {at for at, weight in enumerate(sample.weights) if weight != 1.0} == asking
+
+
 def _runs(sample: Any) -> Iterator[tuple[int, int]]:
     start = None
     for at, weight in enumerate([*sample.weights, 0.0]):
@@ -102,8 +120,11 @@ def test_a_model_s_own_template(name: str, tools: bool, real_model: Callable[[st
     directory = real_model(name) if name in fetch.SOURCES else fetch.fetch_tokenizer(name)
     template = templates.load(directory, file=None, arguments={})
     draw = random.Random(name)
-    for _ in range(12):
-        _check(_talk(draw, tools=tools), template)
+    for number in range(12):
+        talk = _talk(draw, tools=tools)
+        _check(talk, template)
+        if number < 4:
+            _check_everything(talk, template)
 
 
 @pytest.mark.parametrize("tools", [False, True])

@@ -74,7 +74,7 @@ def marked(talk: Conversation, template: Template, *, rules: Rules, counts: Coun
     for number, weight in _weights(talk.messages, rules).items():
         turn = view.turn(number, weight, counts)
         turns += [] if turn is None else [turn]
-    everything = [Span(0, len(whole), 1.0)] if rules.train_on == "all" else []
+    everything = [Span(0, len(whole), 1.0), *view.prompts(whole)] if rules.train_on == "all" else []
     if all(whole.startswith(turn.text[: turn.end]) for turn in turns):
         spans = [span for turn in turns for span in _with_stop(whole, turn, template, counts)]
         return [Marked(whole, everything + spans)]
@@ -161,6 +161,38 @@ class _View:
             spans = self._by_part(number, text, spans)
         return Turn(number, text, spans) if spans else None
 
+    def prompts(self, whole: str) -> list[Span]:
+        """The generation prompts in `whole`, all messages as text: spans of weight 0, since no model writes them."""
+        spans = []
+        for number, message in enumerate(self.messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.render(number) if number else ""
+            try:
+                prompt = self.render(number, prompt=True)
+            except InvalidRow:  # the template has no prompt before any message
+                continue
+            start, end = (self._alike(prompt, other) for other in (before, whole))
+            asks = prompt[start:]
+            if asks and end < len(prompt):  # something is written otherwise there
+                content = self._content(number, whole, len(self.messages))
+                if content is not None and whole[:content].endswith(asks):
+                    start, end = content - len(asks), content
+                elif content is not None:
+                    end = min(end, content)
+            if end > start:
+                spans.append(Span(start, end, 0.0))
+        return spans
+
+    def _alike(self, text: str, other: str) -> int:
+        """How many characters of `text` there are in whole tokens that `other` begins with, too."""
+        if text.startswith(other) or other.startswith(text):
+            return min(len(text), len(other))
+        tokens, others = self.template.tokens(text), self.template.tokens(other).ids
+        pairs = enumerate(zip(tokens.ids, others, strict=False))
+        differing = (tokens.starts[at] for at, (one, another) in pairs if one != another)
+        return next(differing, min(len(text), len(other)))
+
     def _asked_by(self, number: int, prompt: str, text: str) -> str:
         """`text`, which ends in an answer, as it goes on from `prompt`.
 
@@ -169,7 +201,7 @@ class _View:
         """
         if text.startswith(prompt):
             return text
-        before, start = self.render(number), self._content(number, text)
+        before, start = self.render(number), self._content(number, text, number + 1)
         asks = prompt[len(before) :] if prompt.startswith(before) else ""
         if start is not None and text[:start].endswith(asks or prompt[-_ALIKE:]):
             return prompt + text[start:]
@@ -208,19 +240,19 @@ class _View:
 
     def _content_start(self, number: int, text: str) -> int:
         """Where the content of a message that no prompt precedes begins; else where the message does."""
-        start = self._content(number, text)
+        start = self._content(number, text, number + 1)
         if start is not None:
             return start
         before = self.render(number) if number else ""
         return len(before) if text.startswith(before) else 0
 
-    def _content(self, number: int, text: str) -> int | None:
-        """Where the content of the last message of `text` begins; None where the template changes it."""
+    def _content(self, number: int, text: str, count: int) -> int | None:
+        """Where the content of a message begins in `text`, the first `count` of them; None where it changes."""
         content = self.messages[number].get("content")
         if not isinstance(content, str) or not content:
             return None
         changed = {**self.messages[number], "content": BORDER + content}
-        tried = self.render(0, messages=[*self.messages[:number], changed])
+        tried = self.render(0, messages=[*self.messages[:number], changed, *self.messages[number + 1 : count]])
         return tried.index(BORDER) if BORDER in tried and tried.replace(BORDER, "") == text else None
 
     def _by_part(self, number: int, text: str, spans: list[Span]) -> list[Span]:

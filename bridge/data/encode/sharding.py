@@ -25,7 +25,7 @@ MODULE = "bridge.data.encode.process"
 class Made(NamedTuple):
     """What a shard holds: documents or samples, and their tokens."""
 
-    count: int
+    number: int
     tokens: int
 
 
@@ -223,7 +223,7 @@ class _Progress:
         self.before = max(self.before, chunk.read)
 
     def made(self, chunk: Chunk, made: Made) -> None:
-        self.count += made.count
+        self.count += made.number
         self.tokens += made.tokens
         self.read = max(self.read, chunk.read)
         now = time.monotonic()
