@@ -63,7 +63,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     parallelism: dict[str, Any] = field(default_factory=dict)
     precision: dict[str, Any] = field(default_factory=dict)
-    global_batch_size: int = 8
+    global_batch_size: int = 4
 
 
 CASES = {
@@ -73,15 +73,15 @@ CASES = {
     "TP": Case(2, {"qk_layernorm": True}, TP2),
     "TP, whole sequences": Case(2, {}, {"tensor_model_parallel_size": 2}),
     "CP": Case(2, {}, {"context_parallel_size": 2}),
-    "PP, tied, sharded": Case(4, TIED, PP2 | SHARDED),
-    "VPP": Case(2, {}, VPP2),
-    "MTP": Case(2, TIED | {"mtp_num_layers": 1}, PP2),
+    "PP, tied, sharded": Case(4, TIED, PP2 | SHARDED, global_batch_size=8),
+    "VPP": Case(2, {}, VPP2, global_batch_size=8),
+    "MTP": Case(2, TIED | {"mtp_num_layers": 1}, PP2, global_batch_size=8),
     "full": Case(1, {}, FULL),
     "block": Case(1, {}, BLOCK),
     "mlp, layernorm": Case(1, {}, selective("mlp", "layernorm")),
-    "experts": Case(2, {**SHARED, "moe_layer_freq": [0, 1, 1, 1]}, PP2),
+    "experts": Case(2, {**SHARED, "moe_layer_freq": [0, 1, 1, 1]}, PP2, global_batch_size=8),
     # One micro-batch a rank: of several each rank holds its experts' fullest, which is more than the mean of all ranks.
-    "EP, TP, sharded": Case(4, EXPERTS, EP2 | TP2 | SHARDED | {"expert_tensor_parallel_size": 1}, global_batch_size=4),
+    "EP, TP, sharded": Case(4, EXPERTS, EP2 | TP2 | SHARDED | {"expert_tensor_parallel_size": 1}),
     "EP, allgather": Case(2, EXPERTS | {"moe_token_dispatcher_type": "allgather"}, EP2),
     "experts again": Case(1, SHARED, selective("moe")),
     "capacity": Case(1, {**EXPERTS, "moe_expert_capacity_factor": 1.5, "moe_pad_expert_input_to_capacity": True}),

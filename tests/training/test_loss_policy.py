@@ -41,7 +41,7 @@ def strict_lines(run: Any) -> list[dict[str, Any]]:
 def listed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], list[list[int]]]:
     """Losses and samples of a run told beforehand to leave step BAD out."""
     run = run_with(tmp_path_factory.mktemp("listed"), "listed", iterations_to_skip=[BAD])
-    run_distributed(train, 2, run, fresh=True)
+    run_distributed(train, 2, run)
     lines = strict_lines(run)[:-1]
     assert lines[BAD - 1]["loss"] is None and lines[BAD - 1]["grad_norm"] is None
     assert [line["skipped"] for line in lines] == [0] * (BAD - 1) + [1] * 4
@@ -52,7 +52,7 @@ def listed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], list[
 
 def test_a_listed_step_trains_on_nothing(tmp_path: Path, listed: Any) -> None:
     straight = run_with(tmp_path, "straight")
-    lines = run_distributed(train, 2, straight, fresh=True)[0].lines
+    lines = run_distributed(train, 2, straight)[0].lines
     assert losses(lines)[: BAD - 1] == listed[0][: BAD - 1] and losses(lines)[BAD:] != listed[0][BAD:]
     assert sample_ids(straight.run_dir) == listed[1]
 
@@ -69,7 +69,7 @@ def test_a_bad_step_is_left_out_on_all_ranks_as_if_it_had_been_listed(
     tmp_path: Path, listed: Any, policy: dict[str, Any], factor: float, gradient: float, counted: str
 ) -> None:
     run = run_with(tmp_path, "run", **policy)
-    run_distributed(train, 2, bad(run, factor, gradient), fresh=True)
+    run_distributed(train, 2, bad(run, factor, gradient))
     lines = strict_lines(run)[:-1]
     assert losses(lines)[BAD:] == listed[0][BAD:] and sample_ids(run.run_dir) == listed[1]
     assert [line["skipped"] for line in lines] == [line[counted] for line in lines] == [0] * (BAD - 1) + [1] * 4
@@ -84,15 +84,15 @@ def test_stages_of_a_pipeline_leave_a_step_out_together(tmp_path: Path) -> None:
     }
     known = config(tmp_path, name="known", train={**STEPS, "iterations_to_skip": [BAD]}, **stages)
     found = config(tmp_path, name="found", train={**STEPS, "nonfinite_loss": "skip"}, **stages)
-    run_distributed(train, 2, known, fresh=True)
-    run_distributed(train, 2, bad(found, math.nan, micro_batches=2), fresh=True)
+    run_distributed(train, 2, known)
+    run_distributed(train, 2, bad(found, math.nan, micro_batches=2))
     assert strict_lines(found)[BAD - 1]["nonfinite"] == 1
     assert losses(strict_lines(found)[BAD:]) == losses(strict_lines(known)[BAD:])
 
 
 def test_a_loss_that_is_not_finite_goes_into_the_metrics_as_null_and_training_on(tmp_path: Path) -> None:
     run = run_with(tmp_path, "run", nonfinite_loss="continue")
-    run_distributed(train, 2, bad(run, math.inf), fresh=True)
+    run_distributed(train, 2, bad(run, math.inf))
     lines = strict_lines(run)[:-1]
     assert lines[BAD - 1]["loss"] is None and len(lines) == 16
     assert [line["nonfinite"] for line in lines] == [0] * (BAD - 1) + [1] * 4
@@ -103,14 +103,14 @@ def test_a_loss_that_is_not_finite_goes_into_the_metrics_as_null_and_training_on
 def test_an_error_reports_the_steps_up_to_it_and_saves_nothing(tmp_path: Path, policy: Any, factor: float) -> None:
     run = run_with(tmp_path, "run", **policy)
     with pytest.raises(AssertionError, match=rf"FloatingPointError: step {BAD}: loss (is inf|.* is above 10 times)"):
-        run_distributed(train, 2, bad(run, factor), fresh=True)
+        run_distributed(train, 2, bad(run, factor))
     assert [line["step"] for line in strict_lines(run)] == list(range(1, BAD + 1))
     assert not (run.run_dir / "checkpoints").exists()
 
 
 def test_a_resumed_run_remembers_what_a_spike_is_measured_against(tmp_path: Path, listed: Any) -> None:
     policy = {"spiking_loss": "skip", "loss_spike_factor": 3.0}
-    run_distributed(train, 2, run_with(tmp_path, "run", **policy, exit_interval=BAD - 1), fresh=True)
+    run_distributed(train, 2, run_with(tmp_path, "run", **policy, exit_interval=BAD - 1))
     run = run_with(tmp_path, "run", **policy)
-    run_distributed(train, 2, bad(run, 10.0, first=1), fresh=True)
+    run_distributed(train, 2, bad(run, 10.0, first=1))
     assert losses(strict_lines(run)[:-1])[BAD:] == listed[0][BAD:]

@@ -42,13 +42,13 @@ def ended(
         keys = dict(zip(("rank", "first", "computations"), faulty, strict=True))
         objective = {"name": "tests.training.bad_objective", "micro_batches": 4 // world_size, "factor": math.nan}
         run = dataclasses.replace(run, objective=objective | keys)
-    return run_distributed(train_to_the_end, world_size, run, host, fresh=True)
+    return run_distributed(train_to_the_end, world_size, run, host)
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     run = config(tmp_path_factory.mktemp("straight"), train=STEPS, model={"hidden_dropout": 0.1})
-    return losses(run_distributed(train, 2, run, fresh=True)[0].lines)
+    return losses(run_distributed(train, 2, run)[0].lines)
 
 
 def dropping(directory: Path, **overrides: Any) -> Any:
@@ -111,7 +111,7 @@ def test_injected_faults_are_classified(tmp_path: Path, kind: str, first: str, e
 
 def test_every_step_twice_trains_the_same_and_reports_how_much_differs(tmp_path: Path, straight: list[float]) -> None:
     run = dropping(tmp_path, rerun={"mode": "report_determinism_stats"})
-    ran, printed = run_distributed(train_and_print, 2, run, fresh=True)[0]
+    ran, printed = run_distributed(train_and_print, 2, run)[0]
     assert losses(ran.lines) == straight
     assert "every step computed twice: 12 samples, all identical" in printed  # 6 steps of 2 ranks
 
@@ -121,6 +121,6 @@ def test_a_router_counts_the_tokens_of_a_repeated_step_once(tmp_path: Path) -> N
     model = EXPERTS
     straight = config(tmp_path, name="straight", whole_model=model, train=STEPS)
     options: dict[str, Any] = {"train": {**STEPS, "nonfinite_loss": "continue"}, "rerun": {"mode": "validate_results"}}
-    expected = losses(run_distributed(train, 1, straight, fresh=True)[0].lines)
+    expected = losses(run_distributed(train, 1, straight)[0].lines)
     (result,) = ended(config(tmp_path, name="faulty", whole_model=model, **options), faulty=(0, 3, 1))
     assert result.ran is not None and losses(result.ran.lines) == expected

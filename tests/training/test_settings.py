@@ -18,11 +18,13 @@ from bridge import parallel
 from bridge.config import effect, layout, mcore_fields, routing
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError
+from bridge.models import ddp
 from bridge.training import batches, settings, setup
 from tests.distributed import run_distributed
 from tests.training import every_field, refused_fields, runs
 from tests.training.refused_fields import NOT_FROM_YAML, REFUSED, UNREAD
 
+TIMEOUT = 400.0  # seconds for all fields of a world, on a machine that others use as well
 BASE = {"model": runs.MODEL, "optimizer": runs.ADAM, "precision": runs.FP32}
 # What megatron-core makes of the values of tests.training.every_field that it does not keep as they are.
 FORMS: dict[str, Any] = {
@@ -68,6 +70,7 @@ def outcome(name: str, folder: Path) -> str:
     """`live`, or the message of the ConfigError. Fails where the value is neither refused nor there."""
     for variable in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):  # of the model built before
         os.environ.pop(variable, None)
+    job = None
     try:
         config = configuration(name, folder)
         routed = config.routed
@@ -81,11 +84,11 @@ def outcome(name: str, folder: Path) -> str:
         check_arrived(name, job)
         chunks = range(len(job.state.model))
         read = [batches.training(job.datasets.train, train=config.train, consumed=0, num_workers=0) for _ in chunks]
-        num_microbatches = 4 // parallel.size("dp")
-        assert runs.one_step(job, read, micro_batch_size=1, num_microbatches=num_microbatches).updated is not None
+        assert runs.one_step(job, read, micro_batch_size=1, num_microbatches=2).updated is not None
         return "live"
     finally:
-        parallel.teardown(keep_world="RANK" in os.environ)
+        ddp.release(job.state.model if job else [])
+        parallel.teardown(keep_world=True)
 
 
 def check_arrived(name: str, job: setup.Job) -> None:
@@ -111,31 +114,30 @@ def check_arrived(name: str, job: setup.Job) -> None:
 
 
 def outcomes(names: list[str], folder: Path) -> dict[str, str]:
+    os.chdir(folder)  # config_logger_dir is relative to it
     return {name: outcome(name, folder) for name in names}
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Outcomes of the fields that need two processes, all in one pair of them."""
-    names = [name for name in every_field.names() if world_size(name) == 2]
-    (first, second) = run_distributed(outcomes, 2, names, tmp_path_factory.mktemp("two"), fresh=True)
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Outcomes of all fields: of those that need two processes in one pair of them, of the others in one."""
+    names = {size: [name for name in every_field.names() if world_size(name) == size] for size in (1, 2)}
+    (alone,) = run_distributed(outcomes, 1, names[1], tmp_path_factory.mktemp("one"), timeout=TIMEOUT, fresh=True)
+    first, second = run_distributed(outcomes, 2, names[2], tmp_path_factory.mktemp("two"), timeout=TIMEOUT, fresh=True)
     assert first == second
-    return first
+    return alone | first
 
 
 @pytest.mark.parametrize("name", every_field.names())
-def test_a_field_arrives_or_is_refused(
-    name: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(tmp_path)  # config_logger_dir is relative to it
-    found = outcome(name, tmp_path) if world_size(name) == 1 else request.getfixturevalue("on_two_ranks")[name]
+def test_a_field_arrives_or_is_refused(name: str, found: dict[str, str]):
+    outcome = found[name]
     if name not in REFUSED:
-        assert found == "live"
+        assert outcome == "live"
         return
-    key, _, message = found.partition(": ")
-    assert key.partition(".")[2] in every_field.settings_of(name), found
+    key, _, message = outcome.partition(": ")
+    assert key.partition(".")[2] in every_field.settings_of(name), outcome
     assert message and "\n" not in message
-    assert any(way in message for way in ("set ", "leave ")), f"no way out: {found}"
+    assert any(way in message for way in ("set ", "leave ")), f"no way out: {outcome}"
 
 
 def test_lists_of_fields_are_of_fields():
@@ -213,8 +215,8 @@ def losses(folder: Path, overlapped: bool) -> list[float]:
 
 def test_mixing_two_micro_batches_changes_nothing(tmp_path: Path):
     """megatron-core's plan of one micro-batch's backward and another's forward pass gives the plain schedule's loss."""
-    plain = run_distributed(losses, 2, tmp_path, False, fresh=True)[0]
-    mixed = run_distributed(losses, 2, tmp_path, True, fresh=True)[0]
+    plain = run_distributed(losses, 2, tmp_path, False)[0]
+    mixed = run_distributed(losses, 2, tmp_path, True)[0]
     assert mixed == pytest.approx(plain, abs=2e-3)  # bf16: the order of sums differs
     assert plain[-1] != pytest.approx(plain[0], abs=2e-2)
 
@@ -228,7 +230,9 @@ def job(tmp_path: Path) -> Any:
         parallelism={"overlap_grad_reduce": True, "bucket_size": 1000, "tensor_model_parallel_size": 1},
     )
     setup.join(config)
-    yield setup.build(config, setup.prepare_data(config))
+    job = setup.build(config, setup.prepare_data(config))
+    yield job
+    ddp.release(job.state.model)
     parallel.teardown()
 
 
