@@ -1,4 +1,4 @@
-"""A run that changes its layout at every second step goes on as the one that never did: weights, moments, loss scale,
+"""A run that changes its layout at every step goes on as the one that never did: weights, moments, loss scale,
 schedule and data position of a checkpoint belong to no layout and to no kind of optimizer."""
 
 import shutil
@@ -62,15 +62,15 @@ FLOAT16 = {
 
 
 def moved_and_not(folder: Path, layouts: str, **options: Any) -> tuple[Ran, Ran]:
-    """The run that takes two steps in each of `layouts`, and the one that takes all of them in the first."""
+    """The run that takes a step in each of `layouts`, and the one that takes all of them in the first."""
     names = layouts.split()
-    limits = {"steps": 2 * len(names), "eval_interval": None}
+    limits = {"steps": len(names), "eval_interval": None}
     options = {"data": {"vocab_size": 99, "num_samples": 5}, **options}
     for number, name in enumerate(names):
         ranks, parallelism = LAYOUTS[name]
-        run = config(folder, name="moved", parallelism=parallelism, train={**limits, "exit_interval": 2}, **options)
+        run = config(folder, name="moved", parallelism=parallelism, train={**limits, "exit_interval": 1}, **options)
         moved = run_distributed(train, ranks, run)[0]
-        assert moved.step == 2 * (number + 1)
+        assert moved.step == number + 1
     ranks, parallelism = LAYOUTS[names[0]]
     straight = config(folder, name="straight", parallelism=parallelism, train=limits, **options)
     return moved, run_distributed(train, ranks, straight)[0]

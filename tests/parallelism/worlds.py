@@ -15,7 +15,7 @@ from bridge.weights.dist_files import open_dist
 from tests.distributed import run_distributed
 from tests.training.runs import Ran, config, losses, train
 
-STEPS = 5
+STEPS = 3
 TIMEOUT = 400.0  # seconds for all runs of a world; they take about twenty, more on a busy machine
 PARALLELISM = Path(__file__).resolve().parents[2] / "conf" / "parallelism"
 
@@ -73,6 +73,7 @@ class Trained:
             # Samples mask different shares of their tokens, so that a mean of means goes wrong.
             "data": {"source": "tests.training.masked", "sequence_length": 16, "vocab_size": 100, "num_samples": 50},
             "train": {"steps": STEPS, "eval_interval": None, "global_batch_size": 2 if experts else 4},
+            "scheduler": {"lr_warmup_steps": 2},
             "objective": {"name": "tests.training.probability"},
         }
         sections = common.keys() | case.options.keys()
