@@ -115,7 +115,11 @@ def check_arrived(name: str, job: setup.Job) -> None:
 
 def outcomes(names: list[str], folder: Path) -> dict[str, str]:
     os.chdir(folder)  # config_logger_dir is relative to it
-    return {name: outcome(name, folder) for name in names}
+    found = {}
+    for name in names:
+        print(f"--- {name}", flush=True)
+        found[name] = outcome(name, folder)
+    return found
 
 
 @pytest.fixture(scope="module")
