@@ -8,6 +8,8 @@ max_position_embeddings (64) to differ from the default.
 import copy
 import dataclasses
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -105,21 +107,37 @@ def save(
     save_original_format: bool = True,
     **overrides: Any,
 ) -> Path:
-    """`model(...)` saved by transformers into `directory`, beside a byte-level tokenizer. Returns `directory`."""
-    built = model(variant, dtype=dtype, seed=seed, **overrides)
-    built.save_pretrained(directory, max_shard_size=max_shard_size, save_original_format=save_original_format)
+    """`model(...)` saved by transformers into `directory`, beside a byte-level tokenizer. Returns `directory`.
+
+    Saved once per process: whoever asks again has a copy.
+    """
+    key = repr((variant, dtype, seed, tokenizer, max_shard_size, save_original_format, sorted(overrides.items())))
+    if key not in _saved:
+        folder = tempfile.TemporaryDirectory(prefix="hf_")
+        place = Path(folder.name)
+        built = model(variant, dtype=dtype, seed=seed, **overrides)
+        built.save_pretrained(place, max_shard_size=max_shard_size, save_original_format=save_original_format)
+        _complete(variant, place, built.config, seed=seed, max_shard_size=max_shard_size)
+        if tokenizer:
+            byte_tokenizer().save_pretrained(place)
+        _saved[key] = folder
+    return shutil.copytree(_saved[key].name, directory, dirs_exist_ok=True)
+
+
+_saved: dict[str, tempfile.TemporaryDirectory[str]] = {}
+
+
+def _complete(variant: str, directory: Path, saved_config: Any, *, seed: int, max_shard_size: str) -> None:
+    """What transformers does not write: a model_type without a class there, modules of multi-token prediction."""
     own = family_of(VARIANTS[variant].family).model_type
-    if own != built.config.model_type:  # transformers has no class for it but another's
+    if own != saved_config.model_type:  # transformers has no class for it but another's
         config_json = directory / "config.json"
         content = json.loads(config_json.read_text())
         config_json.write_text(json.dumps({**content, "model_type": own}))
-    if getattr(built.config, "num_mtp_layers", 0):
+    if getattr(saved_config, "num_mtp_layers", 0):
         generator = torch.Generator().manual_seed(seed + 1)
         fill = partial(draw, generator=generator)
-        hf_predictions.add(directory, built.config, draw=fill, max_shard_size=max_shard_size)
-    if tokenizer:
-        byte_tokenizer().save_pretrained(directory)
-    return directory
+        hf_predictions.add(directory, saved_config, draw=fill, max_shard_size=max_shard_size)
 
 
 def byte_tokenizer() -> Any:

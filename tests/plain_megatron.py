@@ -4,6 +4,7 @@ Weights come from a tiny Hugging Face model of `tests.hf_models` by a mapping wr
 """
 
 import argparse
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,6 @@ def _layer_part(place: str, hf: dict[str, Tensor], layer: str, *, rank: int, siz
 
 def save(kind: str, hf: Path, directory: Path, layout: dict[str, int], metadata: dict[str, Any] | None, prefix: str):
     """Run on every rank: a checkpoint as training scripts write it, with random state and counters beside the model."""
-    from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     model = build(kind, **layout)
@@ -139,7 +139,17 @@ def save(kind: str, hf: Path, directory: Path, layout: dict[str, int], metadata:
         "iteration": 1000,
         "checkpoint_version": 3.0,
     }
-    dist_checkpointing.save(content, str(directory), content_metadata=metadata)
+    save_checkpoint(content, directory, content_metadata=metadata)
+
+
+def save_checkpoint(content: dict[str, Any], directory: Path, **options: Any) -> None:
+    """megatron-core's own save. What its writers tell goes through a queue of this process, which waits for them: else
+    each rank's first save starts a server for it, a process that imports torch for 2 s."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()
+    dist_checkpointing.save(content, str(directory), **options)
 
 
 def load(kind: str, hf: Path, directory: Path, layout: dict[str, int]) -> int:

@@ -54,7 +54,7 @@ def test_equal_to_torch_on_whole_logits(dtype, temperature, tp, monkeypatch):
         with parallel.single_process():
             results = [ours(dtype, temperature)]
     else:
-        results = run_distributed(on_ranks, tp, dtype, temperature, tp, fresh=True)
+        results = run_distributed(on_ranks, tp, dtype, temperature, tp)
     values, gradient = expected(dtype, temperature)
     for found, _ in results:
         assert found.dtype == torch.float32
@@ -137,7 +137,7 @@ def test_every_layout_equals_transformers(tiny_hf, layout):
     path = tiny_hf("qwen3")
     theirs = by_transformers(path, hf_models.prompts(batch=4))
     size = {"pp2": 1, "pp2_vpp2": 2}.get(layout)
-    for found in run_distributed(of_layout, 2, path, LAYOUTS[layout], size, layout.startswith("tp"), fresh=True):
+    for found in run_distributed(of_layout, 2, path, LAYOUTS[layout], size, layout.startswith("tp")):
         torch.testing.assert_close(found, theirs, atol=1e-4, rtol=0)
 
 
@@ -161,7 +161,7 @@ def refusals(path, parallelism, micro_batch_size, grad, length):
 )
 def test_what_cannot_be_computed_is_refused(tiny_hf, layout, micro_batch_size, grad, length, message):
     path = tiny_hf("qwen3")
-    for found in run_distributed(refusals, 2, path, LAYOUTS[layout], micro_batch_size, grad, length, fresh=True):
+    for found in run_distributed(refusals, 2, path, LAYOUTS[layout], micro_batch_size, grad, length):
         assert found.startswith(message)
 
 

@@ -122,7 +122,7 @@ def groups_of_others(path):
 
 
 def test_process_groups_of_another_program(tiny_hf):
-    for messages in run_distributed(groups_of_others, 2, tiny_hf("llama"), fresh=True):
+    for messages in run_distributed(groups_of_others, 2, tiny_hf("llama")):
         assert messages == [
             "parallelism.tensor_model_parallel_size: 2, but this process group has 1; set that",
             "parallelism.virtual_pipeline_model_parallel_size: 2, but this process group has 1; set that",
@@ -140,7 +140,7 @@ def expert_groups(path):
 
 
 def test_sizes_of_expert_groups_are_checked(tiny_hf):
-    for messages in run_distributed(expert_groups, 2, tiny_hf("qwen3_moe"), fresh=True):
+    for messages in run_distributed(expert_groups, 2, tiny_hf("qwen3_moe")):
         assert messages == [
             "parallelism.expert_model_parallel_size: 1, but this process group has 2; set that",
             "parallelism.expert_tensor_parallel_size: 2, but this process group has 1; set that",

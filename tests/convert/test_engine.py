@@ -23,7 +23,7 @@ def test_workers_write_the_same_model(tiny_hf, tmp_path):
     summary = export_hf(tmp_path / "megatron", tmp_path / "back", workers=2, max_shard_size="50KB")
     assert summary.startswith("export: 39 tensors, ")
     assert_same(tensors(tmp_path / "back"), tensors(source))
-    ranks = run_distributed(load_by_mcore, 2, tmp_path / "megatron", {"tensor_model_parallel_size": 2}, fresh=True)
+    ranks = run_distributed(load_by_mcore, 2, tmp_path / "megatron", {"tensor_model_parallel_size": 2})
     assert torch.equal(ranks[0]["decoder.final_layernorm.weight"], tensors(source)["model.norm.weight"].float())
 
 

@@ -1,5 +1,6 @@
 """Checkpoints by plain megatron-core scripts convert, and what we write loads in such scripts."""
 
+import shutil
 import sys
 
 import pytest
@@ -20,7 +21,7 @@ from bridge.models.hf import config as hf_config
 from bridge.sources.load import load_initial
 from bridge.weights import locate, pointer
 from bridge.weights.dist_files import open_dist
-from tests import plain_megatron
+from tests import hf_models, plain_megatron
 from tests.distributed import run_distributed
 
 ONE = {"tp": 1, "pp": 1}
@@ -60,13 +61,21 @@ def test_every_naming_converts_with_a_reference(tiny_hf, tmp_path, kind, layout,
     assert verify(source, saved, reference=source)["passed"]
 
 
-@pytest.fixture
-def llama(tiny_hf, tmp_path):
+@pytest.fixture(scope="module")
+def saved_llama(tmp_path_factory):
     """The Hugging Face source, and the checkpoint as Megatron-LM's script lays it out: tracker file and iteration."""
-    source, root = tiny_hf("llama"), tmp_path / "run"
-    save("llama", source, root / "iter_0001000")
-    (root / pointer.LATEST).write_text("1000")
-    return source, root
+    folder = tmp_path_factory.mktemp("llama")
+    hf_models.save("llama", folder / "hf_llama")
+    save("llama", folder / "hf_llama", folder / "run" / "iter_0001000")
+    (folder / "run" / pointer.LATEST).write_text("1000")
+    return folder
+
+
+@pytest.fixture
+def llama(saved_llama, tmp_path):
+    """Source and checkpoint, which the test may change."""
+    shutil.copytree(saved_llama, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "hf_llama", tmp_path / "run"
 
 
 def keep_arguments(root, **changes):
@@ -202,10 +211,8 @@ def test_what_we_import_loads_in_a_plain_script(tiny_hf, tmp_path, kind, layout)
     import_hf(source, tmp_path / "ours")
     directory = locate.locate(tmp_path / "ours").directory
     world_size = layout["tp"] * layout["pp"]
-    assert (
-        run_distributed(plain_megatron.load, world_size, kind, source, directory, layout, fresh=True)
-        == [0] * world_size
-    )
+    wrong = run_distributed(plain_megatron.load, world_size, kind, source, directory, layout)
+    assert wrong == [0] * world_size
 
 
 def test_model_yaml_of_a_run_serves_as_a_file(llama, tmp_path):

@@ -175,7 +175,7 @@ def load_by_mcore(root, parallelism):
 def test_megatron_core_loads_an_import_at_any_layout(tiny_hf, tmp_path, parallelism):
     source = tiny_hf("llama")
     import_hf(source, tmp_path / "megatron")
-    ranks = run_distributed(load_by_mcore, 2 if parallelism else 1, tmp_path / "megatron", parallelism, fresh=True)
+    ranks = run_distributed(load_by_mcore, 2 if parallelism else 1, tmp_path / "megatron", parallelism)
     norm = tensors(source)["model.norm.weight"]
     down = tensors(source)["model.layers.3.mlp.down_proj.weight"]
     assert torch.equal(ranks[-1]["decoder.final_layernorm.weight"], norm)
