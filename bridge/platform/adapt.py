@@ -113,5 +113,4 @@ def _adapt() -> None:
         cpu.redirect_cuda_calls()
         cpu.redirect_random_states()
         gloo.fill_gaps()
-        gloo.share_groups_of_one()
         grad_norm.install()

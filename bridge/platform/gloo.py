@@ -1,7 +1,5 @@
-"""Two things NCCL does and gloo (torch 2.13) does not, on the paths of megatron-core 0.16.1 used here; and groups of
-one rank, which cost gloo as much as any."""
+"""Two things NCCL does and gloo (torch 2.13) does not, on the paths of megatron-core 0.16.1 used here."""
 
-import functools
 from typing import Any
 
 import torch
@@ -34,37 +32,6 @@ def fill_gaps() -> None:
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, scatter
     # The stock function returns numpy only for CUDA tensors; all_to_all_single then fails on a tensor of sizes.
     dispatcher.maybe_move_tensor_to_cpu = sizes_to_host
-
-
-def share_groups_of_one() -> None:
-    """Let each rank's megatron-core groups that hold it alone be one group: a process alone has twenty of them.
-
-    Each takes gloo 7 ms, three threads and their wake-ups; NCCL starts nothing before a group is used. Larger groups
-    stay apart, as messages of two of them could be taken for each other's.
-    """
-    from megatron.core import parallel_state
-
-    state: Any = parallel_state
-    initialize, create = state.initialize_model_parallel, state.create_group
-
-    @functools.wraps(initialize)
-    def initialize_sharing(*arguments: Any, **options: Any) -> None:
-        alone: dict[int, Any] = {}
-
-        def create_or_share(ranks: Any = None, *others: Any, **named: Any) -> Any:
-            if ranks is None or len(ranks) != 1:
-                return create(ranks, *others, **named)
-            if ranks[0] not in alone:
-                alone[ranks[0]] = create(ranks, *others, **named)
-            return alone[ranks[0]]
-
-        state.create_group = create_or_share
-        try:
-            initialize(*arguments, **options)
-        finally:
-            state.create_group = create
-
-    state.initialize_model_parallel = initialize_sharing
 
 
 def gather_uneven(x: torch.Tensor, group: Any, sizes: list[int]) -> torch.Tensor:

@@ -194,7 +194,9 @@ def test_two_ranks_export_save_and_load(tiny_hf, tmp_path, variant, layout):
     for name in expected:
         if name.endswith("e_score_correction_bias"):  # float32 in megatron-core whatever the weights are
             expected[name] = expected[name].float()
-    for whole, parts, loaded, refused in run_distributed(export_in_parts, 2, path, LAYOUTS[layout], tmp_path):
+    for whole, parts, loaded, refused in run_distributed(
+        export_in_parts, 2, path, LAYOUTS[layout], tmp_path, fresh=True
+    ):
         for found in (whole, parts, loaded):
             assert same(found, expected)
         assert all(message.startswith("path: ") and "exists" in message for message in refused)

@@ -137,7 +137,7 @@ def test_every_layout_equals_transformers(tiny_hf, layout):
     path = tiny_hf("qwen3")
     theirs = by_transformers(path, hf_models.prompts(batch=4))
     size = {"pp2": 1, "pp2_vpp2": 2}.get(layout)
-    for found in run_distributed(of_layout, 2, path, LAYOUTS[layout], size, layout.startswith("tp")):
+    for found in run_distributed(of_layout, 2, path, LAYOUTS[layout], size, layout.startswith("tp"), fresh=True):
         torch.testing.assert_close(found, theirs, atol=1e-4, rtol=0)
 
 
@@ -161,7 +161,7 @@ def refusals(path, parallelism, micro_batch_size, grad, length):
 )
 def test_what_cannot_be_computed_is_refused(tiny_hf, layout, micro_batch_size, grad, length, message):
     path = tiny_hf("qwen3")
-    for found in run_distributed(refusals, 2, path, LAYOUTS[layout], micro_batch_size, grad, length):
+    for found in run_distributed(refusals, 2, path, LAYOUTS[layout], micro_batch_size, grad, length, fresh=True):
         assert found.startswith(message)
 
 

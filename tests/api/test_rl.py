@@ -112,7 +112,7 @@ def test_rl_step(tiny_hf, tmp_path, variant, layout):
 
     path = tiny_hf(variant)
     world_size = 1 if layout == "alone" else 2
-    results = run_distributed(rl_step, world_size, path, LAYOUTS[layout], tmp_path)
+    results = run_distributed(rl_step, world_size, path, LAYOUTS[layout], tmp_path, fresh=True)
     streamed, logprobs, later, numbers = results[0]
     for others in results[1:]:
         assert all(torch.equal(others[0][name], weight) for name, weight in streamed.items())
