@@ -22,7 +22,7 @@ def run(config: RunConfig, data: setup.Data) -> Outcome:
     Raises ConfigError when nothing is held out for validation, RunError when eval_output cannot be written.
     """
     setup.join(config)
-    valid = sets(data.build(seed=config.train.seed).valid)
+    valid = sets(setup.build_datasets(config, data).valid)
     if not valid:
         raise ConfigError("eval_only: true, but the data holds nothing out to evaluate on; set data.split, e.g. '95,5'")
     model = setup.build_model(config, routed=setup.per_token_loss(config.routed))

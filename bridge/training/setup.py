@@ -121,6 +121,16 @@ def build_model(config: RunConfig, *, routed: Routed) -> list[Any]:
     return chunks
 
 
+def build_datasets(config: RunConfig, data: Data) -> Datasets:
+    """The datasets of `data`; padded rows end with the longest of their micro-batch, where the layout allows it."""
+    datasets = data.build(seed=config.train.seed)
+    if row_length_may_vary(config.routed):
+        for dataset in (datasets.train, *sets(datasets.valid).values()):
+            if isinstance(collate := getattr(dataset, "collate", None), Pad):
+                collate.longest = True
+    return datasets
+
+
 def build(config: RunConfig, data: Data) -> Job:
     """Model, optimizer, schedule and datasets, standing at the run's latest checkpoint if it has one.
 
@@ -132,12 +142,8 @@ def build(config: RunConfig, data: Data) -> Job:
     chunks = gpt.build(routed, wrap=True, seed=None) if resuming else build_model(config, routed=routed)
     model = ddp.wrap(chunks, DistributedDataParallelConfig(**routed.ddp))
     optimizer = optimizers.build(routed, model=model)
-    datasets = data.build(seed=config.train.seed)
+    datasets = build_datasets(config, data)
     valid = sets(datasets.valid)
-    if row_length_may_vary(routed):
-        for dataset in (datasets.train, *valid.values()):
-            if isinstance(collate := getattr(dataset, "collate", None), Pad):
-                collate.longest = True
     standing = checkpoint.stands_at(root) if config.train.epochs is not None else Position()
     config, length = _with_steps(config, datasets, standing)
     scheduler = schedule.build(
