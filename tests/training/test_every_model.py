@@ -20,7 +20,7 @@ from tests.training.every_model import ROUNDING, Seen, Task, micro_batches, trai
 
 REL = 1e-5
 TOLERANCE = 1e-4  # of a gradient's norm; float32 rounds less
-STEPS = 2  # the second shows the first update, and its own gradient
+STEPS = 3
 TIMEOUT = 900.0  # seconds for a world, on a machine that others use as well
 
 TP2 = {"tensor_model_parallel_size": 2}
