@@ -260,10 +260,10 @@ def _absolute(path: str) -> str:
 
 def _prepare_hydra() -> None:
     _declare_open_sections()
-    compose_once.from_now_on()
     group_options.share_repository()
     option_files.check_all()
     model_of_init.take_from_now_on(Path(_conf_directory()))
+    compose_once.from_now_on()
     optuna.set_defaults()  # imports Hydra's plugins, which store their options anew
     ConfigStore.instance().store(
         group="hydra/sweeper", name="basic", node=BasicSweeperConf(_target_=GRID_SWEEPER), provider="bridge"

@@ -30,13 +30,16 @@ class _Kept(NamedTuple):
 
 @functools.cache
 def from_now_on() -> None:
-    """From now on Hydra composes a command line once and parses a file once, and again when it has changed."""
+    """From now on Hydra composes a command line once and parses a file once, and again when it has changed.
+
+    Comes after whatever else changes what Hydra loads: what that makes is kept, and what it refuses is not.
+    """
     _compose_once()
     _parse_once()
 
 
 def _compose_once() -> None:
-    composing: Any = ConfigLoaderImpl._load_configuration_impl
+    composing: Any = ConfigLoaderImpl.load_configuration
 
     def load(
         self: Any,
@@ -57,7 +60,7 @@ def _compose_once() -> None:
         return config
 
     loader: Any = ConfigLoaderImpl
-    loader._load_configuration_impl = load
+    loader.load_configuration = load
 
 
 def _are(overrides: list[str], before: tuple[str, ...]) -> bool:

@@ -296,7 +296,7 @@ def test_cfg_may_stand_last(monkeypatch, capsys):
 def test_a_key_given_twice_means_in_a_sweep_what_it_means_in_a_run(overrides, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (single,) = composed(overrides, monkeypatch)
-    assert chosen(single) == (2, 4, 1e-3)
+    assert chosen(single) == (2, 4, None)
     (job,) = composed([*overrides, "-m", "optimizer.lr=choice(0.1)"], monkeypatch)
     assert (chosen(job), job.swept) == ((2, 4, 0.1), ("optimizer.lr=0.1",))
 
