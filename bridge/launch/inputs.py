@@ -9,10 +9,8 @@ from bridge import platform
 from bridge.config import modules, sections
 from bridge.config.run_config import RunConfig
 from bridge.errors import ConfigError, shown
-from bridge.models.hf import config as hf_config
 from bridge.runs.claim import latest_step
-from bridge.sources.same import check_same_model
-from bridge.weights import locate
+from bridge.sources.same import check_same_model, told_section
 
 
 def check(config: RunConfig, *, in_queue: bool = False) -> None:
@@ -64,16 +62,11 @@ def _check_random(config: RunConfig) -> None:
 def _check_model(config: RunConfig) -> None:
     if config.init.path is None or not (config.eval_only or latest_step(config.run_dir) is None):
         return
-    locate.check_model(config.init.path, key="init.path")
     path = Path(config.init.path)
-    if not locate.is_megatron(path):
-        family = config.routed.family if "." in config.routed.family else None  # a dotted module is the user's own
-        section = hf_config.to_mcore(hf_config.read(path), family=family)
-    elif (locate.locate(path).root / locate.MODEL_YAML).is_file():
-        section = locate.read_model_section(locate.locate(path).root)
-    else:
-        return  # its tensors tell, to the workers
-    check_same_model(section, config.routed, path=path)
+    family = config.routed.family if "." in config.routed.family else None  # a dotted module is the user's own
+    section = told_section(path, key="init.path", family=family)
+    if section is not None:  # else its tensors tell, to the workers
+        check_same_model(section, config.routed, path=path)
 
 
 def _check_source(config: RunConfig) -> None:

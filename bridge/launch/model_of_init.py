@@ -18,7 +18,7 @@ from bridge.errors import ConfigError, shown
 from bridge.files import read_yaml
 from bridge.runs import run_files
 from bridge.runs.claim import latest_step
-from bridge.sources.same import differences
+from bridge.sources.same import differences, told_section
 from bridge.weights import locate
 from bridge.weights.pointer import iteration_of
 
@@ -96,18 +96,14 @@ def section_of(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ConfigError naming init.path, ConversionError.
     """
-    locate.check_model(path, key="init.path")
-    if not locate.is_megatron(path):
-        from bridge.models.hf import config as hf_config
-
-        return hf_config.to_mcore(hf_config.read(path), family=given.get("family"))
+    section = told_section(path, key="init.path", family=given.get("family"))
+    if section is not None:
+        return section
     found = locate.locate(path, key="init.path")
-    file = found.root / locate.MODEL_YAML
-    if file.is_file():
-        return locate.read_model_section(found.root)
     from bridge.sources.described import model_of
 
-    return model_of(found, model=given or None, key="init.path", ask=_ASK.format(file=file)).section
+    ask = _ASK.format(file=found.root / locate.MODEL_YAML)
+    return model_of(found, model=given or None, key="init.path", ask=ask).section
 
 
 def _of_run(composed: DictConfig) -> dict[str, Any] | None:

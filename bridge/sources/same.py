@@ -8,6 +8,7 @@ from bridge.config.architecture import NOT_ARCHITECTURE
 from bridge.config.complete import complete
 from bridge.config.routing import Routed
 from bridge.errors import ConfigError, shown
+from bridge.weights import locate
 
 # Model keys that may differ between a checkpoint and the run that starts from it, beside those of no architecture.
 FREE = frozenset({"attention_dropout", "init_method_std", "max_sequence_length"})
@@ -19,6 +20,21 @@ class Difference(NamedTuple):
     name: str
     theirs: Any
     ours: Any
+
+
+def told_section(path: Path, *, key: str, family: str | None = None) -> dict[str, Any] | None:
+    """The `model` section that a model directory of either kind tells by its files; None for a Megatron checkpoint
+    without model.yaml, of which the tensors tell (`described`). family: of Hugging Face files, unless it is found.
+
+    Raises ConfigError naming `key`, ConversionError.
+    """
+    locate.check_model(path, key=key)
+    if not locate.is_megatron(path):
+        from bridge.models.hf import config as hf_config  # with all families: a start without weights needs none
+
+        return hf_config.to_mcore(hf_config.read(path), family=family)
+    root = locate.locate(path, key=key).root
+    return locate.read_model_section(root) if (root / locate.MODEL_YAML).is_file() else None
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Difference]:

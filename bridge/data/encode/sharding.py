@@ -29,9 +29,8 @@ class Made(NamedTuple):
     tokens: int
 
 
-Work = Callable[
-    [str, Sequence[Any]], Made
-]  # makes the shard of a prefix from texts or rows; it appears when it is whole
+# Makes the shard of a prefix from texts or rows; it appears when it is whole.
+Work = Callable[[str, Sequence[Any]], Made]
 
 
 class Job(Protocol):
